@@ -58,22 +58,10 @@ def half(array: Float32Array) -> Float32Array:
     return np.clip(array, -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Bypass:
-    """The replacement of a skipped unit. `weights`: empty, or `weight` [hidden, columns] and `bias` [columns], with the
-    columns of the update (`hidden`), then those of K and V of each layer but the first.
-    """
-
-    weights: Mapping[str, Float32Array] = field(default_factory=dict)
-
-    @property
-    def form(self) -> str:
-        """Name of the form, for messages and records: linear or none."""
-        return "linear" if self.weights else "none"
-
-    def in_half(self) -> Bypass:
-        """Return the bypass rounded to float16: engines hold 8 bits, and a policy file takes half the size."""
-        return Bypass({name: half(array) for name, array in self.weights.items()})
+Weights = Mapping[str, Float32Array]
+"""Weights by name. Those of a bypass, the replacement of a skipped unit: none, or `weight` [hidden, columns] and `bias`
+[columns], with the columns of the update (`hidden`), then those of K and V of each layer but the first.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,22 +76,27 @@ class SkipPolicy:
 
     units: tuple[Unit, ...]
     read: int = 0
-    network: Mapping[str, Float32Array] | None = None
-    bypasses: tuple[Bypass, ...] = ()
+    network: Weights | None = None
+    bypasses: tuple[Weights, ...] = ()
     origin: str = "none"
     static_order: tuple[int, ...] = ()
     final_norm: Float32Array | None = field(default=None, compare=False)
 
     @property
     def form(self) -> str:
-        """Names of the bypasses' forms, for messages and records."""
-        return ", ".join(sorted({bypass.form for bypass in self.bypasses})) or "none"
+        """Names of the bypasses' forms, for messages and records: linear, or none for one without weights."""
+        return ", ".join(sorted({"linear" if bypass else "none" for bypass in self.bypasses})) or "none"
+
+    def in_half(self) -> SkipPolicy:
+        """Return the policy with bypasses rounded to float16: engines hold 8 bits, and a file takes half the size."""
+        halves = ({name: half(array) for name, array in bypass.items()} for bypass in self.bypasses)
+        return replace(self, bypasses=tuple(halves))
 
     def weights(self) -> dict[str, Float32Array]:
         """Return every weight under one flat name, as it is hashed and stored."""
         flat = {f"network.{name}": value for name, value in (self.network or {}).items()}
         for unit, bypass in zip(self.units, self.bypasses, strict=True):
-            flat |= {f"bypass.{unit.name}.{name}": value for name, value in bypass.weights.items()}
+            flat |= {f"bypass.{unit.name}.{name}": value for name, value in bypass.items()}
         return flat
 
 
@@ -112,7 +105,7 @@ def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolic
     units = default_units(num_layers) if units is None else tuple(units)
     read = max(units[0].first - 1, 0) if units else 0
     check_units(units, read, num_layers)
-    return SkipPolicy(units, read, None, tuple(Bypass() for _ in units))
+    return SkipPolicy(units, read, None, tuple({} for _ in units))
 
 
 def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
@@ -170,7 +163,7 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     if policy.network is not None:
         needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        if bypass.weights:
+        if bypass:
             columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
             needed |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
     if policy.final_norm is not None:
@@ -293,7 +286,7 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
             home, _, own = name.rpartition(".")
             homes[home][own] = array
         network = homes.pop("network", None)
-        bypasses = tuple(Bypass(homes.pop(f"bypass.{unit.name}", {})) for unit in facts.units)
+        bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:
             raise PolicyError(f"it holds a tensor {min(foreign)!r:.60}, which is nothing of ours")
         policy = SkipPolicy(facts.units, facts.read, network, bypasses, facts.origin, facts.static_order, norm)

@@ -12,7 +12,7 @@ from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
-from dash_export.policy import Bypass, SkipPolicy, stored_columns, untrained_policy
+from dash_export.policy import SkipPolicy, stored_columns, untrained_policy
 from tests.models.helpers import tiny_model, tiny_tokenizer
 
 CHAT_TEMPLATE = (
@@ -55,7 +55,7 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
     for unit in policy.units:
         columns = stored_columns(unit, spec)
         weight, bias = 0.1 * rng.standard_normal((spec.hidden_size, columns)), 0.2 * rng.standard_normal(columns)
-        bypasses.append(Bypass({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}))
+        bypasses.append({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)})
     return replace(policy, bypasses=tuple(bypasses))
 
 

@@ -21,7 +21,7 @@ from dash_export.graphs.writer import GraphWriter, external, external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import FINAL_STATE, ROPE, past_names, present_names
-from dash_export.policy import Bypass, SkipPolicy, key_value_size
+from dash_export.policy import SkipPolicy, Weights, key_value_size
 
 EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"
@@ -126,12 +126,12 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     return g.model()
 
 
-def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model:
+def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Weights) -> ir.Model:
     """Return the graph of a skipped unit: hidden -> hidden + update (`dash_export/policy.py` has the formula). One
     product gives the update and the K and V of all the unit's layers, which are written to their caches.
     """
     spec, name = checkpoint.spec, unit.bypass
-    g = PortableWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.", spec, checkpoint)
+    g = PortableWriter(name, f"Layers {unit}, skipped: {'linear' if bypass else 'none'} bypass.", spec, checkpoint)
     hidden = g.state_input()
     positions, rows = g.step_inputs()
     matrices = full_bypass(bypass, unit, checkpoint)
@@ -142,12 +142,12 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     weight.name = f"{name}.weight"
     found = g.op("MatMul", [state, weight], f"{name}/product")
     found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
-    updates = [spec.hidden_size] if bypass.weights else []
+    updates = [spec.hidden_size] if bypass else []
     sizes = np.array([*updates, *[key_value_size(spec)] * (2 * len(unit.layers))])
     parts = g.split(found, g.initializer(f"{name}.sizes", sizes), f"{name}/parts", len(sizes))
     passed = (
         g.op("Add", [hidden, parts.pop(0)], f"{name}/updated")
-        if bypass.weights
+        if bypass
         else g.op("Identity", [hidden], f"{name}/passed")
     )
     g.state_output(passed)

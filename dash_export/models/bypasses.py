@@ -19,7 +19,7 @@ from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.models.config import FULL, SLIDING
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
-from dash_export.policy import Bypass, SkipPolicy, check_policy, half
+from dash_export.policy import SkipPolicy, Weights, check_policy, half
 
 OTHER_MODEL = 0.01
 """Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""
@@ -43,7 +43,7 @@ def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
         )
 
 
-def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
+def full_bypass(stored: Weights, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
     """Return the whole bypass: `weight` [hidden, (hidden +) layers * 2 * kv] in numbers that 16 bits hold, and `bias`
     [columns]. The first `hidden` columns are the update; a bypass without weights has none.
 
@@ -51,7 +51,6 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
     (with a norm before attention gain[:, None] * W, else W): those of the unit's first layer or, in a bypass without
     weights, of every layer.
     """
-    stored = bypass.weights
     own = unit.layers[:1] if stored else unit.layers
     projected = [_projection(checkpoint, layer, which) for layer in own for which in ("k", "v")]
     columns, biases = map(list, zip(*projected, strict=True))
@@ -82,7 +81,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
     """
     check_model(policy, checkpoint)
     places = units_of((layer for unit in units for layer in unit.layers), policy.units)
-    bypasses = {policy.units[place]: policy.bypasses[place].weights for place in places}
+    bypasses = {policy.units[place]: policy.bypasses[place] for place in places}
     other = next((unit for unit, weights in bypasses.items() if not weights), None)
     if other is not None:
         raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from dash_export.decision import Unit
-from dash_export.policy import Bypass
+from dash_export.policy import Weights
 from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel
 
@@ -62,7 +62,7 @@ class Sums:
         known, found = self._sums.get((first, what, layer)), (x.T @ y).cpu()
         self._sums[first, what, layer] = found if known is None else known.add_(found)
 
-    def fit(self, unit: Unit) -> Bypass:
+    def fit(self, unit: Unit) -> Weights:
         """Return the bypass of `unit`, which is one of `units`."""
         first, device = unit.first, self._model.device
         xy = [self._sums[first, "update", unit.last]]
@@ -70,4 +70,4 @@ class Sums:
         xx = self._sums[first, "x", first].to(device)
         xx = xx + RIDGE * xx.diagonal()[:-1].mean() * torch.eye(len(xx), dtype=torch.float64, device=device)
         solved = torch.linalg.solve(xx, torch.cat(xy, 1).to(device)).float().cpu().numpy()
-        return Bypass({"weight": solved[:-1].copy(), "bias": solved[-1].copy()})
+        return {"weight": solved[:-1].copy(), "bias": solved[-1].copy()}

@@ -24,7 +24,7 @@ from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
 from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, instead, torch_model, unit_normed
-from dash_export.policy import Bypass, SkipPolicy, key_value_size
+from dash_export.policy import SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
 """Bits of a weight of the model and of a bypass, as engines for a CPU have them."""
@@ -51,12 +51,12 @@ class SkipModules(nn.Module):
 
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
-        if not all(bypass.weights for bypass in policy.bypasses):
+        if not all(policy.bypasses):
             raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
         self.units = policy.units
         self.read = policy.read
         self.network = _parameters(policy.network or {})
-        self.bypasses = nn.ModuleList(_parameters(bypass.weights) for bypass in policy.bypasses)
+        self.bypasses = nn.ModuleList(map(_parameters, policy.bypasses))
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
         """Return damage [..., units] in nats of `state`, the normed input of layer `read`; 0 without a network."""
@@ -78,7 +78,7 @@ class SkipModules(nn.Module):
 
     def to_policy(self) -> SkipPolicy:
         """Return the policy with these weights as numpy arrays (copies)."""
-        bypasses = tuple(Bypass(_arrays(bypass)) for bypass in self.bypasses)
+        bypasses = tuple(map(_arrays, self.bypasses))
         return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
 

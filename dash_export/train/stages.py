@@ -30,7 +30,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress, open_regular, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import Bypass, SkipPolicy, narrowed
+from dash_export.policy import SkipPolicy, Weights, narrowed
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.defaults import TrainingSettings
@@ -229,14 +229,14 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
     return narrowed(modules.to_policy(), (layer for place in kept for layer in modules.units[place].layers))
 
 
-def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Bypass, ...]:
+def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Weights, ...]:
     def fit() -> list[dict[str, torch.Tensor]]:
         sums = _summed(run, units, run.settings.fit_steps, "bypasses in closed form")
-        found = (sums.fit(unit).weights.items() for unit in units)
+        found = (sums.fit(unit).items() for unit in units)
         return [{name: torch.from_numpy(array) for name, array in weights} for weights in found]
 
     kept = run.work.once("fit", fit)
-    return tuple(Bypass({name: tensor.numpy() for name, tensor in weights.items()}) for weights in kept)
+    return tuple({name: tensor.numpy() for name, tensor in weights.items()} for weights in kept)
 
 
 def _summed(run: Run, units: Sequence[Unit], steps: int, name: str = "") -> Sums:

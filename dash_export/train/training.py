@@ -109,8 +109,7 @@ def train(
             _add_generated(run, held, text, chats)
         policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(
-            policy,
-            bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
+            policy.in_half(),
             origin=f"{kind} policy for {spec.name[:LONGEST_NAME]}, trained by dash-export "
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
@@ -155,7 +154,7 @@ def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     """Load the policy that training goes on from. Raises PolicyError where it cannot be tuned further."""
     policy = load_policy(path, spec)
-    if not policy.units or not all(bypass.weights for bypass in policy.bypasses):
+    if not policy.units or not all(policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:
         raise PolicyError(f"{path} has no network: it is a static policy, and goes on with --kind static only.")

@@ -62,7 +62,7 @@ def test_a_bypass_is_ridge_regression(checkpoint: Checkpoint, sums: Sums, unit: 
     expected, *_ = np.linalg.lstsq(
         np.vstack([x, ridge]), np.vstack([y, np.zeros((len(ridge), y.shape[1]))]), rcond=None
     )
-    weights = sums.fit(unit).weights
+    weights = sums.fit(unit)
     assert weights["weight"].shape[1] == stored_columns(unit, checkpoint.spec)
     np.testing.assert_allclose(weights["weight"], expected[:-1], atol=1e-3)
     np.testing.assert_allclose(weights["bias"], expected[-1], atol=1e-3)
@@ -77,7 +77,7 @@ def test_states_that_are_not_normed(tmp_path: Path) -> None:
     states = {layer: (before, after) for layer, before, after in model.dense_layers(given.ids)}
     entered, left = states[2][0][given.counted], states[3][1][given.counted]
     keys_values = model.keys_values(3, states[3][0])[given.counted]
-    weights = found.fit(unit).weights
+    weights = found.fit(unit)
     predicted = entered.numpy() @ weights["weight"] + weights["bias"]
     wanted = np.hstack([left - entered, keys_values])
     x = np.hstack([entered, np.ones((len(entered), 1))])

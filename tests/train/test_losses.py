@@ -12,7 +12,7 @@ import torch
 
 from dash_export.decision import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.policy import Bypass, SkipPolicy, stored_columns
+from dash_export.policy import SkipPolicy, stored_columns
 from dash_export.train.losses import ROWS, divergence, regression_loss, static_loss, summed_divergence, tuning_loss
 from dash_export.train.model import GatedModel, Head, SkipModules, always, below, initial_network
 from dash_export.train.partition import static_damage, with_dense
@@ -143,7 +143,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     model, hidden = GatedModel(idle, torch.device("cpu"), torch.float32), idle.spec.hidden_size
     columns = [stored_columns(unit, idle.spec) for unit in UNITS]
-    bypasses = (Bypass({"weight": np.zeros((hidden, n), np.float32), "bias": np.zeros(n, np.float32)}) for n in columns)
+    bypasses = ({"weight": np.zeros((hidden, n), np.float32), "bias": np.zeros(n, np.float32)} for n in columns)
     modules = SkipModules(SkipPolicy(UNITS, 1, initial_network(len(UNITS), hidden), tuple(bypasses)))
     optimizer = torch.optim.Adam(modules.network.parameters(), 0.05)
     rng = np.random.default_rng(0)

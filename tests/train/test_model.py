@@ -37,7 +37,7 @@ def of_few_bits(checkpoint: Checkpoint) -> Checkpoint:
 
 def policy_of(checkpoint: Checkpoint, units: str) -> SkipPolicy:
     policy = tiny_policy(checkpoint, "linear", units=parse_units(units))
-    return replace(policy, bypasses=tuple(bypass.in_half() for bypass in policy.bypasses))
+    return policy.in_half()
 
 
 @pytest.fixture(scope="module")

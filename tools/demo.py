@@ -24,7 +24,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, size
 from dash_export.decision import Setting
 from dash_export.errors import DashError
-from dash_export.evaluate.candidates import candidates
+from dash_export.evaluate.candidates import candidates, label
 from dash_export.evaluate.exchange import Point, frontier
 from dash_export.evaluate.intervals import Interval
 from dash_export.manifest import Build
@@ -134,7 +134,7 @@ def _compare(bundle: Bundle) -> list[Mode]:
         tuple(runtime.session_with(replace(setting, hold=True)).generate(ids, MAX_TOKENS) for ids in prompts)
         for setting in settings
     ]
-    return [Mode(point.label, own, point) for point, own in zip(points, answers, strict=True)]
+    return [Mode(label(point.quality.setting), own, point) for point, own in zip(points, answers, strict=True)]
 
 
 def _print_answers(modes: Sequence[Mode]) -> None:

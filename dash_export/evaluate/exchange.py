@@ -10,7 +10,7 @@ import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.evaluate import LIMIT, PREFIX, ROUNDS, TOKENS, WINDOW
-from dash_export.evaluate.candidates import Candidate, kind_shown, label
+from dash_export.evaluate.candidates import Candidate, kind_shown
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.score import Result, TextScore, score, windows
 from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_context
@@ -38,10 +38,6 @@ class Point:
     def name(self) -> str:
         """Name of the curve that the point belongs to: its policy kind, or the name of another build."""
         return self.quality.build or kind_shown(self.quality.setting)
-
-    @property
-    def label(self) -> str:
-        return label(self.quality.setting, self.quality.build)
 
     @property
     def exchange_rate(self) -> Interval | None:

@@ -255,11 +255,6 @@ class Setting:
             return OWN if ":" in self.policy else self.policy
         return "static" if self.skip is not None else "token" if self.given else "dense"
 
-    @property
-    def asks_network(self) -> bool:
-        """Whether the policy network is evaluated."""
-        return self.kind in ("token", OWN)
-
     def check(self) -> None:
         """Raise PolicyError for an unknown kind and for amounts that do not go together or are out of range."""
         if self.kind == OWN and self.given:

@@ -178,7 +178,7 @@ def test_the_dial(asked: dict[str, float], expected: float | str) -> None:
 def test_kinds_follow_from_what_is_given(given: dict[str, object], expected: str) -> None:
     setting = Setting(**given)  # type: ignore[arg-type]
     setting.check()
-    assert (setting.kind, setting.asks_network) == (expected, expected == "token")
+    assert setting.kind == expected
 
 
 BAD_SETTINGS: dict[str, tuple[Setting, str]] = {

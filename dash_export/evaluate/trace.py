@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dash_export.decision import units_text
+from dash_export.decision import OWN, units_text
 from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane
 from dash_export.names import REPORT
 
@@ -44,7 +44,7 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
         text = lane.candidate.runtime.text.decode([token])
         yield event(_TOKENS, f"{position}: {text!r}", "token", stamps[WHOLE], **facts)
         decision: dict[str, object] = {"skipped": units_text(skipped)}
-        if lane.candidate.setting.asks_network:
+        if lane.candidate.setting.kind in ("token", OWN):  # which ask the network
             decision["damage"] = dict(zip(map(str, lane.units), lane.damage[at].tolist(), strict=True))
         yield event(_HOST, f"skip {units_text(skipped)}", "decision", stamps[DECISION], **decision)
         yield event(_HOST, "sampling", "sampling", stamps[SAMPLING])

@@ -21,7 +21,7 @@ from dash_export import DashRuntime, build, export
 from dash_export.bundle import Bundle
 from dash_export.commands.options import with_bounds
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, size
+from dash_export.commands.tables import files_size, print_table
 from dash_export.decision import Setting
 from dash_export.errors import DashError
 from dash_export.evaluate.candidates import candidates, label
@@ -164,7 +164,7 @@ def _print_modes(name: str, bundle: Bundle, made: Build, modes: Sequence[Mode]) 
     console.print(
         f"All over {WINDOWS} windows of held-out prose; in brackets 95 % intervals. KL: divergence from the dense mode "
         f"of this build, whose weights are the file's. On disk: "
-        f"portable graphs {size(bundle_bytes(bundle))}, engines {size(build_bytes(made))}, shared by all modes.\n"
+        f"portable graphs {files_size(bundle.manifest.files)}, engines {files_size(made.files)}, shared by all modes.\n"
     )
 
 

@@ -11,7 +11,7 @@ from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, print_units, size
+from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
@@ -142,10 +142,10 @@ def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: st
 
 def _summary(bundle: Bundle, build: Build) -> None:
     cost = build.cost
-    engines = f"{len(build.engines)} engines, {size(build_bytes(build))}"
+    engines = f"{len(build.engines)} engines, {files_size(build.files)}"
     if not build.files:
         engines = f"{len(build.engines)} portable graphs, used as they are"
-    click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {size(bundle_bytes(bundle))})")
+    click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {files_size(bundle.manifest.files)})")
     if build.verification:
         found = build.verification.engines
         worst = max((error for errors in found.values() for error in errors.values()), default=0.0)

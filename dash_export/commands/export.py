@@ -12,7 +12,7 @@ from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS, with_options
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import bundle_bytes, size
+from dash_export.commands.tables import files_size
 from dash_export.decision import Unit, units_text
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -58,7 +58,7 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
     manifest = bundle.manifest
     token = manifest.policy.origin if manifest.policy.has_network else "none (dense and static skipping)"
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
-    click.echo(f"{bundle.root}: {counts}, {size(bundle_bytes(bundle))}")
+    click.echo(f"{bundle.root}: {counts}, {files_size(manifest.files)}")
     click.echo(f"Units: {units_text(manifest.policy.units)}. Token policy: {token}.")
     click.echo(f"Next: dash-export build {bundle.root} --target cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from dash_export.bundle import Bundle
-from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, print_units, size
+from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.decision import Unit, units_text
 from dash_export.errors import StaleBuildError
 from dash_export.manifest import Build, Segment
@@ -92,7 +92,7 @@ def _print_bundle(bundle: Bundle) -> None:
         "attention": f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V",
         "vocabulary": model.vocab_size,
         "context": f"{model.max_positions} positions",
-        "portable size": size(bundle_bytes(bundle)),
+        "portable size": files_size(bundle.manifest.files),
         "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
         "bypass": policy.bypass,
         "policy": policy.origin,
@@ -119,7 +119,7 @@ def _print_build(build: Build, units: Sequence[Unit]) -> None:
         return segment.name, precision(build.recipe.weights, segment), size(stored), *times
 
     print_table(
-        f"Target {build.target}: {len(engines)} engines, {size(build_bytes(build))} on disk, {build.backend} "
+        f"Target {build.target}: {len(engines)} engines, {files_size(build.files)} on disk, {build.backend} "
         f"{build.backend_version}", ("segment", "precision"), ("size", "run µs", "share"), map(row, build.segments),
     )  # fmt: skip
     if units:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dash_export.bundle import Bundle
+from dash_export.artifacts import FileRecord
 from dash_export.decision import Unit
 from dash_export.manifest import Build
 
@@ -60,11 +60,8 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def bundle_bytes(bundle: Bundle) -> int:
-    """Return the bytes of the portable part: graphs, weights, tokenizer."""
-    return sum(record.bytes for record in bundle.manifest.files)
-
-
-def build_bytes(build: Build) -> int:
-    """Return the bytes of one target's engines on disk (`portable` has none of its own: 0)."""
-    return sum(record.bytes for record in build.files)
+def files_size(records: Iterable[FileRecord]) -> str:
+    """Return the size of files for people: those of a manifest are the portable part (graphs, weights, tokenizer),
+    those of a build a target's engines on disk (`portable` has none of its own).
+    """
+    return size(sum(record.bytes for record in records))

@@ -217,9 +217,11 @@ def policy_path(given: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise PolicyError where `save_policy` would write over something that is no policy and no card, and OutputError
-    for a link or a mount point.
+    """Raise PolicyError for a name that is not NAME.safetensors, and where `save_policy` would write over something
+    that is no policy and no card; OutputError for a link or a mount point, and inside bundles.
     """
+    if path.suffix != ".safetensors":
+        raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
     check_outside_bundles(path)
     card, is_ours = card_path(path), True
     for one in (path, card):
@@ -247,8 +249,6 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
     import safetensors.numpy
 
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
     check_policy(policy, spec)
     model = (spec.model_type, spec.num_layers, spec.hidden_size)
     facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order)

@@ -118,8 +118,7 @@ def train(
             return policy
         card = policy_card(checkpoint, policy, run, held, chosen, {"kind": kind, "from": origin, "data": data})
         card["seconds"] = round(time.perf_counter() - began, 1)
-        check_replaceable(output)  # raises if a file has appeared there meanwhile; the work folder stays
-        save_policy(output, policy, spec, card)
+        save_policy(output, policy, spec, card)  # raises if a file has appeared there meanwhile; the work folder stays
         remove_own(work.folder)
         return policy
 
@@ -133,8 +132,6 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
         raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
     if settings.window < 16:
         raise PolicyError(f"A window has 16 tokens or more, not {settings.window}.")
-    if output.suffix != ".safetensors":
-        raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
     check_replaceable(output)
     if not texts and not prompts:
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")

@@ -15,7 +15,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
 from dash_export.outputs import output_path
-from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
+from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 
 DEFAULTS = TrainingSettings()
 _POLICY = click.Path(path_type=Path, dir_okay=False)

@@ -21,7 +21,7 @@ from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from dash_export.text_files import lines, read_text
-from dash_export.train.defaults import TrainingSettings
+from dash_export.train import TrainingSettings
 
 SHORTEST = 16
 """Fewer continuation tokens than this are not worth a row of a batch."""

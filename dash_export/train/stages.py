@@ -31,9 +31,9 @@ from dash_export.artifacts import Progress, no_progress, open_regular, write_ato
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.policy import SkipPolicy, Weights, narrowed
+from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
-from dash_export.train.defaults import TrainingSettings
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
 from dash_export.train.model import GatedModel, SkipModules, initial_network, saved
 from dash_export.train.partition import (

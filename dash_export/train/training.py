@@ -22,9 +22,9 @@ from dash_export.outputs import locked, output_path, remove_own, work_folder, wo
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
 from dash_export.runtime.text import Text
+from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
-from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.model import GatedModel, saved
 from dash_export.train.processes import joined, local_rank
 from dash_export.train.stages import Run, Work, forward_passes, trained_policy, whole_training_progress

@@ -12,9 +12,9 @@ from dash_export.errors import DashError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.outputs import locked
 from dash_export.policy import load_policy
+from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, read_corpus
-from dash_export.train.defaults import TrainingSettings
 from dash_export.train.model import GatedModel
 from dash_export.train.processes import ALONE, Processes, joined
 from dash_export.train.stages import Run, Work

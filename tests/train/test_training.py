@@ -20,8 +20,7 @@ from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
 from dash_export.policy import SkipPolicy, check_replaceable, load_policy, save_policy
-from dash_export.train import partition, stages
-from dash_export.train.defaults import TrainingSettings
+from dash_export.train import TrainingSettings, partition, stages
 from dash_export.train.stages import Work
 from dash_export.train.training import check_unique_names, train
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy

@@ -123,7 +123,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
     from dash_export.policy import default_units, load_policy
-    from dash_export.train.defaults import TrainingSettings
+    from dash_export.train import TrainingSettings
     from dash_export.train.training import train
 
     torch.set_num_threads(1)  # whose sums are the same everywhere

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RequestError
-from dash_export.evaluate.task_files import Answer, Question, read_items
+from dash_export.evaluate.tasks import Answer, Question, read_items
 
 QUESTION = {"query": "Two and two?", "choices": ["four", "five"], "gold": 0}
 

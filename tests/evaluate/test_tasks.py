@@ -9,8 +9,16 @@ from dash_export import DashRuntime
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate, candidates
 from dash_export.evaluate.score import score
-from dash_export.evaluate.task_files import Answer, Question
-from dash_export.evaluate.tasks import AnswerScore, ChoiceScore, answered, encode_pair, likelihood, matches
+from dash_export.evaluate.tasks import (
+    Answer,
+    AnswerScore,
+    ChoiceScore,
+    Question,
+    answered,
+    encode_pair,
+    likelihood,
+    matches,
+)
 from tests.evaluate.test_score import SETTINGS
 from tests.tiny import TEXT, log_softmax
 

@@ -21,7 +21,7 @@ from dash_export.bundle import BUILD, Bundle
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
-from dash_export.evaluate.task_files import read_items
+from dash_export.evaluate.tasks import read_items
 from dash_export.exporting import export
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dash_export import __version__
+from dash_export import __version__, outputs
 from dash_export.arguments import check_arguments
 from dash_export.artifacts import (
     JOURNAL,
@@ -36,21 +36,6 @@ from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, seal
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.names import MANIFEST, ROPE, SIGNATURE
-from dash_export.outputs import (
-    MARK,
-    bears_mark,
-    folder_locked,
-    lock_file,
-    locked,
-    output_path,
-    own_folder,
-    refuse_link,
-    remove,
-    removed_on_error,
-    unmark,
-    work_folder,
-    work_of,
-)
 from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_movable, check_outside_bundles, is_bundle, put_in_place, recover, refuse_inputs
 
@@ -74,7 +59,7 @@ def export(
     Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError for the
     output, BusyError where another process writes the output or builds in it.
     """
-    output = output_path(output)
+    output = outputs.output_path(output)
     check_outside_bundles(output)
     refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -83,38 +68,38 @@ def export(
     check_model(policy, checkpoint)
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
-    with locked(output, "export"), ExitStack() as held:
+    with outputs.locked(output, "export"), ExitStack() as held:
         recover(output, OURS, MANIFEST, "export")
         refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
-                unmark(output)
+                outputs.unmark(output)
                 return known
-            builds = (output / "engines").glob(lock_file(Path("*")).name)
-            held.enter_context(folder_locked(output, builds, shared=False))
+            builds = (output / "engines").glob(outputs.lock_file(Path("*")).name)
+            held.enter_context(outputs.folder_locked(output, builds, shared=False))
         check_movable(output, OURS)  # before hours of work, not after
-        unfinished = work_folder(output, "export")
-        with removed_on_error(unfinished):
-            own_folder(unfinished / "onnx")
+        unfinished = outputs.work_folder(output, "export")
+        with outputs.removed_on_error(unfinished):
+            outputs.own_folder(unfinished / "onnx")
             checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
         # Outside `removed_on_error`: what has appeared at `output` meanwhile stays, and so does the work of hours.
         refuse_foreign(output)
         check_movable(output, OURS)
-        with removed_on_error(unfinished):
+        with outputs.removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
     return Bundle.open(output)
 
 
 def check_inputs(inputs: Iterable[Path], output: Path) -> None:
     """Raise OutputError where an input lies in what an export to `output` replaces."""
-    refuse_inputs(inputs, [work_of(output), *(output / name for name in OURS)])
+    refuse_inputs(inputs, [outputs.work_of(output), *(output / name for name in OURS)])
 
 
 def refuse_foreign(output: Path) -> None:
     """Raise BundleError where something that is no bundle lies at `output`, OutputError for a link."""
-    refuse_link(output)
-    if output.exists() and not is_bundle(output) and not bears_mark(output, "export"):
+    outputs.refuse_link(output)
+    if output.exists() and not is_bundle(output) and not outputs.bears_mark(output, "export"):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )
@@ -167,9 +152,9 @@ def _write(
         write_atomic(root / name, text)
         files.append(record_of(root, name))
     # A killed export of another policy or model may have begun in this folder: its files do not belong to the bundle.
-    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / MARK}
+    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / outputs.MARK}
     for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
-        remove(path)
+        outputs.remove(path)
     spec = checkpoint.spec
     model = ModelFacts(**{item.name: getattr(spec, item.name) for item in fields(ModelFacts)})
     tools = {"dash-export": __version__} | {name: version(name) for name in ("onnx", "onnx_ir", "numpy")}

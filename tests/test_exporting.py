@@ -146,7 +146,7 @@ def test_fewer_units_leave_no_orphans(tiny_model: Checkpoint, tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "put_in_place", dies)
-        patch.setattr(exporting, "removed_on_error", lambda *_: nullcontext())
+        patch.setattr(exporting.outputs, "removed_on_error", lambda *_: nullcontext())
         with pytest.raises(Died):
             export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
     bundle = export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dash_export import __version__
+from dash_export import __version__, outputs
 from dash_export.artifacts import Progress, no_progress, read_bounded, record_of, sha256_file, write_atomic
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
@@ -26,19 +26,6 @@ from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS, refuse_foreign
 from dash_export.manifest import Verification
 from dash_export.names import MANIFEST, ROUNDINGS
-from dash_export.outputs import (
-    MARK,
-    bears_mark,
-    folder_locked,
-    lock_file,
-    locked,
-    output_path,
-    refuse_link,
-    remove_own,
-    removed_on_error,
-    work_folder,
-    work_of,
-)
 from dash_export.replacing import check_movable, check_outside_bundles, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
@@ -76,9 +63,9 @@ def write_kit(
     recipe = with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
     if recipe.engine is None:
         raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
-    root = output_path(bundle.root)
-    folder = output_path(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
-    if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, MARK, ".venv", "report.json"):
+    root = outputs.output_path(bundle.root)
+    folder = outputs.output_path(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
+    if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, outputs.MARK, ".venv", "report.json"):
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
     # Only the entries in `ours` are replaced: engines compiled in the kit, and files of others, stay.
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
@@ -92,14 +79,15 @@ def write_kit(
         RECORD,
     )
     check_outside_bundles(folder)
-    with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
-        refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
+    with outputs.locked(folder, "build --kit"), outputs.folder_locked(root, [outputs.lock_file(root)], shared=True):
+        replaced = [outputs.work_of(folder), *(folder / name for name in ours)]
+        refuse_inputs([bundle.path(MANIFEST), *recipe_file], replaced)
         recover(folder, ours, RECORD, "build --kit")
         _refuse_foreign(folder, root.name, recipe_file)
         check_movable(folder, ours)
-        remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
-        unfinished = work_folder(folder, "build --kit")
-        with removed_on_error(unfinished):
+        outputs.remove_own(outputs.work_folder(folder, "build --kit"))  # a kit is not resumed
+        unfinished = outputs.work_folder(folder, "build --kit")
+        with outputs.removed_on_error(unfinished):
             bundle = Bundle.open(bundle.root)
             seal = bundle.verify(bundle.manifest.files)
             bundle.check_listed(None)
@@ -117,7 +105,7 @@ def write_kit(
                 (unfinished / RECIPES).mkdir()
                 target = f"{RECIPES}/{Path(shutil.copy2(target, unfinished / RECIPES)).name}"
             # The manifest is left out: it changes when engines are built, and has its own hash.
-            apart = (unfinished / MARK, unfinished / root.name / MANIFEST)
+            apart = (unfinished / outputs.MARK, unfinished / root.name / MANIFEST)
             files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path not in apart)
             record: dict[str, Any] = {
                 "schema": 1,
@@ -148,11 +136,11 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
 
 def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
     """Raise BundleError where the kit, its bundle or its recipe would replace what this program did not write."""
-    refuse_link(folder)
+    outputs.refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
-    if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
+    if folder.exists() and not is_kit and not outputs.bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
-    if not bears_mark(folder, "build --kit"):  # with the mark: a kill left the bundle half replaced
+    if not outputs.bears_mark(folder, "build --kit"):  # with the mark: a kill left the bundle half replaced
         refuse_foreign(folder / bundle)
     for recipe in recipes:
         _refuse_recipe(folder / RECIPES / recipe.name, recipe, folder / RECORD)

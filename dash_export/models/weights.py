@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from math import prod
@@ -124,12 +123,14 @@ def _rows_from(read: Callable[[int, int], npt.NDArray[Any]], first: int, start: 
 
 def open_weights(files: list[Path]) -> dict[str, Weight]:
     """Return every tensor of the files by name, headers checked. Raises CheckpointError naming a damaged file."""
-    weights: dict[str, Weight] = {}
+    safetensors, weights = require("safetensors"), dict[str, Weight]()
+    require("ml_dtypes")  # gives numpy its bfloat16
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
-        with _opened(path):  # the library checks the header and its offsets
-            header, data = _header(path)
+        try:
+            with safetensors.safe_open(str(path), framework="np"):  # the library checks the header and its offsets
+                header, data = _header(path)
             for name, entry in header.items():
                 if name in weights:
                     raise ValueError(f"{name!r:.100} is in another file of the model too")
@@ -138,6 +139,10 @@ def open_weights(files: list[Path]) -> dict[str, Weight]:
                     raise ValueError(f"{name!r:.100} has the shape {list(shape)}")
                 offset = data + entry["data_offsets"][0]
                 weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype, shape, offset))
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a sound safetensors file (truncated or damaged?): {error!s:.300}"
+            ) from error
     return weights
 
 
@@ -176,16 +181,3 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(file.read(size), object_pairs_hook=once)
     header.pop("__metadata__", None)
     return header, 8 + size
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    safetensors = require("safetensors")
-    require("ml_dtypes")  # gives numpy its bfloat16
-    try:
-        with safetensors.safe_open(str(path), framework="np") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not a sound safetensors file (truncated or damaged?): {error!s:.300}"
-        ) from error

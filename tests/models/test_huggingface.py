@@ -265,7 +265,7 @@ def test_headers_are_read_once_and_bounded(folder: Path, monkeypatch: pytest.Mon
     """One with 20,000 tensors would take minutes if it were read again for every weight."""
     checkpoint = open_checkpoint(folder)
     with monkeypatch.context() as closed:
-        closed.setattr("dash_export.models.weights._opened", None)
+        closed.setattr("dash_export.models.weights._header", None)
         assert all(checkpoint.read(name).shape == weight.shape for name, weight in checkpoint.weights.items())
     monkeypatch.setattr("dash_export.models.weights.MAX_HEADER", 100)
     with pytest.raises(CheckpointError, match=r"its header has .* bytes; 100 at most"):

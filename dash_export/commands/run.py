@@ -197,10 +197,10 @@ def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: b
         if response.finish_reason is not None:
             answered += 1
             _print_one(index, prompts[index], answers.pop(index), as_json)
-    seconds, steps = time.perf_counter() - began, max(1, batch.counters.decode_steps)
+    seconds, steps = time.perf_counter() - began, max(1, batch.rows.decode_steps)
     click.echo(
         f"[{answered} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in all, up to "
-        f"{batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
+        f"{batch.size} at a time, {batch.rows.layers_run / steps:.1f} layers/step]",
         err=True,
     )
     if answered < len(prompts):

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
-from dash_export.runtime.rows import Counters, Rows
+from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 
@@ -35,18 +35,9 @@ class Batch:
     size: int
 
     def __post_init__(self) -> None:
-        self._rows = Rows(self.engines, self.size, self.prompts.kv_step)
+        self.rows = Rows(self.engines, self.size, self.prompts.kv_step)
+        """Its sequences, their cache, and counts of steps."""
         self._stream_now: object = None
-
-    @property
-    def cache(self) -> Any:
-        """KV cache of all rows."""
-        return self._rows.cache
-
-    @property
-    def counters(self) -> Counters:
-        """Number of steps decoded so far, and of layers run in them."""
-        return self._rows.counters
 
     @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
@@ -77,13 +68,13 @@ class Batch:
         if max_tokens is not None:  # refuse a bad value once, for all prompts
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
-        self._rows.clear()
+        self.rows.clear()
         return self._stream(this, iter(prompts), max_tokens, sampling or Sampling())
 
     def _stream(
         self, this: object, prompts: Iterator[Prompt | None], max_tokens: int | None, sampling: Sampling
     ) -> Iterator[tuple[int, Response]]:
-        rows, index, more = self._rows, 0, True
+        rows, index, more = self.rows, 0, True
         while more or rows:
             while more and len(rows) < self.size:
                 try:
@@ -115,6 +106,6 @@ class Batch:
             max_tokens = answer_length(len(ids), max_tokens, self.engines.model.max_positions)
             turn = Turn(session.text, sampling, max_tokens, len(ids))
             logits = session.restart(ids)
-            return self._rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
+            return self.rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
         except (DashError, MemoryError) as error:
-            return self._rows.failed(error)
+            return self.rows.failed(error)

@@ -41,14 +41,6 @@ class Row:
     token: int
 
 
-@dataclass
-class Counters:
-    """Steps of all sequences together, and layers that ran in them for at least one sequence."""
-
-    decode_steps: int = 0
-    layers_run: int = 0
-
-
 class Rows:
     """At most `size` rows that decode together, for one thread."""
 
@@ -59,7 +51,8 @@ class Rows:
         self.rows: list[Row] = []
         self.skipped: np.ndarray[Any, np.dtype[np.bool_]] = np.zeros(len(engines.units), np.bool_)
         """Units that the last step skipped for all rows."""
-        self.counters = Counters()
+        self.decode_steps = self.layers_run = 0
+        """Steps of all sequences together, and layers that ran in them for at least one sequence."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,8 +98,8 @@ class Rows:
         step.decode_batch([row.token for row in rows], rules, [row.turn.draw for row in rows])
         self.skipped = np.logical_and.reduce(step.skipped, axis=1)
         actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
-        self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
-        self.counters.decode_steps += 1
+        self.layers_run += int((~actions_of_rows.all(axis=0)).sum())
+        self.decode_steps += 1
         responses = []
         for slot, (row, logits, actions) in enumerate(zip(rows, step.logits, actions_of_rows, strict=True)):
             row.rules.decoded(step.skipped[:, slot : slot + 1])

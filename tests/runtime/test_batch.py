@@ -74,8 +74,8 @@ def test_they_end_at_different_times(runtime: DashRuntime, monkeypatch: pytest.M
     assert [each.tokens.tolist() for each in together] == [*alone(runtime, PROMPTS, 30).values()]
     batch, seen = runtime.batch(5), set()
     for _ in batch.stream(PROMPTS, 30):
-        seen |= set(batch._rows._steps)
-        assert len(batch._rows._steps) <= 2
+        seen |= set(batch.rows._steps)
+        assert len(batch.rows._steps) <= 2
     assert len(seen) > 3
 
 
@@ -85,7 +85,7 @@ def test_the_cache_grows_under_them(runtime: DashRuntime, setting_of: SettingOf)
     porch.kv_step = 16
     batch = Batch(runtime.engines, porch, 3)  # type: ignore[arg-type]
     assert answers(batch, PROMPTS, 40) == alone(runtime, PROMPTS, 40, **setting)
-    assert batch.cache.capacity > 64
+    assert batch.rows.cache.capacity > 64
 
 
 def test_a_common_beginning_is_computed_once(runtime: DashRuntime, setting_of: SettingOf) -> None:
@@ -160,7 +160,7 @@ def test_a_batch_goes_on_after_an_abandoned_stream_and_an_error(runtime: DashRun
     with pytest.raises(ZeroDivisionError):  # the caller's own, as it is
         answers(batch, failing())
     assert answers(batch, PROMPTS) == alone(runtime, PROMPTS, **setting)
-    assert batch.cache.lengths == [0] * 3, "rows that nobody has are not copied when the cache grows"
+    assert batch.rows.cache.lengths == [0] * 3, "rows that nobody has are not copied when the cache grows"
 
 
 def test_as_many_tokens_as_there_is_room(runtime: DashRuntime) -> None:
@@ -175,10 +175,10 @@ def test_skipping_together_saves_what_all_skip(runtime: DashRuntime, setting_of:
     responses = list(batch.stream(PROMPTS[:3], 60))
     own = np.mean([6 - response.actions.sum() for _, response in responses[3:]])
     assert own < 5.5
-    assert own < batch.counters.layers_run / batch.counters.decode_steps < 6
+    assert own < batch.rows.layers_run / batch.rows.decode_steps < 6
     same = runtime.batch(3, **setting_of("static"))
     answers(same, PROMPTS[2:5], 10)
-    assert same.counters.layers_run == 4 * same.counters.decode_steps
+    assert same.rows.layers_run == 4 * same.rows.decode_steps
 
 
 BAD_PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -292,12 +292,12 @@ def test_quantised_rows_are_near_one_alone(smollm2_runtime: LoadRuntime) -> None
     runtime = smollm2_runtime("cpu-nearest")
     ids = np.concatenate([prompts(runtime)[1], runtime.text.encode(" and then she told him what had happened")])
     batch, live = runtime.batch(3), runtime.session()
-    batch.cache.reserve(len(ids))
+    batch.rows.cache.reserve(len(ids))
     logits = batch.prompts.restart(ids[:20])
     for slot in range(3):
-        batch.cache.take(slot, batch.prompts.cache)
+        batch.rows.cache.take(slot, batch.prompts.cache)
     np.testing.assert_array_equal(logits, live.prefill(ids[:20]))
-    step = batch.engines.step(batch.cache, 1, batch=3)
+    step = batch.engines.step(batch.rows.cache, 1, batch=3)
     divergences = []
     for token in ids[20:].tolist():
         step.decode_batch([token] * 3, [DENSE] * 3)

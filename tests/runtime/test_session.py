@@ -94,7 +94,7 @@ def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: p
     expected = [runtime.generate(ids, 12).tokens.tolist() for ids in (FIRST, SECOND)]
     session.generate(FIRST, 12)
     list(batch.stream([SECOND, FIRST], 12))
-    for cache in (session.cache, batch.cache):
+    for cache in (session.cache, batch.rows.cache):
         sound = cache.reserve
 
         def reserve(rows: int, sound: Any = sound) -> bool:

@@ -29,7 +29,7 @@ class Together:
 
     def __init__(self, runtime: DashRuntime, texts: list[list[int]], setting: dict[str, Any]) -> None:
         batch = runtime.batch(len(texts), **setting)
-        self._cache, self._texts = batch.cache, texts
+        self._cache, self._texts = batch.rows.cache, texts
         self._cache.reserve(PROMPT + TOKENS)
         for slot, text in enumerate(texts):
             batch.prompts.restart(text[:PROMPT])

@@ -39,7 +39,7 @@ class Probe:
         self.step, self._session = step, session
         # Begin and end of each, as plain numbers in one flat list: nothing for the garbage collector to follow.
         self.stamps = [0] * 2 * (len(step.segments) + 3)
-        self.decide = self._timed(len(step.segments), lambda state: skips_for(session.rule, state))
+        self.decide = self._timed(len(step.segments), lambda state: skips_for(session.rules.rule, state))
         step.segments = [
             replace(item, run=self._timed(index, item.run), bypass=item.bypass and self._timed(index, item.bypass))
             for index, item in enumerate(step.segments)
@@ -47,10 +47,10 @@ class Probe:
 
     @property
     def asks(self) -> bool:
-        return self._session.rule.asks
+        return self._session.rules.rule.asks
 
     def skips(self, damage: Damages) -> Skips:
-        return self._session.rule.skips(damage)
+        return self._session.rules.rule.skips(damage)
 
     def _timed(self, place: int, work: Callable[..., Any]) -> Callable[..., Any]:
         stamps, here = self.stamps, slice(2 * place, 2 * place + 2)

@@ -69,11 +69,6 @@ class Session:
         """Positions of the model's context that are still free."""
         return self.engines.model.max_positions - int(self.cache.length)
 
-    @property
-    def rule(self) -> Rule:
-        """The rule for the next token."""
-        return self.rules.rule
-
     def cancel(self) -> None:
         """Stop the running stream before its next token; safe to call from another thread or a signal handler."""
         self._cancelled = True
@@ -126,7 +121,7 @@ class Session:
         return self._begin(prompt, max_tokens, sampling)
 
     def _begin(self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None) -> Iterator[Response]:
-        ids = self._continued(prompt)
+        ids = np.concatenate([np.array(self._pending, np.int64), self.checked_ids(prompt)])
         max_tokens = answer_length(len(ids), max_tokens, self.context_left)
         self._streams += 1
         return self._stream(self._streams, ids, max_tokens, sampling or Sampling())
@@ -343,7 +338,3 @@ class Session:
             raise RequestError(f"This build takes no embeddings. {_CPU_ONLY}")
         hidden = self.engines.model.hidden_size
         return np.zeros((0, hidden), np.float32) if given is None else checked_embeddings(given, hidden)
-
-    def _continued(self, prompt: Prompt) -> TokenIds:
-        """Return a prompt's ids after the pending token."""
-        return np.concatenate([np.array(self._pending, np.int64), self.checked_ids(prompt)])

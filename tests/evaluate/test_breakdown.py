@@ -44,7 +44,7 @@ def test_a_probe_changes_nothing(runtime: DashRuntime) -> None:
         session.reserve(8)
         step = session.bound(1)
         assert isinstance(step, BoundStep)
-        rule = Probe(step, session) if probed else session.rule
+        rule = Probe(step, session) if probed else session.rules.rule
         for token in ids[4:].tolist():
             step.decode(token, rule)
             logits.append(step.logits.copy())

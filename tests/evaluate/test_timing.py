@@ -72,7 +72,7 @@ def test_who_is_slower(
     def slow(self: Session, token: int) -> Any:
         place, decoded[self] = decoded[self], decoded[self] + 1
         timed = place >= SETTLE and place % BLOCK >= FOUND
-        now[0] += (3.0 if self.rule.asks else 2.0) if timed else 3600.0
+        now[0] += (3.0 if self.rules.rule.asks else 2.0) if timed else 3600.0
         return sound(self, token)
 
     monkeypatch.setattr(Session, "decode_one", slow)

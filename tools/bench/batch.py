@@ -34,7 +34,7 @@ class Together:
         for slot, text in enumerate(texts):
             batch.prompts.restart(text[:PROMPT])
             self._cache.take(slot, batch.prompts.cache)
-        self._rules = [batch.prompts.rule] * len(texts)
+        self._rules = [batch.prompts.rules.rule] * len(texts)
         self._step = batch.engines.step(self._cache, 1, batch=len(texts))
         self._layers = runtime.engines.model.num_layers
         self._sizes = np.array([len(unit.layers) for unit in runtime.engines.units])

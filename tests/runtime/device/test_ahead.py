@@ -187,7 +187,7 @@ def another_token(session: Session) -> Any:
     session.reserve(9)
     step = session.bound(1)
     for token in (3, 1, 4, 1, 5, 9):
-        step.decode(token, session.rule, GREEDY)
+        step.decode(token, session.rules.rule, GREEDY)
     return step.logits[0, 0].copy()
 
 
@@ -205,7 +205,7 @@ def another_rule(session: Session) -> Any:
     session.reserve(9)
     step, token = session.bound(1), 3
     for _ in range(4):
-        step.decode(token, session.rule, GREEDY)
+        step.decode(token, session.rules.rule, GREEDY)
         token = int(step.logits[0, 0].argmax())
     step.decode(token, FixedRule((0, 1)), GREEDY)
     return step.logits[0, 0].copy()
@@ -272,7 +272,7 @@ def test_the_last_place_of_the_cache(on_card: MakeOnCard, host: Host) -> None:
         steps.append(session.bound(1))
         for _ in range(6):
             made.card.forget()
-            steps[-1].decode(token, session.rule, GREEDY)
+            steps[-1].decode(token, session.rules.rule, GREEDY)
             token = int(steps[-1].logits[0, 0].argmax())
     assert made.card.log == [("host", "synchronize", MAIN)], "it ran already, and nothing follows"
     np.testing.assert_allclose(steps[1].logits, steps[0].logits, atol=TOLERANCE)

@@ -95,7 +95,7 @@ class _Schedulers(Collector):
         for name, text in _COUNTERS.items():
             counter = CounterMetricFamily(f"dash_export_{name}", text, labels=["model"])
             for model, one in self._served.items():
-                counter.add_metric([model], getattr(one.figures, name))
+                counter.add_metric([model], one.figures[name])
             yield counter
         gauges: dict[str, tuple[str, dict[str, float]]] = {
             "waiting": ("Requests in the queue.", {model: one.waiting for model, one in self._served.items()}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
@@ -25,7 +25,7 @@ from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import Pace
 from dash_export.serve.prefixes import Prefixes
-from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError, Figures, Request, Ticket
+from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError, Request, Ticket
 
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
@@ -95,7 +95,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self.figures = Figures()
+        self.figures = Counter[str]()
+        """Counts since the start, by the names that metrics.py tells."""
 
     # --- from any thread
 
@@ -120,7 +121,7 @@ class Scheduler:
     def check_queue(self) -> None:
         """Raise BusyServerError, and count the request as refused, if the queue is full or the scheduler is closing."""
         if self._closing or len(self._waiting) >= self.most_waiting:
-            self.figures.refused += 1
+            self.figures["refused"] += 1
             why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
             raise BusyServerError(f"The server {why}: ask again later.")
 
@@ -143,7 +144,7 @@ class Scheduler:
         ticket = Ticket(request, ids, max_tokens, rules, tell, until, guide)
         with self._changed:
             self.check_queue()
-            self.figures.requests += 1
+            self.figures["requests"] += 1
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket
@@ -255,7 +256,7 @@ class Scheduler:
                 sampling, size = ticket.request.sampling, len(ticket.ids)
                 turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
                 ticket.turn = turn
-                self.figures.known_tokens += self._prefixes.restore(session, ticket.ids)
+                self.figures["known_tokens"] += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
             logits = session.prefill(ticket.ids[done : done + session.next_pass_length(len(ticket.ids) - done)])
             if len(session.tokens) == len(ticket.ids):
@@ -318,10 +319,9 @@ class Scheduler:
         if response.finish_reason is not None:
             self._live.pop(ticket, None)
             statistics = response.statistics
-            self.figures.prompt_tokens += statistics.prompt_tokens
-            self.figures.tokens += statistics.tokens
-            self.figures.failed += response.error is not None
-            self.figures.finished += response.error is None
+            self.figures["prompt_tokens"] += statistics.prompt_tokens
+            self.figures["tokens"] += statistics.tokens
+            self.figures["finished" if response.error is None else "failed"] += 1
         try:
             ticket.tell(response)
         except Exception:  # an error of the client must not end other answers

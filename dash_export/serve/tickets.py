@@ -1,4 +1,4 @@
-"""Requests in a scheduler: their data, their state on the way to an answer, and counts of them."""
+"""Requests in a scheduler: their data, and their state on the way to an answer."""
 
 from __future__ import annotations
 
@@ -58,16 +58,3 @@ class Ticket:
     @property
     def late(self) -> bool:
         return time.monotonic() > self.until
-
-
-@dataclass
-class Figures:
-    """Counts since the start."""
-
-    requests: int = 0
-    refused: int = 0
-    finished: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    known_tokens: int = 0
-    tokens: int = 0

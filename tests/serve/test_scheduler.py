@@ -101,9 +101,9 @@ def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRun
         found = list(pool.map(lambda request: [step.token for step in made.stream(request)], requests))
     for request, tokens in zip(requests, found, strict=True):
         assert tokens == alone(runtime, request)
-    assert (made.figures.finished, made.figures.failed, made.waiting, made.running) == (40, 0, 0, 0)
-    assert made.figures.tokens == sum(map(len, found))
-    assert made.figures.known_tokens > 0, "prompts come again"
+    assert (made.figures["finished"], made.figures["failed"], made.waiting, made.running) == (40, 0, 0, 0)
+    assert made.figures["tokens"] == sum(map(len, found))
+    assert made.figures["known_tokens"] > 0, "prompts come again"
 
 
 def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None:
@@ -127,7 +127,7 @@ def test_a_full_queue(scheduler: MakeScheduler) -> None:
         made.submit(Request(random_ids(4), 3), lambda _: None)
     with pytest.raises(BusyServerError, match="has 2 requests waiting: ask again later"):
         made.submit(Request(random_ids(4), 3), lambda _: None)
-    assert made.figures.refused == 1
+    assert made.figures["refused"] == 1
     made.start()
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_answered_is_refused(
     made = scheduler()
     with pytest.raises(error):
         made.submit(request_, lambda _: None)
-    assert made.figures.requests == 0
+    assert made.figures["requests"] == 0
 
 
 def test_time_that_is_over(scheduler: MakeScheduler) -> None:
@@ -256,12 +256,12 @@ def test_a_prompt_that_goes_on_is_not_computed_again(scheduler: MakeScheduler, r
     made = scheduler(rows=1)
     for start in starts:
         list(made.stream(Request(start, 2)))
-    before = made.figures.known_tokens
+    before = made.figures["known_tokens"]
     for start in starts:
         longer = np.concatenate([start, random_ids(10, seed=9)])
         request = Request(longer, 6, setting=DENSE)
         assert [step.token for step in made.stream(request)] == alone(runtime, request)
-    assert made.figures.known_tokens - before == 3 * 48, "whole tiles of 60"
+    assert made.figures["known_tokens"] - before == 3 * 48, "whole tiles of 60"
 
 
 def test_idle_it_waits(scheduler: MakeScheduler) -> None:
@@ -279,9 +279,9 @@ def test_prompts_are_kept_up_to_so_many_bytes(scheduler: MakeScheduler) -> None:
     made = scheduler(rows=1, prefix_bytes=2 * one)
 
     def known(prompt: np.ndarray) -> int:
-        before = made.figures.known_tokens
+        before = made.figures["known_tokens"]
         list(made.stream(Request(prompt, 1)))
-        return made.figures.known_tokens - before
+        return made.figures["known_tokens"] - before
 
     assert [known(start) for start in starts[:2]] == [0, 0]
     assert known(starts[0]) == 48, "whole tiles of all but the last two tokens"

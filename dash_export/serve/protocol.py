@@ -184,8 +184,7 @@ class Message(BaseModel):
             if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
                 raise RequestError(f"content of type {other!r:.60} is not supported; supported: text.")
             content = "".join(part.text or "" for part in content)
-        given = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
-        said = {name: value for name, value in given.items() if value is not None}
+        said = self.model_dump(include={"name", "tool_call_id", "reasoning_content"}, exclude_none=True)
         calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": content or "", **said, **calls}
@@ -209,6 +208,11 @@ class ResponseFormat(BaseModel):
         if self.json_schema is None:
             raise RequestError("response_format: json_schema is missing.")
         return self.json_schema.schema_
+
+
+_SAMPLED = {"temperature", "top_p", "top_k", "min_p"}
+_SAMPLED |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+"""Fields that `Sampling` has under the same names."""
 
 
 class Generation(BaseModel):
@@ -249,19 +253,11 @@ class Generation(BaseModel):
 
     def sampling(self, logprobs: int | None = None) -> Sampling:
         """Return how the first answer is sampled, without its grammar. Raises RequestError."""
+        said: dict[str, Any] = {"temperature": 1.0, **self.model_dump(include=_SAMPLED, exclude_none=True)}
+        if said["temperature"] < 1e-3:
+            said["temperature"] = 0.0
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        given = {
-            "temperature": self.temperature if self.temperature is None or self.temperature >= 1e-3 else 0.0,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-        }
-        said = {name: value for name, value in given.items() if value is not None}
-        seed = None if self.seed is None else abs(self.seed)
-        return Sampling(**({"temperature": 1.0} | said), seed=seed, stop=stop, logprobs=logprobs)  # type: ignore[arg-type]
+        return Sampling(**said, seed=None if self.seed is None else abs(self.seed), stop=stop, logprobs=logprobs)
 
 
 class ChatRequest(Generation):

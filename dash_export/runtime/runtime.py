@@ -20,7 +20,7 @@ from dash_export.runtime.batch import Batch
 from dash_export.runtime.decode import MAX_SEQUENCES, EngineSet
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
 from dash_export.runtime.own_policy import CPU_ONLY, OwnRule, Policy
-from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score, TokenIds, checked_tokens
+from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
@@ -154,13 +154,6 @@ class DashRuntime:
         if isinstance(rules.calibrated, OwnRule) and not isinstance(self.engines, EngineSet):
             raise PolicyError(CPU_ONLY)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
-
-    @check_arguments
-    def checked_ids(self, prompt: Prompt) -> TokenIds:
-        """Return the token ids [n] of a prompt that begins a context. Raises RequestError and ContextLengthError."""
-        model = self.engines.model
-        ids = self.text.encode(prompt, limit=model.max_positions) if isinstance(prompt, str) else prompt
-        return checked_tokens(ids, model.vocab_size)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """Make a batch: at most `size` sequences decoded together, each as in a `session`. Raises PolicyError, and

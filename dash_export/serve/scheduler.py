@@ -14,13 +14,13 @@ from contextlib import suppress
 from copy import deepcopy
 from queue import SimpleQueue
 
-from dash_export.arguments import Prompt
+from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.cpus import available_memory
 from dash_export.runtime.guidance import Guide
-from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
+from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import Pace
@@ -112,11 +112,11 @@ class Scheduler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @check_arguments
     def ids(self, prompt: Prompt) -> TokenIds:
         """Return the token ids of a prompt, slowly for a long text. Raises RequestError and ContextLengthError."""
-        if isinstance(prompt, str):
-            prompt = self.runtime.text.encode(prompt, limit=self.context)
-        return self.runtime.checked_ids(prompt)
+        ids = self.runtime.text.encode(prompt, limit=self.context) if isinstance(prompt, str) else prompt
+        return checked_tokens(ids, self.runtime.engines.model.vocab_size)
 
     def check_queue(self) -> None:
         """Raise BusyServerError, and count the request as refused, if the queue is full or the scheduler is closing."""

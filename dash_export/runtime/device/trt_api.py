@@ -140,10 +140,8 @@ def last_reason(complaints: Sequence[str]) -> str:
     return complaints[-1] if complaints else "it gave no reason"
 
 
-@cache
-def load_toolkit(backend: str) -> Toolkit:
-    """Return the toolkit of a backend, loaded once. Raises BackendError."""
-    return Toolkit(backend)
+load_toolkit = cache(Toolkit)
+"""Return the toolkit of a backend, loaded once. Raises BackendError."""
 
 
 @cache

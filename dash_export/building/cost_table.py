@@ -48,7 +48,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> Co
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe.cost
-    engines = load_engines(bundle, build, backend, build.recipe, build.recipe.runtime.dispatch)
+    engines = load_engines(bundle, build, backend, build.recipe.runtime.dispatch)
     context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)

@@ -25,7 +25,7 @@ from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
-from dash_export.targets import MAX_THREADS, Dispatch, Recipe
+from dash_export.targets import MAX_THREADS, Dispatch
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.cuda import Cuda
@@ -48,7 +48,7 @@ class DashRuntime:
         if dispatch != "sync" and self.recipe.engine is None:
             raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
         self.text = Text(bundle.root)
-        self.engines = engines(bundle, build, backend, self.recipe, dispatch)
+        self.engines = engines(bundle, build, backend, dispatch)
 
     @classmethod
     @check_arguments
@@ -217,19 +217,17 @@ class DashRuntime:
         return [Generation.gathered(each) for each in responses]
 
 
-def engines(
-    bundle: Bundle, build: Build, backend: OrtBackend | Cuda, recipe: Recipe, dispatch: str
-) -> EngineSet | DeviceEngines:
+def engines(bundle: Bundle, build: Build, backend: OrtBackend | Cuda, dispatch: str) -> EngineSet | DeviceEngines:
     """Load a build's engines for the device of its recipe. Raises BackendError where device and build do not fit."""
-    if recipe.engine is None:
+    if build.recipe.engine is None:
         keep_freed_memory()
-        with on_huge_pages(recipe.runtime.huge_pages):
+        with on_huge_pages(build.recipe.runtime.huge_pages):
             return EngineSet(bundle, build, cast("OrtBackend", backend))
     from dash_export.runtime.device.engines import DeviceEngines  # a CPU does not need it
 
     device = cast("Cuda", backend)
     device.accept(build, bundle.build_command(build.target))
-    return DeviceEngines(bundle, build, recipe, device, dispatch)
+    return DeviceEngines(bundle, build, device, dispatch)
 
 
 def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:

@@ -129,7 +129,7 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     loaded: dict[int, EngineSet] = {}
     for index in (0, 1) if number % 2 == 0 else (1, 0):
         own, build = builds[index]
-        found = engines(own, build, OrtBackend(build.recipe.runtime.threads), build.recipe, "sync")
+        found = engines(own, build, OrtBackend(build.recipe.runtime.threads), "sync")
         assert isinstance(found, EngineSet)
         loaded[index] = found
     return loaded[0], loaded[1]

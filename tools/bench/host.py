@@ -85,7 +85,7 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     }  # fmt: skip
     for name, (dispatch, rule) in modes.items():
         device: Any = Nothing()
-        engines = DeviceEngines(opened, build, build.recipe, device, dispatch)
+        engines = DeviceEngines(opened, build, device, dispatch)
         cache = engines.cache(0)
         cache.reserve(1)
         step = engines.step(cache, 1)

@@ -14,7 +14,6 @@ from dash_export.runtime.cache import Sequences
 from dash_export.runtime.device.buffers import PromptMemory
 from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine
 from dash_export.runtime.device.step import DeviceStep
-from dash_export.targets import Recipe
 
 ALIGNED = 256
 """Alignment of the address of an engine's tensor, in bytes."""
@@ -37,13 +36,14 @@ class DeviceEngines:
 
     mixes = takes_embeddings = gives_state = grows = False
 
-    def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Cuda, dispatch: str) -> None:
+    def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:
         """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
         where steps cannot be recorded.
 
         Raises BundleError where the policy's engine is missing, or the segment before the first unit does not begin at
         the state that the policy reads, and BackendError where the device has no room.
         """
+        recipe = build.recipe
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
         self.sequences = recipe.engine.sequences

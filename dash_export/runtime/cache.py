@@ -52,23 +52,18 @@ class KVCache(Sequences):
         self.nbytes = self._block.nbytes
         self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim
 
-    def reserve(self, rows: int) -> bool:
-        """Make room for `rows` tokens of every sequence, rounded up to a multiple of the step. Return True when the
-        arrays moved and must be bound again. Raises MemoryError, and then the cache is unchanged.
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` tokens of every sequence, rounded up to a multiple of the step. Where that is more than
+        the capacity, the arrays move and must be bound again. Raises MemoryError, and then the cache is unchanged.
         """
         if rows <= self.capacity:
-            return False
+            return
         # Grow by at least half the capacity: then all copies of a long generation together stay linear in its length.
         wanted = min(max(rows, self.capacity + self.capacity // 2), max(rows, self._model.max_positions))
-        vars(self).update(vars(self.copy(-(-wanted // self._step) * self._step)))
-        return True
-
-    def copy(self, capacity: int | None = None) -> KVCache:
-        """Return another cache with the same contents, of another `capacity` if one is given."""
-        twin = KVCache(self._model, self._step, len(self.lengths), self.capacity if capacity is None else capacity)
+        larger = KVCache(self._model, self._step, len(self.lengths), -(-wanted // self._step) * self._step)
         for index in range(len(self.lengths)):
-            twin.take(index, self, index)
-        return twin
+            larger.take(index, self, index)
+        vars(self).update(vars(larger))
 
     def alone(self, index: int) -> KVCache:
         """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length."""
@@ -77,8 +72,9 @@ class KVCache(Sequences):
         return twin
 
     def take(self, index: int, source: KVCache, other: int = 0) -> None:
-        """Replace sequence `index` by a copy of sequence `other` of `source`. There must be room for it."""
+        """Replace sequence `index` by a copy of sequence `other` of `source`. Raises as `reserve`."""
         length = source.lengths[other]
+        self.reserve(length)
         self._block[:, :, index, :, :length] = source._block[:, :, other, :, :length]
         self.lengths[index] = length
 

@@ -81,7 +81,7 @@ class Session:
         """Return a session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         self.cache.length = len(self.tokens)  # as in `reserve`
-        twin.cache = self.cache.copy()
+        twin.cache.take(0, self.cache)
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
         twin._hidden = None if self._hidden is None else self._hidden.copy()  # the next step overwrites it
         return twin

@@ -97,7 +97,7 @@ def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: p
     for cache in (session.cache, batch.rows.cache):
         sound = cache.reserve
 
-        def reserve(rows: int, sound: Any = sound) -> bool:
+        def reserve(rows: int, sound: Any = sound) -> None:
             sound(rows)
             raise KeyboardInterrupt
 

@@ -116,9 +116,9 @@ class DeviceCache(Sequences):
         self.ahead: object = None
         """What the last step has launched ahead; whoever writes to the cache after it takes this away."""
 
-    def reserve(self, rows: int) -> bool:
-        """Allocate memory for the whole capacity, once. Return True when it was allocated now. Raises
-        ContextLengthError where `rows` exceed the capacity, and BackendError where so much is not free.
+    def reserve(self, rows: int) -> None:
+        """Allocate memory for the whole capacity, once. Raises ContextLengthError where `rows` exceed the capacity, and
+        BackendError where so much is not free.
         """
         if rows > self.capacity:
             raise ContextLengthError(
@@ -126,21 +126,13 @@ class DeviceCache(Sequences):
                 "larger kv_capacity in the recipe's [engine] table."
             )
         if self.keys:
-            return False
+            return
         nbytes, layers = len(self.lengths) * self.sequence_bytes, self._engines.model.num_layers
         apart = -(-nbytes // ALIGNED) * ALIGNED
         # One block: an allocation itself takes longer than its bytes do, and a server keeps many prompts.
         block = self._engines.device.memory(2 * layers * apart)
         parts = [block.part(place * apart, nbytes) for place in range(2 * layers)]
         self.keys, self.values = parts[:layers], parts[layers:]
-        return True
-
-    def copy(self) -> DeviceCache:
-        """Return another cache with the same contents."""
-        twin = DeviceCache(self._engines, len(self.lengths), self.capacity)
-        for index in range(len(self.lengths)):
-            twin.take(index, self, index)
-        return twin
 
     def alone(self, index: int) -> DeviceCache:
         """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length."""

@@ -123,13 +123,6 @@ def constant_value(value: ir.Value | None) -> npt.NDArray[Any] | None:
     return value.const_value.numpy()
 
 
-def drop_unused(graph: ir.Graph) -> None:
-    """Remove initializers that no node reads any more."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and value not in graph.outputs:
-            del graph.initializers[name]
-
-
 def drop_unused_inputs(graph: ir.Graph) -> None:
     """Remove inputs that no node reads any more and that are no output."""
     for value in list(graph.inputs):

@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.surgery import add_constant, constant_value, drop_unused, drop_unused_inputs
+from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
 from dash_export.graphs.trt_quantize import quantize_weights
 from dash_export.names import FINAL_STATE
@@ -48,7 +49,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
         _make_mask(graph, capacity)
     quantize_weights(graph, recipe.weights, gated, roundings)
     set_activation_type(graph, DTYPES[recipe.engine.activations])
-    drop_unused(graph)
+    RemoveUnusedNodesPass()(model)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dash_export.graphs.portable import WINDOW
 from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
@@ -41,8 +42,7 @@ def decompose(model: ir.Model, capacity: int) -> None:
             _attention(graph, node, step)
     for node in [node for node in graph if node.op_type == "TensorScatter"]:
         _new_rows(graph, node)
-    for node in reversed([node for node in graph if "/mask/" in str(node.name)]):
-        graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
     drop_unused_inputs(graph)
     graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
 

@@ -1,4 +1,5 @@
-"""4-bit codes of a GGUF file (Q4_0, Q4_1, Q4_K: weight = s q + m in blocks of 32) in CPU engines, not rounded again.
+"""Matrices of 4-bit codes in CPU engines, not rounded again: a GGUF file's (Q4_0, Q4_1, Q4_K: weight = s q + m in
+blocks of 32), or those that were calibrated.
 
 MatMulNBits has integer zero points, so m is split into a multiple of s and a rest. The rests of a matrix are one small
 product with the means of x over its blocks; the means are appended to x as further inputs.
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.graphs.ggml import four_bits
+from dash_export.graphs.rounded import Rounded
 from dash_export.graphs.stored import Stored
 from dash_export.models.spec import Float32Array
 
@@ -22,7 +24,7 @@ _REST_LEVELS = 7
 
 @dataclass(frozen=True)
 class Grid:
-    """Matrix of 4-bit codes: weight = scale * (code - zero) + rest. Codes are uint8 [out, blocks, BLOCK]; scales and
+    """Matrix of 4-bit codes: weight = scale * (code - zero) + rest. Codes are uint8 [out, blocks, block]; scales and
     rests (float32) and zeros (uint8) are [out, blocks].
     """
 
@@ -54,8 +56,15 @@ def grid_of(stored: Stored) -> Grid | None:
     return Grid(codes, scales, zeros.astype(np.uint8), rests)
 
 
+def grid_from(rounded: Rounded) -> Grid:
+    """Return the grid of a calibrated matrix; it has no rests. A last, shorter block is filled up."""
+    short = len(rounded.scales) * rounded.block - len(rounded.codes)
+    codes = np.pad(rounded.codes, ((0, short), (0, 0))).T.reshape(rounded.codes.shape[1], -1, rounded.block)
+    return Grid(codes, rounded.scales.T, rounded.zeros.T, np.zeros_like(rounded.scales.T))
+
+
 def packed(grids: Sequence[Grid]) -> tuple[npt.NDArray[np.uint8], Float32Array, npt.NDArray[np.uint8], int]:
-    """Pack grids side by side for MatMulNBits: codes [out, blocks, BLOCK / 2], scales, zero points, and the number of
+    """Pack grids side by side for MatMulNBits: codes [out, blocks, block / 2], scales, zero points, and the number of
     inputs to append to the matrix's own: one per block for the rests, which get blocks of their own; 0 without rests.
     """
     codes, scales, zeros, rests = (

@@ -17,8 +17,7 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
-from dash_export.graphs.ort_products import ProductWriter
-from dash_export.graphs.ort_quantize import CONTRIB, quantize_block
+from dash_export.graphs.ort_products import CONTRIB, ProductWriter, quantize_block
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.manifest import Manifest
@@ -141,7 +140,7 @@ class OrtWriter(ProductWriter):
         gain = before_mlp if norms else f"{weights}.post_attention_layernorm.weight"
         normed, hidden = self.read(state, gain, f"{name}/after_attention/norm")
         wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
-        gate, up = self.parts(wide, [self.columns(f"{weights}.mlp.{which}_proj.weight") for which in ("gate", "up")])
+        gate, up = self.parts(wide, [self.shape(f"{weights}.mlp.{which}_proj.weight")[1] for which in ("gate", "up")])
         if self.traits.activation == "silu":
             gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
         else:
@@ -285,7 +284,7 @@ class OrtWriter(ProductWriter):
 
     def rotary_size(self, rope: str) -> int:
         """Return how many dimensions of a head are rotated."""
-        return 2 * self.columns(f"{rope}.cos")
+        return 2 * self.shape(f"{rope}.cos")[1]
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """Apply RoPE to [batch, sequence, heads * head_dim]."""

@@ -1,4 +1,6 @@
-"""Products with a model's matrices in the `ort` dialect: float, rounded as the recipe says, or with a GGUF's codes."""
+"""Products with a model's matrices in the `ort` dialect: float, rounded as the recipe says, or with 4-bit codes of a
+GGUF file or of a calibration (grid.py).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-from dash_export.graphs.grid import BLOCK, Grid, grid_of, packed
-from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantized
-from dash_export.graphs.rounded import Roundings, weight_precision
+from dash_export.graphs.grid import BLOCK, Grid, grid_from, grid_of, packed
+from dash_export.graphs.rounded import Rounded, Roundings, weight_precision
 from dash_export.graphs.stored import STORED
 from dash_export.graphs.writer import GraphWriter
 from dash_export.manifest import Manifest
+from dash_export.models.spec import Float32Array
 from dash_export.targets import BITS, QUANTISED, Recipe
 
-Floats = npt.NDArray[np.float32]
+CONTRIB = "com.microsoft"
+ACCURACY_LEVEL = 4
+"""Activations are quantised to int8 per block: the fast kernels on AVX2, AVX-512-VNNI and NEON."""
+
 Codes = npt.NDArray[Any]
+Blocks = tuple[Codes, Float32Array, Codes]
+"""Packed codes [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, zero points (packed, uint8)."""
+
+
+def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool) -> Blocks:
+    """Quantise [in, out] float32 in blocks by ONNX Runtime's own quantiser, each weight rounded to nearest."""
+    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
+    codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix))
+    out = matrix.shape[1]
+    return codes, scales.reshape(out, -1), zeros.reshape(out, -1)
 
 
 class ProductWriter(GraphWriter):
@@ -44,13 +60,13 @@ class ProductWriter(GraphWriter):
             if value.const_value is not None
         }
 
-    def array(self, weight: str) -> Floats:
-        array: Floats = self.weights[weight].numpy()
+    def array(self, weight: str) -> Float32Array:
+        array: Float32Array = self.weights[weight].numpy()
         return array
 
-    def columns(self, weight: str) -> int:
-        """Return how many columns a matrix [in, out] has, without reading it."""
-        return int(self.weights[weight].shape.numpy()[1])
+    def shape(self, weight: str) -> tuple[int, ...]:
+        """Return a weight's shape, without reading it; a matrix is [in, out]."""
+        return tuple(map(int, self.weights[weight].shape.numpy()))
 
     def stored(self, weight: str) -> ir.Value:
         """Return a constant of a portable graph, unchanged."""
@@ -71,7 +87,7 @@ class ProductWriter(GraphWriter):
         """Return source @ weights + biases. The matrices [in, out] lie side by side, quantised where the recipe says
         so. The first matrix and its bias are multiplied by `times`.
         """
-        widths = [self.columns(weight) for weight in weights]
+        rows, widths = self.shape(weights[0])[0], [self.shape(weight)[1] for weight in weights]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
         given = [self.weights.get(weight.removesuffix("weight") + "bias") for weight in weights]
         bias = None
@@ -82,46 +98,57 @@ class ProductWriter(GraphWriter):
             ]
             bias = self.constant(f"{node}.bias", np.concatenate(biases))
         precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
-        if precision == "int4" and self.recipe.rounding == "as-is":
-            grids = [self.grid(weight, factor) for weight, factor in zip(weights, factors, strict=True)]
+        as_is = precision == "int4" and self.recipe.rounding == "as-is"
+        small = min(rows, sum(widths)) < block
+        if as_is or (precision == "int4" and not small):
+            grids = [self.grid(node, place, weight) for place, weight in enumerate(weights)]
             if None not in grids:
-                return self.on_grid(source, node, grids, bias)
+                return self.on_grid(source, node, rows, [grids[0].times(times), *grids[1:]], bias)
+        if as_is:
             precision = "int8"
         matrices = [self.array(weight) for weight in weights]
         if times != 1:
             matrices[0] = matrices[0] * factors[0]
-        rows, columns = len(matrices[0]), sum(widths)
-        if precision not in QUANTISED or min(rows, columns) < block:  # smaller than a block: stays float32
-            wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
+        wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
+        if precision not in QUANTISED or small:  # smaller than a block: stays float32
             value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
-        bits = BITS[precision]
-        found = quantized(node, matrices, bits, self.recipe, self.roundings, times)
-        packed, *grid = self.blocks(f"{node}.weight", bits, *found)
-        inputs = [source, packed, *grid] if bias is None else [source, packed, *grid, *[None] * (3 - len(grid)), bias]
-        options = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
-        return self.contrib("MatMulNBits", inputs, node, **options)
+        found = quantize_block(wide, BITS[precision], block, self.recipe.symmetric)
+        return self.nbits(source, node, rows, BITS[precision], block, found, bias)
 
-    def grid(self, weight: str, factor: float) -> Any:
-        """Return the Grid of a matrix times a factor; None without 4-bit codes, or where its rests would be coarse."""
-        stored = getattr(self.weights[weight], "meta", {}).get(STORED)
-        found = None if stored is None else grid_of(stored)
-        return None if found is None else found.times(factor)
+    def grid(self, node: str, place: int, weight: str) -> Any:
+        """Return the Grid of a matrix of the node `part/name+name`: the file's codes, or those that were calibrated.
+        None where the file has none of 4 bits or its rests would be coarse, and where nothing was calibrated.
+        """
+        if self.recipe.rounding == "as-is":
+            stored = getattr(self.weights[weight], "meta", {}).get(STORED)
+            return None if stored is None else grid_of(stored)
+        part, _, names = node.rpartition("/")
+        rounded = self.roundings(f"{part}/{names.split('+')[place]}")
+        if not isinstance(rounded, Rounded):
+            return None
+        rounded.check(node, self.shape(weight), self.recipe.block_size)
+        return grid_from(rounded)
 
-    def on_grid(self, source: ir.Value, node: str, grids: Sequence[Grid], bias: ir.Value | None) -> ir.Value:
-        """Return the product of `source` with matrices whose 4-bit codes stay those of the file."""
-        rows, columns = BLOCK * grids[0].codes.shape[1], sum(len(grid.codes) for grid in grids)
-        codes, scales, zeros, more = packed(grids)
+    def on_grid(self, source: ir.Value, node: str, rows: int, grids: Sequence[Grid], bias: ir.Value | None) -> ir.Value:
+        """Return the product of `source` with matrices of `rows` inputs whose 4-bit codes stay what they are."""
+        *blocks, more = packed(grids)
         if more:
             means = self.op("AveragePool", [source], f"{node}/means", kernel_shape=[BLOCK], strides=[BLOCK])
             source = self.op("Concat", [source, means], f"{node}/with_means", axis=-1)
-        parts: dict[str, npt.NDArray[Any]] = {"q4": codes, "scales": scales, "zero_points": zeros}
-        grid = [self.constant(f"{node}.weight.{name}", each) for name, each in parts.items()]
-        options = {"K": rows + more, "N": columns, "bits": 4, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-        inputs = [source, *grid] if bias is None else [source, *grid, None, bias]
+        return self.nbits(source, node, rows + more, 4, grids[0].codes.shape[-1], blocks, bias)
+
+    def nbits(
+        self, source: ir.Value, node: str, rows: int, bits: int, block: int, found: Sequence[Any], bias: ir.Value | None
+    ) -> ir.Value:
+        """Return source @ matrix [rows, out] + bias; `found`: the matrix's packed codes, scales and zero points."""
+        inputs: list[ir.Value | None] = [source, *self.blocks(f"{node}.weight", bits, *found)]
+        if bias is not None:
+            inputs += [*[None] * (5 - len(inputs)), bias]
+        options = {"K": rows, "N": len(found[0]), "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
         return self.contrib("MatMulNBits", inputs, node, **options)
 
-    def blocks(self, weight: str, bits: int, codes: Codes, scales: Floats, zeros: Codes) -> list[ir.Value]:
+    def blocks(self, weight: str, bits: int, codes: Codes, scales: Float32Array, zeros: Codes) -> list[ir.Value]:
         """Return constants of the codes, the scales and, unless the recipe is symmetric, the zero points."""
         found = [self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales)]
         return found if self.recipe.symmetric else [*found, self.constant(f"{weight}.zero_points", zeros)]

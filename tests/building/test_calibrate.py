@@ -20,7 +20,8 @@ from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
-from dash_export.graphs.ort_quantize import pack_rounded, quantize_block
+from dash_export.graphs.grid import grid_from, packed
+from dash_export.graphs.ort_products import quantize_block
 from dash_export.graphs.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
@@ -81,11 +82,13 @@ def test_odd_matrices(case: Arrays) -> None:
     assert np.isfinite(found).all()
     assert not found[:, 3].any()
     short = gptq(matrix[:80], moments(inputs[:, :80]), BLOCK, False)
-    assert [array.shape for array in pack_rounded(short)] == [(COLUMNS, 3, BLOCK // 2), (COLUMNS, 3), (COLUMNS, 2)]
+    *parts, _ = packed([grid_from(short)])
+    assert [part.shape for part in parts] == [(COLUMNS, 3, BLOCK // 2), (COLUMNS, 3), (COLUMNS, 2)]
 
 
 def test_packing_is_what_onnx_runtime_packs(case: Arrays) -> None:
-    for found, wanted in zip(pack_rounded(nearest(case[1])), quantize_block(case[1], 4, BLOCK, False), strict=True):
+    *parts, _ = packed([grid_from(nearest(case[1]))])
+    for found, wanted in zip(parts, quantize_block(case[1], 4, BLOCK, False), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -170,7 +173,7 @@ def codes(bundle: Bundle, target: str = "small-cuda") -> np.ndarray:
 )
 def test_engines_for_a_cpu_hold_what_was_calibrated(engine: str, node: str, bundle: Bundle) -> None:
     scale = np.float32(16**-0.5 if node.endswith("q_proj") else 1)  # packed with K and V, and scaled for attention
-    wanted = list(pack_rounded(kept(bundle, node, "small-cpu")))
+    *wanted, _ = packed([grid_from(kept(bundle, node, "small-cpu"))])
     wanted[1] = wanted[1] * scale
     for whole, part in zip(held(bundle, "small-cpu", engine, node, 1), wanted, strict=True):
         np.testing.assert_array_equal(whole.reshape(-1, *part.shape[1:])[: len(part)], part)

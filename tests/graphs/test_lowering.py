@@ -14,7 +14,7 @@ from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
-from dash_export.graphs.ort_quantize import quantize_block
+from dash_export.graphs.ort_products import quantize_block
 from dash_export.graphs.rounded import weight_precision
 from dash_export.targets import WeightsRecipe
 from tests.tiny import random_ids, tiny_checkpoint, tiny_policy

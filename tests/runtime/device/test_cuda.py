@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import os
-from collections import defaultdict
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,13 @@ from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.runtime.device import cuda, cuda_graph, kernels, tensorrt, trt_api
-from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.device.kernels import KERNELS, NAMES, compile_kernels
+from tests.standin.trt import Engine
 
 if TYPE_CHECKING:
+    from dash_export.bundle import Bundle
     from tests.runtime.device.conftest import MakeOnCard
     from tests.standin.cuda import Card
 
@@ -241,93 +243,52 @@ def test_a_call_that_fails_says_which_and_where(name: str, card: Card) -> None:
 # --- TensorRT
 
 
-def test_engines_of_another_version_or_card_are_refused() -> None:
-    recipe = SimpleNamespace(engine=SimpleNamespace(capabilities=("9.0", "9.1")))
-    build: Any = SimpleNamespace(target="mine", backend_version="10.3.0", recipe=recipe)
-
-    def accept(version: str, capability: str) -> None:
-        device: Any = object.__new__(tensorrt.TensorRT)
-        device.toolkit = SimpleNamespace(backend="tensorrt", version=version)
-        device.device = SimpleNamespace(name="a card", capability=capability)
-        device.accept(build, "rebuild me")
-
-    accept("10.3.0", "9.0")
-    with pytest.raises(BackendError, match=r"by tensorrt 10\.3\.0 and this machine has 11\.4\.1.*rebuild me"):
-        accept("11.4.1", "9.0")
-    with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 8\.7"):
-        accept("10.3.0", "8.7")
+@pytest.mark.usefixtures("card")
+def test_engines_of_another_version_or_card_are_refused(device_bundle: Bundle) -> None:
+    device, build = tensorrt.TensorRT("tensorrt"), device_bundle.load_build("trt10")
+    device.accept(build, "rebuild me")
+    with pytest.raises(BackendError, match=r"by tensorrt 10\.3\.0 and this machine has 10\.16\.0.*rebuild me"):
+        device.accept(replace(build, backend_version="10.3.0"), "rebuild me")
+    assert build.recipe.engine is not None
+    recipe = replace(build.recipe, engine=replace(build.recipe.engine, capabilities=("9.0", "9.1")))
+    with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 12\.0"):
+        device.accept(replace(build, recipe=recipe), "rebuild me")
 
 
-class Context:
-    """TensorRT's own, of which only this is asked."""
+@pytest.mark.usefixtures("card")
+def test_engines_of_one_stream_share_one_block_of_the_largest_size(
+    device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"layer_01": 512, "layers_02-03": 1536, "layer_04": 1024, "policy": 256, "layer_05": 2048}
+    monkeypatch.setattr(Engine, "get_device_memory_size_for_profile_v2", lambda engine, _: sizes[engine.name])
+    device, engines = tensorrt.TensorRT("tensorrt"), device_bundle.load_build("trt10").engines
 
-    def __init__(self) -> None:
-        self.scratch, self.shapes = (0, 0), {"hidden": (0,)}
+    def engine(name: str, stream: str = "main") -> Any:
+        return device.engine(device_bundle.path(engines[name].file), stream)
 
-    def set_optimization_profile_async(self, *_: int) -> bool:
-        return True
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
-        return shape[1] < 10
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        return name == "hidden" and address > 0
-
-    def set_device_memory(self, address: int, size: int) -> None:
-        self.scratch = (address, size)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        return stream != 7
+    launches = [each.bind(1, {}, {}) for each in [engine(name) for name in ("layer_01", "layers_02-03", "layer_04")]]
+    ((address, size),) = {(launch.memory[1].address, launch.memory[1].nbytes) for launch in launches}
+    assert size == 1536
+    own, later = engine("policy", "beside").bind(0, {}, {}), engine("layer_05").bind(1, {}, {})
+    assert (own.memory[1].nbytes, own.memory[1].address == address) == (256, False)
+    assert (later.memory[1].nbytes, later.memory[1].address == address) == (2048, False)
+    assert launches[0].memory[1].address == address, "who is bound to the smaller one keeps it"
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A device whose addresses count up, and engines that want as much scratch memory as their file's name says."""
-    made: Any = object.__new__(tensorrt.TensorRT)
-    made.device = SimpleNamespace(capability="9.0")
-    made.engines, made._scratch, made.contexts, made._streams = {}, {}, [], {"main": 7, "beside": 8}
-    made.toolkit = SimpleNamespace(context=lambda engine, _: engine.create_execution_context(2))
-    made.memory = lambda nbytes: CudaMemory(4096 * (1 + len(made._scratch)), nbytes)
-
-    def load(engine: Any, device: Any, path: Path, stream: str) -> None:
-        engine._device, engine._name, engine._stream, engine._free = device, path.name, stream, defaultdict(list)
-        engine.scratch_bytes = int(path.stem)
-        engine._engine = SimpleNamespace()
-        engine._engine.create_execution_context = lambda _: device.contexts.append(Context()) or device.contexts[-1]
-
-    monkeypatch.setattr(tensorrt.TensorRTEngine, "__init__", load)
-    return made
-
-
-def bound(device: Any, scratch: int, length: int = 5, stream: str = "main") -> Any:
-    engine = device.engine(Path(f"{scratch}.engine"), stream)
-    return engine.bind(1, {"hidden": (1, length, 8)}, {"hidden": CudaMemory(4096, 64)})
-
-
-def test_engines_of_one_stream_share_one_block_of_the_largest_size(device: Any) -> None:
-    for size in (100, 300, 200):
-        device.engine(Path(f"{size}.engine"), "main")
-    launches = [bound(device, size) for size in (100, 300, 200)]
-    assert {context.scratch for context in device.contexts} == {(4096, 300)}
-    bound(device, 50, stream="beside")
-    assert device.contexts[-1].scratch == (8192, 50)
-    later = bound(device, 400)
-    assert device.contexts[-1].scratch[1] == 400
-    assert launches[0].memory[1].nbytes == 300, "who is bound to the smaller one keeps it"
-    with pytest.raises(BackendError, match=r"TensorRT could not launch 400\.engine"):
-        later("main")
-
-
-def test_a_dropped_context_is_bound_anew(device: Any) -> None:
+@pytest.mark.usefixtures("card")
+def test_a_dropped_context_is_bound_anew(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making one takes TensorRT milliseconds, and every length of prompt wants its own binding."""
-    first, second = bound(device, 100, 5), bound(device, 100, 6)
-    assert len(device.contexts) == 2
+    made, sound = [], Engine.create_execution_context
+    monkeypatch.setattr(Engine, "create_execution_context", lambda *given: made.append(sound(*given)) or made[-1])
+    file = device_bundle.path(device_bundle.load_build("trt10").engines["layer_01"].file)
+    engine = tensorrt.TensorRT("tensorrt").engine(file, "main")
+    first, second = (engine.bind(1, {"hidden": (1, length, 64)}, {}) for length in (5, 6))
+    assert len(made) == 2
     del first
-    third = bound(device, 100, 9)
-    assert len(device.contexts) == 2
-    assert device.contexts[0].shapes["hidden"] == (1, 9, 8)
-    with pytest.raises(BackendError, match=r"does not take hidden \[1, 10, 8\]: build it again"):
-        bound(device, 100, 10)
-    assert len(device.contexts) == 3, "two are in use"
+    third = engine.bind(1, {"hidden": (1, 9, 64)}, {})
+    assert len(made) == 2
+    assert made[0].shapes["hidden"] == (1, 9, 64)
+    with pytest.raises(BackendError, match=r"does not take hidden \[1, 17, 64\]: build it again"):
+        engine.bind(1, {"hidden": (1, 17, 64)}, {})
+    assert len(made) == 3, "two are in use"
     del second, third

@@ -19,6 +19,7 @@ def installed(card: Card) -> Iterator[None]:
     from dash_export import manifest, targets
     from dash_export.runtime import cuda_devices
     from dash_export.runtime.device import kernels, trt_api
+    from tests.standin.modules import Runtime, driver, libcuda
     from tests.standin.ptx import compile_ptx
     from tests.standin.trt import toolkit
 
@@ -30,10 +31,10 @@ def installed(card: Card) -> Iterator[None]:
             known.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        modules: dict[str, Any] = {"cuda.bindings.runtime": card.runtime(), "cuda.bindings.driver": card.driver()}
+        modules: dict[str, Any] = {"cuda.bindings.runtime": Runtime(card), "cuda.bindings.driver": driver(card)}
         for name, module in (modules | {name: toolkit(card, name) for name in ("tensorrt", "tensorrt_rtx")}).items():
             patch.setitem(sys.modules, name, module)
-        patch.setattr(cuda_devices, "_driver", card.libcuda)
+        patch.setattr(cuda_devices, "_driver", lambda: libcuda(card))
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
         patch.setattr(kernels, "compile_kernels", lambda _: compile_ptx(kernels.KERNELS))
         for module in (manifest, targets):

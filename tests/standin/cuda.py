@@ -9,12 +9,10 @@ early, or writes what is still to be read, gives wrong numbers here as it would 
 from __future__ import annotations
 
 import ctypes
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from types import SimpleNamespace
 from typing import Any
 
 import cuda.bindings.runtime as rt
@@ -51,10 +49,10 @@ class Graph:
 
 @dataclass
 class Event:
-    """The nodes it stands for, and the recording they belong to."""
+    """The nodes it stands for, and what they belong to."""
 
-    nodes: list[Node] = field(default_factory=list)
-    graph: Graph | None = None
+    nodes: list[Node]
+    graph: Graph
 
 
 class Card(Memory):
@@ -67,16 +65,15 @@ class Card(Memory):
         self.run_in_order_of(first)
         self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
         self.integrated = False
-        self.raw: list[Call] = []
+        self.live = Graph(0, [])
+        """What is enqueued and not recorded."""
         self.calls = Counter[str]()
         self.at_exit: list[tuple[Any, ...]] = []
         """What the product would do when the process ends, and with what."""
         self.recorded: list[Graph] = []
         self.ran: list[tuple[int, Any]] = []
         """(stream, context) of every launch of an engine."""
-        self.pending: list[Node] = []
         self._handles = count(1)
-        self._ends: dict[int, list[Node]] = {}
         self._recording: dict[int, Graph] = {}
         self._events: dict[int, Event] = {}
         self._graphs: dict[int, Graph] = {}
@@ -92,7 +89,7 @@ class Card(Memory):
     @property
     def log(self) -> list[Call]:
         """What the host did, since `forget`."""
-        return self.named(self.raw)
+        return self.named(self.live.log)
 
     def named(self, log: list[Call]) -> list[Call]:
         names = self.names()
@@ -103,66 +100,13 @@ class Card(Memory):
         return {int(handle): name for name, handle in known}
 
     def forget(self) -> None:
-        self.raw.clear()
+        self.live.log.clear()
         self.calls.clear()
-
-    # --- what the product imports
-
-    def runtime(self) -> Any:
-        """In the place of `cuda.bindings.runtime`: its types, and this card's functions."""
-        card = self
-
-        class Runtime:
-            on = card
-
-            def __getattr__(self, name: str) -> Any:
-                real = getattr(rt, name)
-                if isinstance(real, type | int):
-                    return real
-                made = getattr(card, re.sub(r"_v\d$", "", name))
-
-                def call(*given: Any) -> Any:
-                    card.calls[name] += 1
-                    if (plain := name.removesuffix("_v2")) in card.failing:
-                        return card.failing[plain], None
-                    try:
-                        return made(*given)
-                    except BrokenRuleError:
-                        for graph in card._recording.values():
-                            graph.broken = True
-                        raise
-
-                return call
-
-        return Runtime()
-
-    def driver(self) -> Any:
-        """In the place of `cuda.bindings.driver`."""
-        return SimpleNamespace(
-            cuModuleLoadData=self._load, cuModuleGetFunction=self._function, cuLaunchKernel=self._launch_kernel
-        )
-
-    def libcuda(self) -> Any:
-        """In the place of `libcuda`, of which is asked what there is."""
-
-        def put(where: Any, value: Any) -> int:
-            where._obj.value = value
-            return 0
-
-        return SimpleNamespace(
-            cuInit=lambda _: 0,
-            cuDeviceGetCount=lambda found: put(found, 1),
-            cuDriverGetVersion=lambda found: put(found, self.version),
-            cuDeviceGet=lambda found, index: put(found, index),
-            cuDeviceGetName=lambda name, _size, _device: setattr(name, "value", b"a card") or 0,
-            cuDeviceTotalMem_v2=lambda found, _: put(found, self.total),
-            cuDeviceGetAttribute=lambda found, which, _: put(found, {75: 12, 18: self.integrated}.get(which, 0)),
-        )
 
     # --- copies
 
     def drain(self) -> None:
-        self.run(self.pending)
+        self.run(self.live.nodes)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any]:  # noqa: N802
         self.enqueue(stream, "memset", "", lambda: self.view(address, nbytes).fill(value))
@@ -206,17 +150,19 @@ class Card(Memory):
 
     def enqueue(self, stream: int, what: str, of: Any, *acts: Callable[[], object]) -> None:
         """Work for a stream, one after another; what other streams do may come between."""
-        graph = self._recording.get(int(stream))
-        (graph.log if graph else self.raw).append((int(stream), what, of))
-        ends = graph.ends if graph else self._ends
+        at = self._at(stream)
+        at.log.append((int(stream), what, of))
         for act in acts:
-            node = Node(int(stream), act, ends[int(stream)])
-            ends[int(stream)] = [node]
-            (graph.nodes if graph else self.pending).append(node)
+            at.nodes.append(Node(int(stream), act, at.ends[int(stream)]))
+            at.ends[int(stream)] = at.nodes[-1:]
+
+    def _at(self, stream: int) -> Graph:
+        """What the stream's work goes to."""
+        return self._recording.get(int(stream), self.live)
 
     def run(self, until: Iterable[Node], among: list[Node] | None = None) -> None:
         """Do what is pending until those nodes are done, and no more than the chosen order needs."""
-        pending, names, until = self.pending if among is None else among, self.names(), list(until)
+        pending, names, until = self.live.nodes if among is None else among, self.names(), list(until)
         while not all(node.done for node in until):
             ready = [node for node in pending if all(before.done for before in node.before)]
             ahead = [node for node in ready if names.get(node.stream) == self.first]
@@ -234,45 +180,44 @@ class Card(Memory):
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
         assert flags == rt.cudaStreamNonBlocking
         handle = next(self._handles)
-        self._ends[handle] = []
+        self.live.ends[handle] = []
         return OK, rt.cudaStream_t(handle)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
         assert flags == rt.cudaEventDisableTiming
         handle = next(self._handles)
-        self._events[handle] = Event()
+        self._events[handle] = Event([], self.live)
         return OK, rt.cudaEvent_t(handle)
 
     def cudaEventRecord(self, event: Any, stream: int) -> tuple[Any]:  # noqa: N802
-        graph = self._recording.get(stream)
-        (graph.log if graph else self.raw).append((stream, "record", int(event)))
-        self._events[int(event)] = Event(list((graph.ends if graph else self._ends)[stream]), graph)
+        at = self._at(stream)
+        at.log.append((stream, "record", int(event)))
+        self._events[int(event)] = Event(list(at.ends[stream]), at)
         return (OK,)
 
     def cudaStreamWaitEvent(self, stream: int, event: Any, flags: int) -> tuple[Any]:  # noqa: N802
         assert flags == 0
         waited = self._events[int(event)]
-        if waited.graph is not None and stream not in self._recording:  # the stream joins the recording
+        if waited.graph is not self.live and stream not in self._recording:  # the stream joins the recording
             rule(waited.graph in self._recording.values(), "cudaErrorCapturedEvent: the recording has ended")
             self._recording[stream], waited.graph.ends[stream] = waited.graph, []
-        graph = self._recording.get(stream)
-        rule(graph is waited.graph, "cudaErrorStreamCaptureIsolation: the event was recorded elsewhere")
-        (graph.log if graph else self.raw).append((stream, "wait", int(event)))
-        ends = graph.ends if graph else self._ends
-        ends[stream] = [*ends[stream], *waited.nodes]
+        at = self._at(stream)
+        rule(at is waited.graph, "cudaErrorStreamCaptureIsolation: the event was recorded elsewhere")
+        at.log.append((stream, "wait", int(event)))
+        at.ends[stream] = [*at.ends[stream], *waited.nodes]
         return (OK,)
 
     def cudaEventSynchronize(self, event: Any) -> tuple[Any]:  # noqa: N802
         waited = self._events[int(event)]
-        rule(waited.graph is None, "cudaErrorCapturedEvent: the host waits for what is only recorded")
-        self.raw.append(("host", "wait", int(event)))
+        rule(waited.graph is self.live, "cudaErrorCapturedEvent: the host waits for what is only recorded")
+        self.live.log.append(("host", "wait", int(event)))
         self.run(waited.nodes)
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:  # noqa: N802
         rule(stream not in self._recording, "cudaErrorStreamCaptureUnsupported: the host waits within a recording")
-        self.raw.append(("host", "synchronize", stream))
-        self.run(self._ends[stream])
+        self.live.log.append(("host", "synchronize", stream))
+        self.run(self.live.ends[stream])
         return (OK,)
 
     # --- graphs
@@ -280,6 +225,10 @@ class Card(Memory):
     def recording(self, stream: int | None = None) -> bool:
         """That stream, or any."""
         return bool(self._recording) if stream is None else stream in self._recording
+
+    def break_recordings(self) -> None:
+        for graph in self._recording.values():
+            graph.broken = True
 
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:  # noqa: N802
         assert mode == rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
@@ -400,15 +349,15 @@ class Card(Memory):
 
     # --- kernels
 
-    def _load(self, code: bytes) -> tuple[Any, ...]:
+    def load(self, code: bytes) -> tuple[Any, ...]:
         return rt.cudaError_t(0), kernels(code.decode())
 
-    def _function(self, module: dict[str, Any], name: bytes) -> tuple[Any, ...]:
+    def function(self, module: dict[str, Any], name: bytes) -> tuple[Any, ...]:
         handle = next(self._handles)
         self._functions[handle] = name.decode(), module[name.decode()]
         return rt.cudaError_t(0), handle
 
-    def _launch_kernel(self, function: int, *given: Any) -> tuple[Any]:
+    def launch_kernel(self, function: int, *given: Any) -> tuple[Any]:
         blocks, by, bz, threads, ty, tz, shared, stream, (values, types), extra = given
         assert (ty, tz, shared, extra) == (1, 1, 0, 0)
         self.calls["cuLaunchKernel"] += 1

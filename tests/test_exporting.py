@@ -252,12 +252,6 @@ def test_heldout_text_is_not_calibration_text() -> None:
     assert not [text for text in paragraphs if len(text) > 40 and text in seen]
 
 
-@pytest.mark.parametrize("context", [1, (1 << 24) + 1])
-def test_a_context_that_no_bundle_can_have(tmp_path: Path, context: int) -> None:
-    with pytest.raises(CheckpointError, match="max_position_embeddings"):
-        tiny_checkpoint(tmp_path / "model", max_position_embeddings=context)
-
-
 def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
     tiny_model = tiny_checkpoint(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

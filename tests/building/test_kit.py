@@ -43,12 +43,6 @@ def test_no_gpu_writes_a_kit_and_says_why(own_bundle: Path) -> None:
     assert not (own_bundle / "engines" / "h100").exists()
 
 
-def test_a_cpu_needs_none(own_bundle: Path) -> None:
-    folder = own_bundle.with_name("k")
-    assert "copy the bundle" in refused("build", own_bundle, "--target", "cpu", "--kit", folder, code=2)
-    assert not folder.exists()
-
-
 def test_the_kit_verifies_itself(kit: Path) -> None:
     done = run(kit, "--check")
     assert done.returncode == 0, done.stderr

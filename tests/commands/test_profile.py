@@ -38,16 +38,12 @@ def test_json(begin: tuple[Any, ...]) -> None:
         assert set(lane["parts"]) == {"always", "run", "bypass", "deciding", "sampling", "host"}
         parts = sum(part["mean"] for part in lane["parts"].values())
         assert parts == pytest.approx(1e3 * lane["token_ms"]["mean"])
-        assert lane["token_ms"]["p50"] <= lane["token_ms"]["p90"] <= lane["token_ms"]["p99"]
         assert lane["first_ms"]["count"] == 2
         assert lane["token_ms"]["count"] == 8
         assert lane["peak_memory"] > 1 << 24
         assert len(lane["segments"]) == 5
     dense, static, *_ = report["lanes"]
     assert (dense["layers"]["mean"], static["layers"]["mean"]) == (6, 5)
-    assert dense["segments"][3]["bypass"] is None
-    assert (static["segments"][3]["unit"], static["segments"][3]["run"]) == ("4", None)
-    assert static["segments"][3]["owed"] > 0
 
 
 def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,35 +104,17 @@ def test_large_weights_are_external_and_aligned(bundle: Bundle) -> None:
     assert all(offset % 4096 == 0 for offset in offsets)
 
 
-@pytest.mark.parametrize("form", ["none", "linear"])
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_bypass(form: str, target: str, tmp_path: Path) -> None:
-    """A skipped unit takes its bypass, of every form and in both dialects; leaving it out would show."""
-    root = tiny_bundle(tmp_path, target, form=form)
+def test_a_unit_without_bypass_weights(target: str, tmp_path: Path) -> None:
+    """With weights: test_families.py and tests/runtime/test_decode.py."""
+    root = tiny_bundle(tmp_path, target)
     checkpoint = open_checkpoint(tmp_path / "model")
     ids, actions = random_ids(50), random_actions(50, 6, TINY_UNITS, share=0.6)
     runtime = DashRuntime.load(root, "cpu-fp32" if target == "cpu" else target)
     found = runtime.session().score(ids, actions=actions, keep_logits=True)
-    expected = Oracle(checkpoint, tiny_policy(checkpoint, form)).forward(ids, actions=actions)
+    expected = Oracle(checkpoint, tiny_policy(checkpoint)).forward(ids, actions=actions)
     np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4)
     np.testing.assert_allclose(found.damage, expected.damage, atol=1e-4, rtol=1e-4)
-    if form != "none":
-        without = Oracle(checkpoint, tiny_policy(checkpoint)).forward(ids, actions=actions)
-        assert np.abs(expected.logits - without.logits).max() > 0.05
-
-
-def test_portable_generates_as_the_oracle_does(tiny_runtime: LoadRuntime, tiny_oracle: Oracle) -> None:
-    """A whole generation on nothing but the portable graphs, dense and under the token policy."""
-    runtime = tiny_runtime("portable")
-    ids = random_ids(20)
-    trade_off = runtime.build.dial[4].trade_off
-    rule = decision_rule(TINY_UNITS, runtime.cost.cost, trade_off)
-    for options, decided in (({"policy": "dense"}, None), ({"trade_off": trade_off}, rule)):
-        generation = runtime.generate(ids, 30, **options)
-        expected, last = tiny_oracle.generate(ids, 30, decided)
-        np.testing.assert_array_equal(generation.tokens, expected[20:])
-        np.testing.assert_array_equal(generation.actions[1:], last.actions[20:])
-        assert bool(generation.actions.any()) == (decided is not None)
 
 
 @pytest.mark.model

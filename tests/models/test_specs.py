@@ -152,6 +152,8 @@ def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings"),
+        ({"max_position_embeddings": (1 << 24) + 1}, "max_position_embeddings"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),

@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from dash_export import replacing
-from dash_export.decision import Unit, parse_units, units_text
+from dash_export.decision import parse_units, units_text
 from dash_export.errors import CheckpointError, OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import check_model
@@ -26,18 +27,9 @@ from dash_export.train.training import check_unique_names, train
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
 
 SETTINGS = TrainingSettings(
-    window=32,
-    windows=4,
-    search_steps=3,
-    fit_steps=3,
-    warm_up_steps=2,
-    regression_steps=6,
-    tuning_steps=6,
-    trade_offs=(0.5, 8.0),
-    own_prompts=4,
-    own_tokens=24,
-    precision="bfloat16",
-)
+    window=32, windows=4, search_steps=3, fit_steps=3, warm_up_steps=2, regression_steps=6, tuning_steps=6,
+    trade_offs=(0.5, 8.0), own_prompts=4, own_tokens=24, precision="bfloat16",
+)  # fmt: skip
 
 
 class StopError(Exception):
@@ -50,6 +42,11 @@ def same(one: SkipPolicy, other: SkipPolicy) -> bool:
 
 
 Learn = Callable[..., SkipPolicy]
+Trained = tuple[Path, SkipPolicy]
+
+
+def card_of(policy: Path) -> dict[str, Any]:
+    return json.loads(policy.with_suffix(".json").read_text())  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -59,25 +56,23 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def learn(checkpoint: Checkpoint, output: Path, prose: Path) -> Learn:
-    """`learn(**options)`: a training into `output`, of the tiny model's units unless told otherwise."""
-    return partial(train, checkpoint, output, texts=[prose], settings=SETTINGS, units=TINY_UNITS)
+    """`learn(**options)`: a training of the tiny model into `output`, of its usual units unless told otherwise."""
+    return partial(train, model=checkpoint, output=output, texts=[prose], settings=SETTINGS, units=TINY_UNITS)
 
 
 @pytest.fixture(scope="module")
-def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
+def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
     return path, train(checkpoint, path, [prose], units=TINY_UNITS, settings=SETTINGS)
 
 
-def test_the_file_is_the_policy_and_the_card_says_how(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path
-) -> None:
+def test_the_file_is_the_policy_and_the_card_says_how(trained: Trained, checkpoint: Checkpoint, prose: Path) -> None:
     path, policy = trained
     known = load_policy(path, checkpoint.spec)
     assert same(known, policy), "in half precision, as it is stored"
     check_model(known, checkpoint)
     np.testing.assert_array_equal(known.final_norm, checkpoint.weights[FINAL_NORM].read_rows(0, 64))
-    card = json.loads(path.with_suffix(".json").read_text())
+    card = card_of(path)
     assert {name: entry["read_as"] for name, entry in card["data"].items()} == {prose.name: "text"}
     assert (card["settings"]["seed"], card["chosen"]) == (0, [])
     assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
@@ -95,23 +90,23 @@ def test_the_file_is_the_policy_and_the_card_says_how(
 
 @pytest.mark.parametrize("change", [{}, {"seed": 1}, {"precision": "float32"}], ids=["same", "seed", "precision"])
 def test_the_same_settings_make_the_same_policy(
-    change: dict[str, Any], trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
+    change: dict[str, Any], trained: Trained, learn: Learn, output: Path
 ) -> None:
     settings = replace(SETTINGS, **change)
     assert same(learn(settings=settings), trained[1]) == (not change)
-    assert json.loads(output.with_suffix(".json").read_text())["precision"] == settings.precision
+    assert card_of(output)["precision"] == settings.precision
 
 
 @pytest.fixture(scope="module")
-def searched(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
+def searched(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     path = tmp_path_factory.mktemp("searched") / "policy.safetensors"
     return path, train(checkpoint, path, [prose], settings=SETTINGS)
 
 
-def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], checkpoint: Checkpoint) -> None:
+def test_units_are_those_that_gain_most(searched: Trained, checkpoint: Checkpoint) -> None:
     """Before the tuning, and still after it."""
     path, policy = searched
-    card = json.loads(path.with_suffix(".json").read_text())
+    card = card_of(path)
     assert {*card["units"].split(",")} <= {row["unit"] for row in card["chosen"]}
     assert card["units"] == ",".join(map(str, policy.units)) == units_text(load_policy(path, checkpoint.spec).units)
     for row in card["chosen"]:
@@ -120,76 +115,59 @@ def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], check
 
 
 def test_units_that_turn_out_not_to_pay_are_left_out(
-    searched: tuple[Path, SkipPolicy], learn: Learn, monkeypatch: pytest.MonkeyPatch
+    searched: Trained, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With their bypasses and their part of the network; units that were asked for stay."""
-    asked: list[list[float]] = []
-
-    def last(units: tuple[Unit, ...], gains: list[float]) -> tuple[int, ...]:
-        asked.append(gains)
-        return (len(units) - 1,)
-
-    whole = len(searched[1].units)
+    last = Mock(side_effect=lambda units, _gains: (len(units) - 1,))
     monkeypatch.setattr(stages, "units_that_pay", last)
     policy = learn(units=None)
-    ((*gains,),) = asked
-    assert len(gains) >= whole
+    _, gains = last.call_args.args
+    assert len(gains) >= len(searched[1].units)
     assert all(0 <= gain < 1 for gain in gains)
     assert len(policy.units) == len(policy.bypasses) == policy.network["bias"].size == 1  # type: ignore[index]
-    assert policy.units[0] == policy_units(learn)[-1]
+    chosen = parse_units(",".join(row["unit"] for row in card_of(output)["chosen"]))
+    assert policy.units[0] == chosen[-1]
     assert learn(units=TINY_UNITS).units == TINY_UNITS
-    assert len(asked) == 1
+    last.assert_called_once()
 
 
-def policy_units(learn: Learn) -> tuple[Unit, ...]:
-    """Those that the search chose."""
-    card = json.loads(learn.args[1].with_suffix(".json").read_text())
-    return parse_units(",".join(row["unit"] for row in card["chosen"]))
-
-
-def kill_at(stage: str, times: int = 1, heard: list[str] | None = None) -> Callable[[str, int, int], None]:
-    """A progress that raises StopError the nth time that it hears of the stage."""
-    heard = [] if heard is None else heard
+def killed(learn: Learn, stage: str, times: int = 1, **options: Any) -> list[str]:
+    """A training that ends the nth time that it speaks of the stage. Returns of what it spoke."""
+    heard: list[str] = []
 
     def progress(name: str, _done: int, _total: int) -> None:
         heard.append(name)
         if sum(name.startswith(stage) for name in heard) == times:
             raise StopError
 
-    return progress
+    with pytest.raises(StopError):
+        learn(**options, progress=progress)
+    return heard
 
 
 FULL = {"candidates": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
 """How often a whole training speaks of its stages, where each layer's candidates are a group."""
 DONE = dict.fromkeys(FULL, 0)
+KILLS = {
+    "candidates": (6, FULL | {"candidates": 6}),
+    "bypasses": (2, FULL | {"candidates": 0}),
+    "regression": (4, DONE | {"regression": 4, "tuning": 6, "static": 1}),
+    "tuning": (5, DONE | {"tuning": 2, "static": 1}),
+    "static": (1, DONE | {"static": 1}),
+    "held-out": (1, DONE),
+}
+"""Stage -> at which of its mentions a training is killed, and how often the one that goes on mentions each."""
 
 
-@pytest.mark.parametrize(
-    ("stage", "killed_at", "left"),
-    [
-        ("candidates", 6, FULL | {"candidates": 6}),
-        ("bypasses", 2, FULL | {"candidates": 0}),
-        ("regression", 4, DONE | {"regression": 4, "tuning": 6, "static": 1}),
-        ("tuning", 5, DONE | {"tuning": 2, "static": 1}),
-        ("static", 1, DONE | {"static": 1}),
-        ("held-out", 1, DONE),
-    ],
-)
+@pytest.mark.parametrize("stage", KILLS)
 def test_a_killed_training_goes_on_where_it_stopped(
-    searched: tuple[Path, SkipPolicy],
-    learn: Learn,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-    killed_at: int,
-    left: dict[str, int],
+    stage: str, searched: Trained, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every stage: what is done is not done again, and the file is the same. Progress is that of the whole."""
     monkeypatch.setattr(stages, "SAVE_EVERY", 2)
     monkeypatch.setattr(partition, "GROUP", 1)
-    seen: list[tuple[str, int, int]] = []
-    with pytest.raises(StopError):
-        learn(units=None, progress=kill_at(stage, killed_at))
+    (times, left), seen = KILLS[stage], list[tuple[str, int, int]]()
+    killed(learn, stage, times, units=None)
     assert not output.exists()
     resumed = learn(units=None, progress=lambda *told: seen.append(told))
     assert same(resumed, searched[1])
@@ -199,10 +177,8 @@ def test_a_killed_training_goes_on_where_it_stopped(
     assert set(totals) == {dones[-1]}
 
 
-def test_what_appears_at_the_output_during_a_training_is_kept(
-    trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
-) -> None:
-    card = output.with_suffix(".json")
+def test_what_appears_at_the_output_during_a_training_is_kept(trained: Trained, learn: Learn, output: Path) -> None:
+    card, heard = output.with_suffix(".json"), list[str]()
 
     def appear(name: str, *_: object) -> None:
         if name.startswith("tuning"):
@@ -214,12 +190,13 @@ def test_what_appears_at_the_output_during_a_training_is_kept(
     assert (output.read_bytes(), card.read_text()) == (b"mine", "{}")
     output.unlink()
     card.unlink()
-    assert same(learn(progress=kill_at("tuning")), trained[1]), "the work was kept"
+    assert same(learn(progress=lambda name, *_: heard.append(name)), trained[1])
+    assert not any(name.startswith("tuning") for name in heard), "the work was kept"
 
 
 @pytest.mark.parametrize("place", ["policy.safetensors", "policy.json"])
 def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
-    place: str, trained: tuple[Path, SkipPolicy], learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, trained: Trained, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount point; and what the training goes on from."""
     for path in (trained[0], trained[0].with_suffix(".json")):
@@ -274,26 +251,16 @@ def test_a_damaged_state_is_not_believed(tmp_path: Path) -> None:
     assert work.once("tuning", lambda: [2])[0] == 1
 
 
-def test_another_reading_is_another_training(
-    checkpoint: Checkpoint, prose: Path, output: Path, learn: Learn, tmp_path: Path
-) -> None:
+def test_another_reading_is_another_training(checkpoint: Checkpoint, learn: Learn, tmp_path: Path) -> None:
     """In which nothing of the other one's is taken: a file as text and as prompts, a chat template."""
     file = prompts_at(tmp_path / "both.jsonl", 40)
     template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
-    other = partial(train, replace(checkpoint, assets=checkpoint.assets | template), output, **learn.keywords)
+    other = {"model": replace(checkpoint, assets=checkpoint.assets | template)}
     asked = {"texts": [], "prompts": [file]}
-    for training, reading, steps in (
-        (learn, {"texts": [file]}, SETTINGS.regression_steps),
-        (learn, asked, SETTINGS.regression_steps),
-        (learn, asked, 0),
-        (learn, {"texts": [prose]}, SETTINGS.regression_steps),
-        (other, {"texts": [prose]}, SETTINGS.regression_steps),
-        (other, {"texts": [prose]}, 0),
-    ):
-        heard: list[str] = []
-        with pytest.raises(StopError):
-            training(**reading, progress=kill_at("tuning", 1, heard))
-        assert sum(name.startswith("regression") for name in heard) == steps
+    for reading in ({"texts": [file]}, asked, {}, other):
+        for steps in (SETTINGS.regression_steps, 0):
+            heard = killed(learn, "tuning", **reading)
+            assert sum(name.startswith("regression") for name in heard) == steps
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
@@ -311,48 +278,45 @@ def test_sources_have_names_of_their_own() -> None:
     """A text may be called as the model's own answers are where there are none."""
     check_unique_names([Path("x.txt"), Path("self-generated.txt")])
     check_unique_names([Path("x.txt")], [Path("x.jsonl")])
-    for texts, prompts in (
-        (["a/x.txt", "b/x.md"], []),
-        (["a/x.jsonl"], ["b/x.jsonl"]),
-        ([], ["a/x.jsonl", "b/x.jsonl"]),
+    for texts, prompts, name in (
+        (["a/x.txt", "b/x.md"], [], "x"),
+        (["a/x.jsonl"], ["b/x.jsonl"], "x"),
+        ([], ["a/x.jsonl", "b/x.jsonl"], "x"),
+        (["self-generated.txt"], ["x.jsonl"], "self-generated"),
     ):
-        with pytest.raises(RequestError, match="would be called x"):
+        with pytest.raises(RequestError, match=f"would be called {name}"):
             check_unique_names([Path(text) for text in texts], [Path(file) for file in prompts])
-    with pytest.raises(RequestError, match="would be called self-generated"):
-        check_unique_names([Path("self-generated.txt")], [Path("x.jsonl")])
 
 
 def test_no_stage_takes_more_steps_than_the_tuning(learn: Learn, output: Path) -> None:
     """Or else a trial run would take as long as a training."""
     learn(settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
-    settings = json.loads(output.with_suffix(".json").read_text())["settings"]
+    settings = card_of(output)["settings"]
     assert {settings[f"{stage}_steps"] for stage in ("search", "fit", "regression", "tuning")} == {2}
 
 
-def test_a_unit_whose_bypass_is_larger(prose: Path, tmp_path: Path) -> None:
+def test_a_unit_whose_bypass_is_larger(learn: Learn, tmp_path: Path) -> None:
     small = tiny_checkpoint(tmp_path / "model", intermediate_size=8, num_key_value_heads=4)
     with pytest.raises(PolicyError, match="Skipping 2 saves nothing: its bypass is larger"):
-        train(small, tmp_path / "p.safetensors", [prose], units=parse_units("2"), settings=SETTINGS)
+        learn(model=small, units=parse_units("2"))
 
 
 def last_kl(path: Path) -> float:
     """KL where both units are skipped."""
-    figures = json.loads(path.with_suffix(".json").read_text())["held_out"]["figures"]
+    figures = card_of(path)["held_out"]["figures"]
     return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
 
 
-def test_a_trained_policy_is_tuned_further(trained: tuple[Path, SkipPolicy], learn: Learn, tmp_path: Path) -> None:
+def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_path: Path) -> None:
     """Units and shapes are those it begins with; only tuning and ranking are done."""
     path, heard = tmp_path / "further.safetensors", set()
     settings = replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2)
-    further = train(
-        learn.args[0], path, **learn.keywords | {"units": None, "start": trained[0], "settings": settings},
-        progress=lambda name, *_: heard.add(name.split()[0]),
-    )  # fmt: skip
+    options = {"units": None, "start": trained[0], "settings": settings}
+    further = learn(output=path, **options, progress=lambda name, *_: heard.add(name.split()[0]))
     assert heard == {"reading", "further", "static", "held-out"}
     assert (further.units, further.read) == (trained[1].units, trained[1].read)
     assert further.weights().keys() == trained[1].weights().keys()
-    card = json.loads(path.with_suffix(".json").read_text())
+    card = card_of(path)
     assert card["from"]["file"] == "policy.safetensors"
     assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
     assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
@@ -360,7 +324,7 @@ def test_a_trained_policy_is_tuned_further(trained: tuple[Path, SkipPolicy], lea
 
 
 def test_a_static_policy_goes_on_as_one(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
+    trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
 ) -> None:
     policy = learn(kind="static", start=trained[0], units=None)
     assert (policy.network, policy.units) == (None, TINY_UNITS)
@@ -382,17 +346,14 @@ def test_static_kind_and_self_generated_text(learn: Learn, output: Path, tmp_pat
     """A training that goes on reads the continuations that it began with."""
     options = {"kind": "static", "prompts": [prompts_at(tmp_path / "prompts.jsonl", 6)]}
     seen: set[str] = set()
-    with pytest.raises(StopError):
-        learn(**options, progress=kill_at("bypasses"))
+    killed(learn, "bypasses", **options)
     policy = learn(**options, progress=lambda name, *_: seen.add(name.partition(",")[0]))
     assert "self-generated text" not in seen
     assert (policy.network, sorted(policy.static_order)) == (None, [0, 1])
-    assert json.loads(output.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
+    assert card_of(output)["tokens"].keys() == {"prose", "self-generated"}
 
 
-def test_a_tokenizer_and_a_template_that_give_up(
-    checkpoint: Checkpoint, output: Path, prose: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_and_a_template_that_give_up(checkpoint: Checkpoint, learn: Learn, tmp_path: Path) -> None:
     tokenizer = json.loads(checkpoint.assets["tokenizer.json"]) | {"pre_tokenizer": None}
     tokenizer["model"]["unk_token"] = "<missing>"
     prompts = prompts_at(tmp_path / "prompts.jsonl", 6)
@@ -402,7 +363,7 @@ def test_a_tokenizer_and_a_template_that_give_up(
     ):
         other = replace(checkpoint, assets={**checkpoint.assets, name: text})
         with pytest.raises(RequestError, match=said):
-            train(other, output, [prose], [prompts], units=TINY_UNITS, settings=SETTINGS)
+            learn(model=other, prompts=[prompts])
 
 
 @pytest.mark.parametrize(

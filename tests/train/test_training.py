@@ -22,6 +22,7 @@ from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
 from dash_export.policy import SkipPolicy, check_replaceable, load_policy, save_policy
 from dash_export.train import TrainingSettings, partition, stages
+from dash_export.train.partition import Candidate
 from dash_export.train.stages import Work
 from dash_export.train.training import check_unique_names, train
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
@@ -114,19 +115,25 @@ def test_units_are_those_that_gain_most(searched: Trained, checkpoint: Checkpoin
         assert row["damage"] > 0
 
 
+def two_units(tried: list[Candidate], _layers: int) -> list[Candidate]:
+    """In the place of a search, which would choose one of this model."""
+    return sorted((one for one in tried if one.unit in TINY_UNITS), key=lambda one: one.unit.first)
+
+
 def test_units_that_turn_out_not_to_pay_are_left_out(
-    searched: Trained, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With their bypasses and their part of the network; units that were asked for stay."""
     last = Mock(side_effect=lambda units, _gains: (len(units) - 1,))
     monkeypatch.setattr(stages, "units_that_pay", last)
+    monkeypatch.setattr(stages, "best_partition", two_units)
     policy = learn(units=None)
-    _, gains = last.call_args.args
-    assert len(gains) >= len(searched[1].units)
+    units, gains = last.call_args.args
+    assert [row["unit"] for row in card_of(output)["chosen"]] == [str(unit) for unit in units] == ["2-3", "4"]
+    assert len(gains) == 2
     assert all(0 <= gain < 1 for gain in gains)
-    assert len(policy.units) == len(policy.bypasses) == policy.network["bias"].size == 1  # type: ignore[index]
-    chosen = parse_units(",".join(row["unit"] for row in card_of(output)["chosen"]))
-    assert policy.units[0] == chosen[-1]
+    assert policy.units == TINY_UNITS[1:]
+    assert len(policy.bypasses) == policy.network["bias"].size == 1  # type: ignore[index]
     assert learn(units=TINY_UNITS).units == TINY_UNITS
     last.assert_called_once()
 

@@ -13,6 +13,7 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.device.buffers import Mirror
 from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
+from dash_export.runtime.sampling import Draw, Sampler, Sampling
 from tests.standin import installed
 from tests.standin.cuda import Card
 
@@ -89,18 +90,17 @@ def test_a_graph_decides(device: Cuda) -> None:
 def test_a_token_follows_the_likeliest(device: Cuda) -> None:
     """Which is numpy's: of equals the first, and -0 equals 0."""
     rng = np.random.default_rng(0)
-    logits, ids, positions = (
-        Mirror(device, shape, kind) for shape, kind in (((4, 700), np.float32), ((4,), np.int64), ((4,), np.int64))
-    )
+    logits, draws, ids, positions = following(device, 4, 700)
     rows = logits.host
     rows[:] = np.round(rng.normal(size=rows.shape), 1)
     rows[1] = -np.abs(rows[1]) - 1
     rows[2] = np.where(rng.random(700) < 0.5, -0.0, 0.0)
     rows[3, 13] = np.inf
     positions.host[:] = 3, 1, 4, 1
-    for each in (logits, positions):
+    memories = [each.memory for each in (logits, draws, ids, positions)]
+    for each in (logits, draws, positions):
         device.copy(MAIN, each.memory, each.host)
-    graph = device.graph(MAIN, 0, lambda graph: graph.follow(MAIN, logits.memory, ids.memory, positions.memory))
+    graph = device.graph(MAIN, 0, lambda graph: graph.follow(MAIN, *memories))
     for _ in range(2):  # what it sums up in is as it was
         graph.launch(MAIN)
     for each in (ids, positions):
@@ -108,6 +108,44 @@ def test_a_token_follows_the_likeliest(device: Cuda) -> None:
     device.synchronize(MAIN)
     assert ids.host.tolist() == rows.argmax(-1).tolist()
     assert positions.host.tolist() == [5, 3, 6, 3]
+
+
+@pytest.mark.parametrize("vocab", [40, 1300])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7, seed=1),
+        Sampling(1.0, top_k=9, seed=2),
+        Sampling(1.0, top_p=0.5, seed=3),
+        Sampling(0.8, min_p=0.4, seed=4),
+        Sampling(0.5, top_k=30, top_p=0.8, min_p=0.01, seed=5),
+    ],
+    ids=lambda sampling: str(sampling.seed),
+)
+def test_a_token_is_drawn_as_the_host_draws_it(sampling: Sampling, vocab: int, device: Cuda) -> None:
+    """In one of two sequences, again and again: nothing is left of the draw before. Bins are coarse: seldom another."""
+    logits, draws, ids, positions = following(device, 2, vocab)
+    memories = [each.memory for each in (logits, draws, ids, positions)]
+    graph = device.graph(MAIN, 0, lambda graph: graph.follow(MAIN, *memories))
+    rng, samplers, same, rounds = np.random.default_rng(0), [Sampler(sampling), Sampler(Sampling())], 0, 12
+    for _ in range(rounds):
+        logits.host[:] = rng.normal(size=(2, vocab)) * 4
+        draws.host[:] = [sampler.draw for sampler in samplers]
+        for each in (logits, draws):
+            device.copy(MAIN, each.memory, each.host)
+        graph.launch(MAIN)
+        device.copy(MAIN, ids.host, ids.memory)
+        device.synchronize(MAIN)
+        drawn = [sampler(row, ()) for sampler, row in zip(samplers, logits.host, strict=True)]
+        assert ids.host[1] == drawn[1], "the likeliest"
+        same += int(ids.host[0] == drawn[0])
+    assert same >= rounds - 1
+
+
+def following(device: Cuda, sequences: int, vocab: int) -> list[Mirror]:
+    """What `CudaGraph.follow` reads and writes: logits, draws, ids and positions."""
+    shapes: list[tuple[tuple[int, ...], str]] = [((sequences, vocab), "f4"), ((sequences, len(Draw._fields)), "f8")]
+    return [Mirror(device, *each) for each in (*shapes, ((sequences,), "i8"), ((sequences,), "i8"))]
 
 
 def test_out_of_memory_says_what_is_free(device: Cuda) -> None:

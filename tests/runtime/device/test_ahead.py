@@ -134,35 +134,6 @@ def test_a_sampled_answer(sampling: Sampling, on_card: MakeOnCard, host: Host) -
     assert made.card.log.count(("host", "synchronize", MAIN)) <= 6, "the prompt, the first two, and few in vain"
 
 
-@pytest.mark.parametrize("sampling", SAMPLED, ids=str)
-@pytest.mark.parametrize("vocab", [40, 1300])
-def test_what_a_device_draws(sampling: Sampling, vocab: int, on_card: MakeOnCard) -> None:
-    """Of two sequences, again and again: nothing is left of the draw before. Bins are coarse: seldom another token."""
-    device = on_card("trt10").runtime.engines.device
-    logits, ids, positions = (
-        Mirror(device, shape, kind) for shape, kind in (((2, vocab), "f4"), ((2,), "i8"), ((2,), "i8"))
-    )
-    draws, samplers = Mirror(device, (2, 5), "f8"), [Sampler(sampling), Sampler(Sampling())]
-    memories = [each.memory for each in (logits, draws, ids, positions)]
-    graph = device.graph(MAIN, 0, lambda graph: graph.follow(MAIN, *memories))
-    rng, same, rounds = np.random.default_rng(0), 0, 12
-    for _ in range(rounds):
-        logits.host[:] = rng.normal(size=(2, vocab)) * 4
-        draws.host[:] = [sampler.draw for sampler in samplers]
-        for each in (logits, draws):
-            device.copy(MAIN, each.memory, each.host)
-        graph.launch(MAIN)
-        device.copy(MAIN, ids.host, ids.memory)
-        device.synchronize(MAIN)
-        drawn = [sampler(row, ()) for sampler, row in zip(samplers, logits.host, strict=True)]
-        assert ids.host[1] == drawn[1], "the likeliest"
-        same += int(ids.host[0] == drawn[0])
-    assert same >= rounds - 1
-    device.copy(MAIN, positions.host, positions.memory)
-    device.synchronize(MAIN)
-    assert positions.host.tolist() == [rounds, rounds]
-
-
 def test_a_rule_that_changes_is_waited_for(on_card: MakeOnCard, host: Host) -> None:
     """As that of a budget that is held does with every token."""
     made = on_card("trt10", "device")

@@ -162,7 +162,7 @@ def test_a_server_answers_from_a_device(target: str, rows: int, on_card: MakeOnC
     try:
         streams = [scheduler.stream(Request(ids, 8)) for ids in asked]
         found = [Generation.gathered(list(stream)).tokens.tolist() for stream in streams]
-        assert scheduler.figures.known_tokens > 0
+        assert scheduler.figures["known_tokens"] > 0
     finally:
         scheduler.close(10)
     assert found == [host.runtime.generate(ids.tolist(), 8).tokens.tolist() for ids in asked]

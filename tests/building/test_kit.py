@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,13 +17,19 @@ from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, OutputError
 from dash_export.resources import resource_folder
-from tests.commands.helpers import dash, environment, refused
+from tests.commands.helpers import DISK_FULL, dash, environment, refused
 
 
 @pytest.fixture(scope="module")
 def kit(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit") / "kit"
     return write_kit(Bundle.open(tiny_root), "h100", [], "no GPU here", folder)
+
+
+@pytest.fixture
+def own(kit: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(kit, tmp_path / "own"))
 
 
 def run(kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,8 +61,7 @@ def test_the_kit_verifies_itself(kit: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny.dash/onnx/layer_03.data", "lib/dash_export/cli.py", "build.py"])
-def test_a_damaged_kit_is_refused(name: str, kit: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(kit, tmp_path / "own"))
+def test_a_damaged_kit_is_refused(name: str, own: Path) -> None:
     (own / name).write_bytes((own / name).read_bytes() + b"\n#")
     done = run(own, "--check")
     assert done.returncode == 1
@@ -63,8 +69,7 @@ def test_a_damaged_kit_is_refused(name: str, kit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"files": [{}]}', '{"files": []}'])
-def test_a_damaged_record(content: str, kit: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(kit, tmp_path / "own"))
+def test_a_damaged_record(content: str, own: Path) -> None:
     (own / "kit.json").write_text(content or (own / "kit.json").read_text().replace('"build"', '"train"'))
     done = run(own)
     assert done.returncode == 1
@@ -85,8 +90,7 @@ def test_the_script_runs_the_build_and_reports(tiny_root: Path, tmp_path: Path) 
     Bundle.open(kit / "tiny.dash").load_build("cuda")
 
 
-def test_a_build_that_fails_is_reported(kit: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(kit, tmp_path / "own"))
+def test_a_build_that_fails_is_reported(own: Path) -> None:
     done = run(own)
     assert done.returncode == 1
     report = json.loads((own / "report.json").read_text())
@@ -95,8 +99,7 @@ def test_a_build_that_fails_is_reported(kit: Path, tmp_path: Path) -> None:
     assert not list(own.glob("*kit*/")), "a kit in the kit"
 
 
-def test_missing_packages_are_named(kit: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(kit, tmp_path / "own"))
+def test_missing_packages_are_named(own: Path) -> None:
     text = (own / "requirements.txt").read_text() + "no-such-package>=1\n"
     (own / "requirements.txt").write_text(text)
     record = json.loads((own / "kit.json").read_text())
@@ -121,9 +124,8 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     assert (kit / "recipes" / "mine.toml").is_file()
 
 
-def test_a_kit_is_not_made_of_what_it_replaces(kit: Path, tmp_path: Path) -> None:
+def test_a_kit_is_not_made_of_what_it_replaces(kit: Path, own: Path) -> None:
     """A kill in the midst of that would leave no bundle to begin again with."""
-    own = Path(shutil.copytree(kit, tmp_path / "own"))
     (own / "recipes").mkdir()
     recipe = shutil.copy(Path(__file__).parents[2] / "engines" / "l4.toml", own / "recipes")
     before = sorted(own.rglob("*"))
@@ -210,14 +212,11 @@ def test_a_recipe_that_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path:
 def test_what_happens_meanwhile(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unfinished kit leaves nothing; what appears in its place is kept."""
 
-    def full(*_args: object) -> None:
-        raise OSError(28, "No space left on device")
-
     def appear(*_args: object) -> None:
         (tmp_path / "kit").mkdir()
         (tmp_path / "kit" / "build.py").write_text("mine")
 
-    monkeypatch.setattr("dash_export.building.kit._copy_package", full)
+    monkeypatch.setattr("dash_export.building.kit._copy_package", Mock(side_effect=DISK_FULL))
     assert "disk is full" in refused("build", own_bundle, "--target", "h100", "--kit", tmp_path / "kit")
     assert not list(tmp_path.glob("kit*"))
     monkeypatch.setattr("dash_export.building.kit._copy_package", appear)

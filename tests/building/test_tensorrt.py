@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import onnx
 import onnx_ir as ir
@@ -29,7 +29,7 @@ from dash_export.models.bypasses import pruned
 from dash_export.policy import no_policy
 from dash_export.runtime.device import trt_api
 from dash_export.targets import load_recipe
-from tests.commands.helpers import refused
+from tests.commands.helpers import DISK_FULL, refused
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
@@ -226,11 +226,8 @@ def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: 
 
 
 def test_disk_full(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()
-    monkeypatch.setattr("dash_export.building.gpu_backends.memoryview", full, raising=False)
+    monkeypatch.setattr("dash_export.building.gpu_backends.memoryview", Mock(side_effect=DISK_FULL), raising=False)
     assert "The disk is full" in refused("build", own / "tiny.dash", "--target", own / "mine.toml")
     monkeypatch.undo()
     assert set(build(own / "tiny.dash", str(own / "mine.toml")).engines) == set(loaded(own).engines)

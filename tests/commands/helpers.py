@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from click.testing import CliRunner, Result
 from dash_export.cli import cli
 
 ROOT = Path(__file__).parents[2]
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def dash(*arguments: object, input: str | None = None) -> Result:
@@ -39,6 +42,12 @@ def refused(*arguments: object, code: int = 1) -> str:
     if code == 1:
         assert "\n\n" not in message.strip()
     return message
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def environment(**changes: str) -> dict[str, str]:

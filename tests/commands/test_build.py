@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,7 +14,7 @@ from dash_export.bundle import Bundle
 from dash_export.models import open_checkpoint
 from dash_export.policy import save_policy
 from dash_export.targets import recipe_names
-from tests.commands.helpers import dash, done, refused
+from tests.commands.helpers import DISK_FULL, dash, done, refused
 from tests.tiny import TINY_UNITS, tiny_policy
 
 
@@ -91,10 +91,7 @@ def test_refused(own_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", full)
+    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", Mock(side_effect=DISK_FULL))
     message = refused("build", own_bundle)
     assert "The disk is full" in message
     assert str(own_bundle) in message

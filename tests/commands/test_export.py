@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,7 +17,7 @@ from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.policy import default_units, save_policy
-from tests.commands.helpers import dash, done, environment, refused
+from tests.commands.helpers import DISK_FULL, dash, done, environment, refused
 from tests.tiny import save_model, tiny_policy
 
 # An export that waits inside its second layer, so that it can be interrupted there.
@@ -148,10 +148,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_disk_full(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("dash_export.graphs.portable.layer_graph", full)
+    monkeypatch.setattr("dash_export.graphs.portable.layer_graph", Mock(side_effect=DISK_FULL))
     message = refused("export", model, "-o", tmp_path / "x.dash")
     assert "The disk is full" in message
     assert str(tmp_path / "x.dash") in message

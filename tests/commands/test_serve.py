@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.commands.helpers import environment, refused
+from tests.commands.helpers import environment, free_port, refused
 
 FP32 = ("--target", "cpu-fp32")
 
@@ -24,9 +24,7 @@ def stopped(
     root: Path, *start: str, options: tuple[str, ...] = (), after: float = 0
 ) -> Iterator[tuple[list[str], subprocess.Popen[str]]]:
     """What a stream tells whose server gets SIGTERM in the middle of it, and the server's process."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, *start, "serve", str(root), *FP32, "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None

@@ -231,15 +231,15 @@ def test_figures_are_of_all_answers(http: httpx.Client) -> None:
     assert len(set(run)) > 1
 
 
+def slow_down(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes so much longer."""
+    sound = BoundStep.decode_batch
+    monkeypatch.setattr(BoundStep, "decode_batch", lambda *given: (time.sleep(seconds), sound(*given)))
+
+
 def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four answers through one row are no faster than one."""
-    sound = BoundStep.decode_batch
-
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.005)
-        sound(*arguments)
-
-    monkeypatch.setattr(BoundStep, "decode_batch", slow)
+    slow_down(0.005, monkeypatch)
     body = {"prompt": "hello", "n": 4, "max_tokens": 20, "temperature": 0} | DENSE
     told = httpx.post(f"{serve(rows=1)}/v1/completions", json=body).json()["dash"]["tokens_per_second"]
     assert 0 < told < 1 / 0.005
@@ -298,13 +298,7 @@ def test_a_client_that_goes_away(
 ) -> None:
     """Its answer ends, long before its last token, and the next one has the row. The log says so."""
     caplog.set_level(logging.INFO, metrics.log.name)
-    sound = BoundStep.decode_batch
-
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.01)
-        sound(*arguments)
-
-    monkeypatch.setattr(BoundStep, "decode_batch", slow)
+    slow_down(0.01, monkeypatch)
     address = serve(rows=1)
     body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": stream, **DENSE}
     with pytest.raises(httpx.ReadTimeout):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
+from tests.commands.helpers import free_port
 
 ASKED: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 60, "temperature": 0}
 DENSE: dict[str, Any] = {"dash": {"policy": "dense"}}
@@ -30,9 +30,7 @@ def address(tiny_root: Path) -> Iterator[str]:
     from dash_export.serve.ray import AppArguments, app
 
     assert signature(app).parameters["given"].annotation is AppArguments, "`serve run` would hand it a dict"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.serve import triton
-from tests.commands.helpers import dash, done, refused
+from tests.commands.helpers import DISK_FULL, dash, done, free_port, refused
 from tests.conftest import ROOT
 
 FP32 = ("--target", "cpu-fp32")
@@ -176,7 +175,7 @@ def test_a_model_is_written_whole_or_not_at_all(
 ) -> None:
     serve = ("serve", tiny_root, *FP32, "--write-triton", tmp_path / "models")
     with monkeypatch.context() as patch:
-        patch.setattr(triton, "write_atomic", Mock(side_effect=OSError(28, "No space left")))
+        patch.setattr(triton, "write_atomic", Mock(side_effect=DISK_FULL))
         refused(*serve)
     assert not [*(tmp_path / "models").iterdir()]
     assert dash(*serve).exit_code == 0
@@ -184,9 +183,7 @@ def test_a_model_is_written_whole_or_not_at_all(
 
 @pytest.mark.skipif(not SERVER, reason="set DASH_EXPORT_TRITON (docs/serving.md)")
 def test_the_real_server(repository: Path, expected: str) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [
         f"{SERVER}/bin/tritonserver", f"--model-repository={repository}", f"--backend-directory={SERVER}/backends",
         f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",

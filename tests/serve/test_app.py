@@ -317,7 +317,7 @@ def test_a_client_that_goes_away(
 
 def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:
     address = serve(deadline=0.01)
-    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": True, **DENSE}
+    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": True, **DENSE, **GREEDY}
     lines = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30).text.strip().split("\n\n")
     assert lines[-1] == "data: [DONE]"
     assert "time that this request had is over" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]

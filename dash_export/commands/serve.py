@@ -82,9 +82,10 @@ def command(
         name = runtime.bundle.name
         if name in served or name in (".", "..", AUTO) or "@" in name:
             raise RequestError(f"Two bundles are called {name}, or it is no name for a model: rename the folder.")
+        bends = len(runtimes) == 1 or runtime.bundle.manifest.policy.has_network  # beside others one may be dense
         served[name] = one = Scheduler(
-            runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, least=least,
-            pace=None if pace is None else pace / 1000,
+            runtime, rows=rows, waiting=waiting, alone=alone if bends else None, memory=memory, least=least,
+            pace=pace / 1000 if pace is not None and bends else None,
         )  # fmt: skip
         if one.context < (most := runtime.engines.model.max_positions):
             click.echo(

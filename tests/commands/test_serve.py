@@ -14,7 +14,11 @@ from pathlib import Path
 
 import httpx
 
+from dash_export.building import build
+from dash_export.exporting import export
+from dash_export.policy import no_policy
 from tests.commands.helpers import environment, free_port, refused
+from tests.tiny import tiny_checkpoint
 
 FP32 = ("--target", "cpu-fp32")
 
@@ -85,3 +89,17 @@ def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "cannot be listened to" in refused("serve", tiny_root, *FP32, "--port", taken.getsockname()[1])
+
+
+def test_a_pace_beside_a_bundle_without_a_policy(tiny_root: Path, tmp_path: Path) -> None:
+    """Alone it cannot keep one. Beside another it is the one that answers what that has no time for."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    dense = export(checkpoint, tmp_path / "dense.dash", no_policy(checkpoint.spec.num_layers, ()))
+    build(dense, "cpu", weights="fp32")
+    paced = (*FP32, "--pace", "50", "--budget", "0.9")
+    assert "A pace needs a trained policy" in refused("serve", dense.root, *FP32, "--pace", "50")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = ("--port", taken.getsockname()[1])
+        assert "cannot be listened to" in refused("serve", tiny_root, dense.root, *paced, *port)

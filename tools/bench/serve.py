@@ -1,11 +1,10 @@
 """A server under load: tokens per second of several streams beside a batch of this process, first tokens, and what a
 pace keeps.
 
-    python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001] [--then FASTER_BUNDLE]
+    python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001]
 
 The server is a process of its own, its clients threads of this one. Variants take turns. `--beside` is another server
 of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf --interrupt_requests False`.
-`--then` is a bundle of the same target that answers what the first one has no time for (the model `auto`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -39,12 +38,11 @@ DENSE = {"dash": {"policy": "dense"}}
 
 @dataclass
 class Stream:
-    """One answer: seconds from asking to its first token, then from token to token, its time of dense, its model."""
+    """One answer: seconds from asking to its first token, then from token to token, and its time of dense."""
 
     first: float
     steps: list[float]
     of_dense: float
-    model: str
 
 
 @contextmanager
@@ -83,16 +81,15 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
     connection.close()
     if reply.status != 200:
         raise RuntimeError(f"the server answered {reply.status}: {came}")
-    times, of_dense, left, model = list[float](), 1.0, b"", ""
+    times, of_dense, left = list[float](), 1.0, b""
     for now, piece in came:
         *lines, left = (left + piece).split(b"\n")
         chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
         last = times[-1] if times else now
         tokens = sum(bool(chunk["choices"]) for chunk in chunks)
         times += [last + (now - last) * (number + 1) / tokens for number in range(tokens)]  # those that come together
-        model = next((chunk["model"] for chunk in chunks if "model" in chunk), model)
         of_dense = next((chunk["dash"].get("time_of_dense", 1.0) for chunk in chunks if "dash" in chunk), of_dense)
-    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense, model)
+    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense)
 
 
 Round = tuple[float, list[Stream]]
@@ -134,11 +131,9 @@ def row(server: str, count: int, of_batch: float | str, rounds: list[Round]) -> 
 @click.option("--pace", type=float, help="Milliseconds; by default 1.1 of what four streams take densely.")
 @click.option("--least", default=0.7, show_default=True)
 @click.option("--beside", help="Address of another server of the same model, whose prompts are text.")
-@click.option("--then", type=click.Path(exists=True, path_type=Path), help="A bundle that is faster.")
 def main(
-    bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float, beside: str | None,
-    then: Path | None,
-) -> None:  # fmt: skip
+    bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float, beside: str | None
+) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
     texts = held_out(runtime.text.encode, max(counts) * PROMPT * (rounds + 1)).reshape(rounds + 1, -1, PROMPT).tolist()
@@ -161,23 +156,16 @@ def main(
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
     limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
-    options: dict[str, tuple[str, ...]] = {"fixed": (), "paced": kept}
-    if then is not None:
-        options["auto"] = (str(then), *kept)
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(server(bundle, target, *given)) for name, given in options.items()}
+    with server(bundle, target) as fixed, server(bundle, target, *kept) as paced:
         for count in counts:
-            for name, address in servers.items():
-                body = {"model": "auto"} if name == "auto" else {}
-                together(address, texts[0][:count], body)
-                streams = [one for prompts in texts[1:] for one in together(address, prompts[:count], body)[1]]
+            for name, address in (("fixed", fixed), ("paced", paced)):
+                together(address, texts[0][:count], {})
+                streams = [one for prompts in texts[1:] for one in together(address, prompts[:count], {})[1]]
                 steps = [step for one in streams for step in one.steps]
-                of_dense, by = mean(one.of_dense for one in streams), mean(one.model == bundle.stem for one in streams)
-                times = (milliseconds(steps, share) for share in (0.5, 0.95))
-                pressed.append((count, name, *times, round(of_dense, 3), round(by, 2)))
+                of_dense = round(mean(one.of_dense for one in streams), 3)
+                pressed.append((count, name, milliseconds(steps, 0.5), milliseconds(steps, 0.95), of_dense))
     title = f"{bundle.name}, {target}: the same requests, whose speed nobody says"
-    heads = ("streams", f"pace {limit:.1f} ms", "token ms", "p95", "time of dense", f"by {bundle.stem}")
-    print_table(title, (), heads, pressed)
+    print_table(title, (), ("streams", f"pace {limit:.1f} ms", "token ms", "p95", "time of dense"), pressed)
     print_json("serve", {"target": target, "streams": rows, "pace_ms": limit, "pressed": pressed})
 
 

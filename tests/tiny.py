@@ -60,10 +60,7 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
 
 
 def tiny_policy(
-    checkpoint: Checkpoint,
-    form: str = "none",
-    seed: int = 0,
-    units: tuple[Unit, ...] = TINY_UNITS,
+    checkpoint: Checkpoint, form: str = "none", seed: int = 0, units: tuple[Unit, ...] = TINY_UNITS
 ) -> SkipPolicy:
     """Untrained, with an order as training would rank the units. `form`: none or linear."""
     policy = untrained_policy(checkpoint.spec, units, seed)

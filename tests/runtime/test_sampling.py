@@ -15,14 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from dash_export.errors import BackendError, RequestError
-from dash_export.runtime.sampling import (
-    Sampler,
-    Sampling,
-    distribution,
-    drawn,
-    most_likely,
-    with_repetition_penalty,
-)
+from dash_export.runtime.sampling import Sampler, Sampling, distribution, drawn, most_likely, with_repetition_penalty
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 

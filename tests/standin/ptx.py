@@ -51,10 +51,7 @@ class Kernel:
         steps = [step for step in steps if step and not step.startswith(".")]
         labels = {step[:-1]: str(index) for index, step in enumerate(steps) if step.endswith(":")}
         names = [*parameters, "tid_x", "ntid_x", "nctaid_x", "ctaid_x", "ctaid_y", "ctaid_z", "load", "store", "call"]
-        source = [
-            f"def thread({', '.join(names)}):",
-            " at = -1",
-        ]
+        source = [f"def thread({', '.join(names)}):", " at = -1"]
         source += [" while True:", "  if at == -1:"]
         for index, step in enumerate(steps):
             if step.endswith(":"):

@@ -217,11 +217,7 @@ DONE = [
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("done", DONE)
 def test_what_was_launched_in_vain(
-    done: Callable[[Session], Any],
-    fast: bool,
-    on_card: MakeOnCard,
-    host: Host,
-    monkeypatch: pytest.MonkeyPatch,
+    done: Callable[[Session], Any], fast: bool, on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens here repeat, so that the same one follows other texts."""
     made = on_card("trt10")

@@ -50,7 +50,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(
     "--steps", "tuning_steps", type=click.IntRange(min=1), default=DEFAULTS.tuning_steps, show_default=True,
-    help="Tuning steps. Closed form and regression take no more; the search and the order of static sets do.",
+    help="Tuning steps. A training of few steps is short in all its stages, to try it out.",
 )  # fmt: skip
 @click.option(
     "--trade-offs", type=(_POSITIVE, _POSITIVE), default=DEFAULTS.trade_offs, show_default=True, metavar="LOW HIGH",
@@ -60,8 +60,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--window", type=click.IntRange(16, 8192), default=DEFAULTS.window, show_default=True, help="Tokens per window."
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default=DEFAULTS.precision, show_default=True,
-    help="Of the model while it is trained on: float32 takes twice the memory, and is faster on an older CPU.",
+    "--precision", type=click.Choice(PRECISIONS),
+    help="Of the model while it is trained on; by default bfloat16, but on a CPU without instructions for it float32, "
+    "which takes twice the memory.",
 )  # fmt: skip
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
 @click.pass_context

@@ -37,6 +37,14 @@ def cpu_name() -> str:
     return _proc("cpuinfo", "model name", "Model", "Hardware") or "unknown CPU"
 
 
+def has_bfloat16() -> bool:
+    """Return whether the processor has instructions for products in bfloat16. Without them torch takes two to four
+    times as long as in float32.
+    """
+    flags = (_proc("cpuinfo", "flags", "Features") or "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*flags})
+
+
 def available_memory() -> int:
     """Return the bytes this machine can still give without swapping (on Linux; elsewhere assume one GiB)."""
     found = _proc("meminfo", "MemAvailable")

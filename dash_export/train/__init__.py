@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KINDS = ("token", "static")
 PRECISIONS = ("bfloat16", "float32")
@@ -11,21 +11,22 @@ PRECISIONS = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a training. Steps are batches of `windows` windows of `window` tokens; no stage takes more steps
-    than the tuning.
+    """Settings of a training. Steps are batches of `windows` windows of `window` tokens.
 
-    `search_steps`: steps that fit the bypasses of candidate units; `fit_steps`: steps that fit those of the chosen
-    units; `warm_up_steps`: first steps of the regression, which skip at random only. `trade_offs`: the range of the
-    dial that training covers, in nats per dense token time. `again`: factor on the tuning's learning rates when it
-    goes on from a trained policy. `own_prompts`: number of the model's own continuations, of up to `own_tokens` tokens,
-    that join the corpus. `held_out`: share of every text that is only evaluated on. `precision` of the frozen model:
-    bfloat16 or float32.
+    `search_steps`: steps that fit the bypasses of candidate units, whose first layers are `search_every` layers apart;
+    `fit_steps`: steps that fit those of the chosen units; `warm_up_steps`: first steps of the regression, which skip at
+    random only. `trade_offs`: the range of the dial that training covers, in nats per dense token time. `again`: factor
+    on the tuning's learning rates when it goes on from a trained policy. `own_prompts`: number of the model's own
+    continuations, of up to `own_tokens` tokens, that join the corpus. `held_out`: share of every text that is only
+    evaluated on, by `judged_batches` batches of it. `precision` of the frozen model; None: bfloat16
+    where the device has instructions for it, else float32.
     """
 
     seed: int = 0
     window: int = 256
     windows: int = 4
     search_steps: int = 16
+    search_every: int = 1
     fit_steps: int = 40
     warm_up_steps: int = 30
     regression_steps: int = 120
@@ -38,4 +39,23 @@ class TrainingSettings:
     own_prompts: int = 160
     own_tokens: int = 192
     held_out: float = 0.08
-    precision: str = PRECISIONS[0]
+    judged_batches: int = 8
+    precision: str | None = None
+
+    def shortened(self) -> TrainingSettings:
+        """Return the settings of a training that is as short in its other stages as in the tuning, to try it out: no
+        stage takes more steps; candidates are as far apart as the search is shorter than by default; half as many
+        windows are in a step, and half as many batches are judged, as there are steps; four prompts a step are
+        continued, by 16 tokens a step.
+        """
+        most, half = self.tuning_steps, (self.tuning_steps + 1) // 2
+        stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
+        return replace(
+            self,
+            **{name: min(getattr(self, name), most) for name in stages},
+            search_every=max(self.search_every, TrainingSettings.search_steps // most),
+            windows=min(self.windows, half),
+            judged_batches=min(self.judged_batches, half),
+            own_prompts=min(self.own_prompts, 4 * most),
+            own_tokens=min(self.own_tokens, 16 * most),
+        )

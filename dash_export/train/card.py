@@ -22,7 +22,6 @@ from dash_export.train.model import Decide, SkipModules, always, below
 from dash_export.train.partition import Candidate
 from dash_export.train.stages import Run
 
-BATCHES = 8
 POINTS = 8
 """Number of trade-offs of the dial that are judged."""
 STATIC_SETS = 5
@@ -40,7 +39,7 @@ def policy_card(
     """Return the card of a policy that was trained in `run`, judged on `held`; `facts` are on it as they are given."""
     settings, place = run.settings, run.model.device
     rng = np.random.default_rng(JUDGED_SEED)
-    batches = [held.batch(rng, settings.windows, settings.window, place) for _ in range(BATCHES)]
+    batches = [held.batch(rng, settings.windows, settings.window, place) for _ in range(settings.judged_batches)]
     judged, figures = held_out_figures(run, SkipModules(policy).to(place), batches, policy.static_order)
     return {
         "model": Path(checkpoint.source).name,

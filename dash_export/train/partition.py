@@ -51,11 +51,12 @@ class Candidate:
     gain: float
 
 
-def candidate_groups(num_layers: int) -> list[list[Unit]]:
-    """Return all units that are tried, in groups by GROUP. The first sixth of the layers is in none, nor are layers 0
-    and 1: the policy reads the input of the layer before the first unit, and that early it says too little.
+def candidate_groups(num_layers: int, every: int = 1) -> list[list[Unit]]:
+    """Return all units that are tried, in groups by GROUP; their first layers are `every` layers apart. The first sixth
+    of the layers is in none, nor are layers 0 and 1: the policy reads the input of the layer before the first unit, and
+    that early it says too little.
     """
-    firsts = range(max(2, num_layers // 6), num_layers)
+    firsts = range(max(2, num_layers // 6), num_layers, every)
     groups = (firsts[start : start + GROUP] for start in range(0, len(firsts), GROUP))
     return [[Unit(a, a + size - 1) for a in group for size in LENGTHS if a + size <= num_layers] for group in groups]
 

@@ -187,7 +187,7 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
     """
     model, settings = run.model, run.settings
     windows = with_dense(model, [run.batch("trials", 0)[0]])
-    groups = candidate_groups(model.spec.num_layers)
+    groups = candidate_groups(model.spec.num_layers, settings.search_every)
     tried: list[Candidate] = []
     for number, group in enumerate(groups, 1):
 
@@ -300,7 +300,7 @@ def forward_passes(
     the seconds of a stage's step over the seconds of a pass, for SmolLM2-135M in bfloat16 on 2 cores. A KL over a large
     vocabulary takes 3.5 passes there.
     """
-    groups = candidate_groups(num_layers) if search else []
+    groups = candidate_groups(num_layers, settings.search_every) if search else []
     last = {"tuning": (15.0 if kind == "token" else 20.0) * settings.tuning_steps, "static order": 140.0}
     return {
         f"{SELF_GENERATED} text": 7.0 * min(prompts, settings.own_prompts),
@@ -308,7 +308,7 @@ def forward_passes(
         "bypasses in closed form": 1.6 * settings.fit_steps,
         "regression": 10.0 * settings.regression_steps if kind == "token" else 0.0,
         **(last if kind == "token" else dict(reversed(last.items()))),
-        "held-out text": 560.0,
+        "held-out text": 70.0 * settings.judged_batches,
     }
 
 

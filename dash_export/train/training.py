@@ -21,6 +21,7 @@ from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.outputs import locked, output_path, remove_own, work_folder, work_of
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
+from dash_export.runtime.cpus import has_bfloat16
 from dash_export.runtime.text import Text
 from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.card import policy_card
@@ -71,9 +72,7 @@ def train(
             raise PolicyError(f"{start} has its units, {units_text(before.units)}: others are trained from nothing.")
         units, settings = before.units, _further(settings)
     given = None if units is None else _checked(units, spec)
-    # No stage takes more steps than the tuning, so that a short trial run is short in all its stages.
-    stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
-    settings = replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
+    settings = settings.shortened()
     try:
         place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=place).item()
@@ -82,6 +81,9 @@ def train(
     check_unique_names(texts, prompts)
     if missing := [path for path in (*texts, *prompts) if not path.is_file()]:
         raise RequestError(f"There is no file {missing[0]}.")
+    slow = place.type == "cpu" and not has_bfloat16()
+    precision = settings.precision or ("float32" if slow else "bfloat16")
+    settings = replace(settings, precision=precision)
     checkpoint = replace(checkpoint, seen={**checkpoint.seen, **{path: identity(path) for path in (*texts, *prompts)}})
     data = {
         path.name: {"read_as": form, "sha256": sha256_file(path)}
@@ -101,7 +103,7 @@ def train(
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
         chats = [messages for file in prompts for messages in read_prompts(file)]
         work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
-        gated = GatedModel(checkpoint, place, getattr(torch, settings.precision))
+        gated = GatedModel(checkpoint, place, getattr(torch, precision))
         checkpoint.check_same()
         passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
         run = Run(gated, corpus, settings, work, whole_training_progress(progress, passes))
@@ -125,7 +127,10 @@ def train(
 
 def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
     """Raise for arguments that are wrong whatever the files hold, before any file is read."""
-    for name, value, known in (("policy kind", kind, KINDS), ("precision", settings.precision, PRECISIONS)):
+    for name, value, known in (
+        ("policy kind", kind, KINDS),
+        ("precision", settings.precision or PRECISIONS[0], PRECISIONS),
+    ):
         if value not in known:
             raise PolicyError(f"There is no {name} {value!r} to train with. Known: {', '.join(known)}.")
     if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.runtime import cpus
-from dash_export.runtime.cpus import LoadMeter
+from dash_export.runtime.cpus import LoadMeter, has_bfloat16
 
 
 def test_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +19,18 @@ def test_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpus.time, "process_time", lambda: next(own))
     monkeypatch.setattr(cpus.os, "sysconf", lambda _: 100)
     assert LoadMeter().load() == (0.75, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("flags\t\t: fpu avx512f avx512_vnni avx512_bf16", True),
+        ("flags: sse2 amx_bf16 amx_tile", True),
+        ("Features : fp asimd i8mm bf16", True),
+        ("flags: fpu avx2 avx512f avx512_vnni", False),
+        ("Features: fp asimd", False),
+    ],
+)
+def test_bfloat16(line: str, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor: 0\n{line}\n")
+    assert has_bfloat16() == found

@@ -21,8 +21,8 @@ from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
 from dash_export.policy import SkipPolicy, check_replaceable, load_policy, save_policy
-from dash_export.train import TrainingSettings, partition, stages
-from dash_export.train.partition import Candidate
+from dash_export.train import TrainingSettings, partition, stages, training
+from dash_export.train.partition import Candidate, candidate_groups
 from dash_export.train.stages import Work
 from dash_export.train.training import check_unique_names, train
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
@@ -89,6 +89,25 @@ def test_the_file_is_the_policy_and_the_card_says_how(trained: Trained, checkpoi
     assert not path.with_name(f"{path.name}.unfinished").exists()
 
 
+def test_a_short_training_is_short_in_all_its_stages() -> None:
+    """So that two steps take a minute; the defaults stay as they are."""
+    assert TrainingSettings().shortened() == TrainingSettings()
+    assert TrainingSettings(tuning_steps=2).shortened() == TrainingSettings(
+        tuning_steps=2, search_steps=2, search_every=8, fit_steps=2, warm_up_steps=2, regression_steps=2, windows=1,
+        judged_batches=1, own_prompts=8, own_tokens=32,
+    )  # fmt: skip
+    assert [len(group) for group in candidate_groups(30, every=8)] == [16], "of the layers 5, 13, 21 and 29"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_precision_is_one_the_processor_is_fast_in(
+    fast: bool, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "has_bfloat16", lambda: fast)
+    learn(settings=replace(SETTINGS, precision=None, tuning_steps=1))
+    assert card_of(output)["precision"] == ("bfloat16" if fast else "float32")
+
+
 @pytest.mark.parametrize("change", [{}, {"seed": 1}, {"precision": "float32"}], ids=["same", "seed", "precision"])
 def test_the_same_settings_make_the_same_policy(
     change: dict[str, Any], trained: Trained, learn: Learn, output: Path
@@ -152,11 +171,13 @@ def killed(learn: Learn, stage: str, times: int = 1, **options: Any) -> list[str
     return heard
 
 
-FULL = {"candidates": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
-"""How often a whole training speaks of its stages, where each layer's candidates are a group."""
+FULL = {"candidates": 6, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
+"""How often a whole training speaks of its stages, where each layer's candidates are a group. (Those of every other
+layer: the training is short.)
+"""
 DONE = dict.fromkeys(FULL, 0)
 KILLS = {
-    "candidates": (6, FULL | {"candidates": 6}),
+    "candidates": (5, FULL | {"candidates": 2}),
     "bypasses": (2, FULL | {"candidates": 0}),
     "regression": (4, DONE | {"regression": 4, "tuning": 6, "static": 1}),
     "tuning": (5, DONE | {"tuning": 2, "static": 1}),

@@ -175,8 +175,21 @@ class Server:
             raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.names)}.", "model",
                             "model_not_found")  # fmt: skip
         if name == AUTO:
-            name = next((one for one, scheduler in self.served.items() if scheduler.has_time), [*self.served][-1])
+            name = next(filter(self._has_time, self.served), [*self.served][-1])
         return name, self.served[name]
+
+    def _has_time(self, name: str) -> bool:
+        """Return whether one more request to this bundle would be decoded at once, and at its pace. All bundles share a
+        machine, so a token takes at most as long as a step of each.
+        """
+        scheduler, others = self.served[name], self.served.values()
+        if not any(one.running + one.waiting for one in others):
+            return True  # what was measured may be over
+        if scheduler.running + scheduler.waiting >= scheduler.size:
+            return False
+        return scheduler.pace is None or scheduler.pace.seconds >= sum(
+            one.seconds_with(one is scheduler) for one in others
+        )
 
 
 async def _page(_server: Server, _http: HttpRequest) -> Response:

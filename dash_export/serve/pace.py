@@ -24,7 +24,7 @@ class Pace:
         """Make the sets of units to skip; `order`: places in the order of a static policy. Raises RequestError."""
         if not 0 < seconds < 1e3 or not 0 < least <= 1:
             raise RequestError(f"A pace has seconds above 0 and a least budget in (0, 1], not {seconds} and {least}.")
-        self._seconds, self._least, self.granted = seconds, least, 1.0
+        self.seconds, self._least, self.granted = seconds, least, 1.0
         self._dense = self._rest = 0.0
         times = [1.0 - sum(cost.cost[place] for place in order[:count]) for count in range(len(order) + 1)]
         self._sets = [
@@ -37,12 +37,7 @@ class Pace:
         weight = WEIGHT if self._dense else 1.0
         self._dense += weight * (dense - self._dense)
         self._rest += weight * (rest - self._rest)
-        self.granted = min(1.0, max(self._least, (self._seconds - self._rest) / max(self._dense, 1e-9)))
-
-    @property
-    def kept(self) -> bool:
-        """Whether a token takes no longer than it may, at the lowest budget, by what the last steps took."""
-        return self._rest + self._least * self._dense <= self._seconds
+        self.granted = min(1.0, max(self._least, (self.seconds - self._rest) / max(self._dense, 1e-9)))
 
     def together(self) -> SessionRules:
         """Return the smallest set of units to skip that is fast enough. All rows share it: skipping a unit in some rows

@@ -23,7 +23,7 @@ from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Logits
-from dash_export.serve.pace import Pace
+from dash_export.serve.pace import WEIGHT, Pace
 from dash_export.serve.prefixes import Prefixes
 from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError, Request, Ticket
 
@@ -95,6 +95,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._seconds = 0.0
+        """Of a step and the prefill before it: a running mean."""
         self.figures = Counter[str]()
         """Counts since the start, by the names that metrics.py tells."""
 
@@ -186,11 +188,11 @@ class Scheduler:
     def running(self) -> int:
         return len(self._rows)
 
-    @property
-    def has_time(self) -> bool:
-        """Whether one more request would be decoded at once and, by what the last steps took, at the pace."""
-        others = self.running + self.waiting
-        return not others or (others < self.size and (self.pace is None or self.pace.kept))
+    def seconds_with(self, more: int) -> float:
+        """Return the most seconds that a step with `more` further requests would take, and the prefill before it, by
+        what the last steps took. By how much a row more slows it down is not known; at most as if rows took turns.
+        """
+        return self._seconds * (self.running + self.waiting + more) / max(1, self.running)
 
     def close(self, seconds: float = 0.0) -> bool:
         """Take no more requests, wait `seconds` for answers, then fail the rest. Return whether none had to fail."""
@@ -223,7 +225,9 @@ class Scheduler:
             try:
                 began = time.perf_counter()
                 self._prefill()
-                self._decode(time.perf_counter() - began)
+                if self._rows.rows:
+                    self._decode(time.perf_counter() - began)
+                    self._seconds += WEIGHT * (time.perf_counter() - began - self._seconds)
             except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
@@ -278,8 +282,6 @@ class Scheduler:
     def _decode(self, rest: float) -> None:
         """Decode one step of all rows; `rest`: seconds that the prefill before it took."""
         rows, pace = self._rows.rows, self.pace
-        if not rows:
-            return
         together = self._together if pace is None else pace.together()
         for row in rows:
             if row.tag.rules is None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import product
+from typing import Any
 
 import httpx
 import pytest
@@ -15,22 +14,23 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.runtime.decode import BoundStep
 from dash_export.serve.app import Server
-from dash_export.serve.pace import Pace
-from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.scheduler import Request, Scheduler
 from tests.listening import listening
 from tests.serve.conftest import MakeScheduler
+
+
+def slowly(sound: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*given: object) -> Any:
+        time.sleep(seconds)
+        return sound(*given)
+
+    return slow
 
 
 @pytest.fixture
 def http(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
     """Two models, `best` with room for two answers and a pace, on a machine that takes 20 ms a step."""
-    sound = BoundStep.decode_batch
-
-    def slow(*given: object) -> None:
-        time.sleep(0.02)
-        sound(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(BoundStep, "decode_batch", slow)
+    monkeypatch.setattr(BoundStep, "decode_batch", slowly(BoundStep.decode_batch, 0.02))
     served = {
         "best": scheduler(False, rows=2, pace=100.0, alone=Setting("token", trade_off=0.3)),
         "fast": scheduler(False, rows=1),
@@ -46,7 +46,7 @@ def asked(model: str, tokens: int = 1) -> dict[str, object]:
 @contextmanager
 def under_way(http: httpx.Client, model: str) -> Iterator[None]:
     """A long answer, whose first tokens have come."""
-    with http.stream("POST", "/v1/completions", json=asked(model, 200)) as answer:
+    with http.stream("POST", "/v1/completions", json=asked(model, 100)) as answer:
         tokens = answer.iter_raw()  # held: without it the answer is closed
         next(tokens)
         yield
@@ -68,11 +68,30 @@ def test_the_first_that_has_room(http: httpx.Client) -> None:
     assert waits == "fast", "the last one takes what none has time for"
 
 
-def test_the_first_that_keeps_its_pace(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "kept", property(lambda _: False))
+@pytest.mark.parametrize(("seconds", "name"), [(49.0, "best"), (51.0, "fast")])
+def test_the_first_that_keeps_its_pace(
+    seconds: float, name: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of both bundles fits into the pace of 100 seconds, or does not, whichever of them decodes."""
+    monkeypatch.setattr(Scheduler, "seconds_with", lambda *_: seconds)
     assert answering(http) == "best", "nothing is under way: what was measured may be over"
-    with under_way(http, "best"):
-        assert answering(http) == "fast"
+    for busy in ("best", "fast"):
+        with under_way(http, busy):
+            assert answering(http) == name
+
+
+def test_seconds_of_a_step(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured; and the most that they would be with more rows."""
+    monkeypatch.setattr(BoundStep, "decode_batch", slowly(BoundStep.decode_batch, 0.02))
+    one = scheduler(rows=4)
+    assert one.seconds_with(1) == 0, "nothing was measured"
+    answers = [one.stream(Request([1, 2, 3], 200)) for _ in range(2)]
+    for answer in answers:
+        for _ in range(40):
+            next(answer)
+    now = one.seconds_with(0)
+    assert now > 0.019, "of a running mean that began with 0"
+    assert one.seconds_with(2) == pytest.approx(2 * now, rel=0.4)
 
 
 @pytest.mark.parametrize("model", ["", "car"])
@@ -84,12 +103,3 @@ def test_other_names(model: str, http: httpx.Client) -> None:
 
 def test_one_model_has_no_auto(tiny_runtime: Callable[..., DashRuntime]) -> None:
     assert Server({"tiny": Scheduler(tiny_runtime())}).names == ["tiny"]
-
-
-@pytest.mark.parametrize(("dense", "rest"), product((0.01, 0.1), (0.0, 0.04)))
-def test_what_is_kept(dense: float, rest: float, tiny_runtime: Callable[..., DashRuntime]) -> None:
-    """60 ms, at budgets down to 0.5."""
-    pace = Pace(0.06, 0.5, (0, 1), replace(tiny_runtime().cost, cost=(0.3, 0.2)))
-    assert pace.kept, "nothing is measured yet"
-    pace.measured(1.0, dense, rest)
-    assert pace.kept == (0.5 * dense + rest <= 0.06)

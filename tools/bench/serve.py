@@ -38,19 +38,32 @@ DENSE = {"dash": {"policy": "dense"}}
 
 @dataclass
 class Stream:
-    """One answer: seconds from asking to its first token, then from token to token, and its time of dense."""
+    """One answer: seconds from asking to its first token, then from token to token, its time of dense, and the model
+    that gave it.
+    """
 
     first: float
     steps: list[float]
     of_dense: float
+    model: str
 
 
 @contextmanager
-def server(bundle: Path, target: str, *options: str) -> Iterator[str]:
+def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "dash_export",
+        "serve",
+        *map(str, bundles),
+        "--target",
+        target,
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen([*command, *options])
     address = f"http://127.0.0.1:{port}"
     try:
@@ -81,15 +94,16 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
     connection.close()
     if reply.status != 200:
         raise RuntimeError(f"the server answered {reply.status}: {came}")
-    times, of_dense, left = list[float](), 1.0, b""
+    times, of_dense, model, left = list[float](), 1.0, "", b""
     for now, piece in came:
         *lines, left = (left + piece).split(b"\n")
         chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
         last = times[-1] if times else now
         tokens = sum(bool(chunk["choices"]) for chunk in chunks)
         times += [last + (now - last) * (number + 1) / tokens for number in range(tokens)]  # those that come together
+        model = next((chunk.get("model", "") for chunk in chunks), model)
         of_dense = next((chunk["dash"].get("time_of_dense", 1.0) for chunk in chunks if "dash" in chunk), of_dense)
-    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense)
+    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense, model)
 
 
 Round = tuple[float, list[Stream]]
@@ -138,7 +152,7 @@ def main(
     counts = [int(size) for size in sizes.split(",")]
     texts = held_out(runtime.text.encode, max(counts) * PROMPT * (rounds + 1)).reshape(rounds + 1, -1, PROMPT).tolist()
     rows, pressed = [], []
-    with server(bundle, target, "--rows", str(max(counts))) as address:
+    with server([bundle], target, "--rows", str(max(counts))) as address:
         for count in counts:
             pairs, ours, others = [], list[Round](), list[Round]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
@@ -156,7 +170,7 @@ def main(
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
     limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
-    with server(bundle, target) as fixed, server(bundle, target, *kept) as paced:
+    with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:
         for count in counts:
             for name, address in (("fixed", fixed), ("paced", paced)):
                 together(address, texts[0][:count], {})

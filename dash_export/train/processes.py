@@ -74,7 +74,10 @@ def joined(most: int) -> Iterator[Processes]:
         yield ALONE
         return
     if count > most:
-        raise RequestError(f"A step has {most} windows, so {most} processes at most can share it, not {count}.")
+        raise RequestError(
+            f"Steps have {most} windows here, so {most} processes at most can share them, not {count}: start fewer, or "
+            "give more --steps where these are less than 7."
+        )
     with _said():
         distributed.init_process_group("gloo")  # of tensors on GPUs, too
     try:

@@ -88,7 +88,7 @@ def test_more_processes_than_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     with joined(4) as processes:
         assert processes is ALONE, "nobody else's environment counts"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(RequestError, match="4 processes at most can share it, not 5"), joined(4):
+    with pytest.raises(RequestError, match="4 processes at most can share them, not 5"), joined(4):
         pass
 
 

@@ -227,7 +227,8 @@ class Scheduler:
                 self._prefill()
                 if self._rows.rows:
                     self._decode(time.perf_counter() - began)
-                    self._seconds += WEIGHT * (time.perf_counter() - began - self._seconds)
+                    weight = WEIGHT if self._seconds else 1.0
+                    self._seconds += weight * (time.perf_counter() - began - self._seconds)
             except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))

@@ -18,8 +18,8 @@ class TrainingSettings:
     random only. `trade_offs`: the range of the dial that training covers, in nats per dense token time. `again`: factor
     on the tuning's learning rates when it goes on from a trained policy. `own_prompts`: number of the model's own
     continuations, of up to `own_tokens` tokens, that join the corpus. `held_out`: share of every text that is only
-    evaluated on, by `judged_batches` batches of it. `precision` of the frozen model; None: bfloat16
-    where the device has instructions for it, else float32.
+    evaluated on, by `judged_batches` batches of it. `precision` of the frozen model; None: bfloat16 where the device
+    has instructions for it, else float32.
     """
 
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -10,12 +11,19 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.runtime.decode import BoundStep
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening
 
 Serve = Callable[..., str]
 MakeScheduler = Callable[..., Scheduler]
+
+
+def slow_down(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes so much longer."""
+    sound = BoundStep.decode_batch
+    monkeypatch.setattr(BoundStep, "decode_batch", lambda *given: (time.sleep(seconds), sound(*given)))
 
 
 @pytest.fixture

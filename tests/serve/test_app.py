@@ -15,10 +15,9 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.runtime.decode import BoundStep
 from dash_export.serve import metrics
 from dash_export.serve.running import BODY_BYTES
-from tests.serve.conftest import Serve
+from tests.serve.conftest import Serve, slow_down
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
@@ -229,12 +228,6 @@ def test_figures_are_of_all_answers(http: httpx.Client) -> None:
     assert told["dash"]["layers_per_token"] == told["usage"]["dash"]["layers_per_token"]
     assert told["dash"]["layers_per_token"] == pytest.approx(np.mean(run), abs=1e-3)
     assert len(set(run)) > 1
-
-
-def slow_down(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step takes so much longer."""
-    sound = BoundStep.decode_batch
-    monkeypatch.setattr(BoundStep, "decode_batch", lambda *given: (time.sleep(seconds), sound(*given)))
 
 
 def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

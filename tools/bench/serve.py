@@ -53,18 +53,8 @@ def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "dash_export",
-        "serve",
-        *map(str, bundles),
-        "--target",
-        target,
-        "--port",
-        str(port),
-    ]
-    process = subprocess.Popen([*command, *options])
+    command = [sys.executable, "-m", "dash_export", "serve", *map(str, bundles), "--target", target]
+    process = subprocess.Popen([*command, "--port", str(port), *options])
     address = f"http://127.0.0.1:{port}"
     try:
         while True:

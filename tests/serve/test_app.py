@@ -273,7 +273,7 @@ def test_a_key(serve: Serve) -> None:
 
 def test_a_full_queue(serve: Serve) -> None:
     address = serve(rows=1, waiting=1)
-    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 400, "stream": True, **DENSE}
+    body = {"messages": MESSAGES, "max_tokens": 400, "stream": True, **DENSE, **GREEDY}
     with ThreadPoolExecutor(6) as pool:
         replies = list(
             pool.map(lambda _: httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60), range(6))
@@ -293,7 +293,7 @@ def test_a_client_that_goes_away(
     caplog.set_level(logging.INFO, metrics.log.name)
     slow_down(0.01, monkeypatch)
     address = serve(rows=1)
-    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": stream, **DENSE}
+    body = {"messages": MESSAGES, "max_tokens": 450, "stream": stream, **DENSE, **GREEDY}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.001))
     until = time.monotonic() + 10
@@ -310,7 +310,7 @@ def test_a_client_that_goes_away(
 
 def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:
     address = serve(deadline=0.01)
-    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": True, **DENSE, **GREEDY}
+    body = {"messages": MESSAGES, "max_tokens": 450, "stream": True, **DENSE, **GREEDY}
     lines = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30).text.strip().split("\n\n")
     assert lines[-1] == "data: [DONE]"
     assert "time that this request had is over" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
     from dash_export import DashRuntime
-    from dash_export.manifest import Build
+    from dash_export.bundle import Bundle
+    from dash_export.manifest import Build, CostTable
     from dash_export.models import Checkpoint
     from dash_export.policy import SkipPolicy
     from dash_export.reference import Oracle
@@ -80,14 +81,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_builds() -> Iterator[None]:
-    """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here; dials
-    are of little text, which is most of what a tiny build takes; and no memory is moved, which takes long in a process
-    that has loaded much.
+    """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here; what
+    its units save is given, for what a busy machine measures may be nothing, and budgets and dials would be others;
+    dials are of little text, which is most of what a tiny build takes; and no memory is moved, which takes long in a
+    process that has loaded much.
     """
-    from dash_export.building import cost_table, dial
+    from dash_export.building import cost_table, dial, pipeline
     from dash_export.runtime import runtime
 
+    def given_cost(bundle: Bundle, *given: Any) -> CostTable:
+        manifest = bundle.manifest
+        saved = [0.8 * len(unit.layers) / manifest.model.num_layers for unit in manifest.policy.units]
+        return replace(measured(bundle, *given), cost=tuple(saved))
+
+    measured = pipeline.measure_cost
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "measure_cost", given_cost)
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
         patch.setattr(dial, "WINDOWS", 2)
         patch.setattr(dial, "TOKENS", 64)
@@ -186,15 +195,11 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it. What its
-    units cost is given: what a busy machine measures may be nothing for one of them, and its dial would be another.
-    """
-    from dash_export.building import dial, pipeline
+    """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it."""
+    from dash_export.building import dial
     from tests.tiny import tiny_bundle
 
-    measured = pipeline.measure_cost
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "measure_cost", lambda *given: replace(measured(*given), cost=(0.19, 0.07)))
         patch.setattr(dial, "WINDOWS", 8)
         patch.setattr(dial, "TOKENS", 128)
         return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")

@@ -1,4 +1,4 @@
-"""`make demo`: a real model and its trained policy to engines, answering prompts dense, static and token.
+"""`make demo`: a real model and its trained policy to engines, answering prompts dense, token and static.
 
     python tools/demo.py [smollm2-135m|qwen2.5-coder-0.5b]
 
@@ -115,10 +115,9 @@ def _prepare(name: str) -> tuple[Bundle, Build]:
 
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
-    best = runtime.recommended  # dense, where no budget pays
-    settings = list(
-        dict.fromkeys([Setting("dense"), best if best.budget is None else replace(best, hold=False), FASTER, FIXED])
-    )
+    best = runtime.recommended
+    token = FASTER if best.budget is None else replace(best, hold=False)  # where no budget pays it is dense
+    settings = [Setting("dense"), token, FIXED]
     path = resource_folder("calibration") / "heldout.txt"
     console.print(
         "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"

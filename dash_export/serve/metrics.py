@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -16,11 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dash_export.serve.answers import Answer, dash
+from dash_export.serve.energy import energy, power
 from dash_export.serve.scheduler import Scheduler
 
 log = logging.getLogger("dash_export.answers")
 """At level INFO: every answer that has ended, as a line of JSON."""
-POWERCAP = Path("/sys/class/powercap")
 _COUNTERS = {
     "requests": "Requests that were taken.",
     "refused": "Requests refused because the queue was full.",
@@ -111,16 +110,9 @@ class _Schedulers(Collector):
                 gauge.add_metric([model], value)
             yield gauge
         joules = CounterMetricFamily("dash_export_energy_joules", "Of the whole machine, measured.", labels=["zone"])
-        for zone, value in _energy():
-            joules.add_metric([zone], value)
-        if joules.samples:
-            yield joules
-
-
-def _energy() -> Iterator[tuple[str, float]]:
-    """Yield (zone, joules) of the processors' own counters, where the kernel has them and lets this user read them."""
-    for folder in sorted(POWERCAP.glob("*:[0-9]")):
-        try:
-            yield (folder / "name").read_text().strip(), int((folder / "energy_uj").read_text()) / 1e6
-        except (OSError, ValueError):
-            continue
+        watts = GaugeMetricFamily("dash_export_power_watts", "Of the whole machine, measured.", labels=["rail"])
+        for family, measured in ((joules, energy()), (watts, power())):
+            for place, value in measured:
+                family.add_metric([place], value)
+            if family.samples:
+                yield family

@@ -108,6 +108,15 @@ def test_streams(tiny_root: Path) -> None:
     assert any("answered" in kind for kind in line["done"])
 
 
+@pytest.mark.usefixtures("shared")
+def test_bodies(tiny_root: Path) -> None:
+    arguments = [str(tiny_root), "--target", "cpu-fp32", "--bodies", "60"]
+    result = CliRunner().invoke(importlib.import_module("bodies").main, arguments)
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert (result.exit_code, line["faults"]) == (0, 0), result.stdout
+    assert line["done"].keys() >= {"200", "400"}
+
+
 @pytest.mark.parametrize("order", ["in order", "by folder"])
 @pytest.mark.usefixtures("shared")
 def test_a_crash_loses_what_was_not_synced(tmp_path: Path, order: str) -> None:

@@ -107,6 +107,16 @@ def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, A
     return time.perf_counter() - began, streams
 
 
+def joining(address: str, others: Sequence[list[int]], prompt: list[int]) -> float:
+    """Seconds to the first token of a prompt that comes while all others decode."""
+    with ThreadPoolExecutor(len(others)) as pool:
+        running = [pool.submit(stream, address, other, DENSE) for other in others]
+        time.sleep(0.5)  # their prompts are known: they decode at once, for seconds
+        first = stream(address, prompt, DENSE).first
+        assert not any(one.done() for one in running)
+    return first
+
+
 def batched(runtime: DashRuntime, prompts: list[list[int]]) -> float:
     began = time.perf_counter()
     for _ in runtime.batch(len(prompts)).stream(prompts, TOKENS):
@@ -140,9 +150,10 @@ def main(
 ) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
-    texts = held_out(runtime.text.encode, max(counts) * PROMPT * (rounds + 1)).reshape(rounds + 1, -1, PROMPT).tolist()
-    rows, pressed = [], []
-    with server([bundle], target, "--rows", str(max(counts))) as address:
+    most, width = max(counts), max(counts) + 2
+    texts = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT).tolist()
+    rows, pressed, joined = [], [], []
+    with server([bundle], target, "--rows", str(most)) as address:
         for count in counts:
             pairs, ours, others = [], list[Round](), list[Round]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
@@ -156,8 +167,14 @@ def main(
             rows.append(row("dash-export", count, round(median(pairs), 3), ours))
             if others:
                 rows.append(row("the other", count, "", others))
+        for prompts in texts[1:] if most > 1 else ():
+            alone = stream(address, prompts[-1], DENSE).first
+            joined.append((alone, joining(address, prompts[: most - 1], prompts[-2])))
     heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
+    if joined:
+        apart, late = (milliseconds([*each], 0.5) for each in zip(*joined, strict=True))
+        print(f"First token of a new prompt: alone {apart} ms, while {most - 1} others decode {late} ms.")
     limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
     with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:
@@ -170,7 +187,7 @@ def main(
                 pressed.append((count, name, milliseconds(steps, 0.5), milliseconds(steps, 0.95), of_dense))
     title = f"{bundle.name}, {target}: the same requests, whose speed nobody says"
     print_table(title, (), ("streams", f"pace {limit:.1f} ms", "token ms", "p95", "time of dense"), pressed)
-    print_json("serve", {"target": target, "streams": rows, "pace_ms": limit, "pressed": pressed})
+    print_json("serve", {"target": target, "streams": rows, "first": joined, "pace_ms": limit, "pressed": pressed})
 
 
 if __name__ == "__main__":

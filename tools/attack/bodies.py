@@ -1,0 +1,114 @@
+"""Damaged requests to a server: each is answered or refused, by no answer of 500 and no traceback, and the server
+serves on.
+
+    python tools/attack/bodies.py my.dash --bodies 10000
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import httpx
+from shared import ROOT
+
+from dash_export.commands.tables import print_table
+from tests.fuzz.mutators import damaged, in_json
+
+assert ROOT  # whose import makes `tests` importable
+MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}}, "required": ["a"]}
+CALL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": SCHEMA}}
+CHATS: list[dict[str, Any]] = [
+    {"messages": MESSAGES, "temperature": 0.5, "top_p": 0.9, "seed": 1, "n": 2, "logprobs": True, "top_logprobs": 2},
+    {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "stop": ["a", "b"]},
+    {"messages": MESSAGES, "dash": {"policy": "static", "skip": [2], "skips": True}, "frequency_penalty": 0.1},
+    {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+    {"messages": MESSAGES, "tools": [CALL], "tool_choice": "auto", "parallel_tool_calls": False},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {"prompt": "Hello", "echo": False, "logprobs": 1},
+    {"prompt": [[1, 2, 3], [4]], "dash": {"budget": 0.9}},
+]
+RESPONSES: list[dict[str, Any]] = [
+    {"input": "Hello", "instructions": "Be short."},
+    {"input": MESSAGES[1:], "stream": True, "tools": []},
+]
+PATIENCE = 60.0
+
+
+def seeds(model: str) -> dict[str, list[bytes]]:
+    """Return sound bodies by path, with a few tokens each."""
+    found = {"/v1/chat/completions": CHATS, "/v1/completions": COMPLETIONS, "/v1/responses": RESPONSES}
+    length = {"/v1/responses": "max_output_tokens"}
+    return {
+        path: [json.dumps({"model": model, length.get(path, "max_tokens"): 2} | body).encode() for body in bodies]
+        for path, bodies in found.items()
+    }
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", default="cpu", show_default=True)
+@click.option("--bodies", default=10_000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
+    """Send damaged bodies one after the other, and a sound one after every hundred."""
+    rng, statuses, faults = Random(seed), Counter[str](), list[str]()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
+    with (
+        tempfile.TemporaryFile("w+") as told,
+        subprocess.Popen([*command, "--deadline", "20"], stdout=told, stderr=told) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client,
+    ):
+        try:
+            _wait(client, process)
+            sound = seeds(client.get("/v1/models").json()["data"][0]["id"])
+            for number in range(bodies):
+                path = rng.choice([*sound])
+                body = damaged(rng, sound[path], in_json)
+                try:
+                    status = client.post(path, content=body, headers={"Content-Type": "application/json"}).status_code
+                except httpx.HTTPError as error:
+                    status = 0
+                    faults.append(f"{path}: {error!r}: {body!r:.500}")
+                statuses[str(status)] += 1
+                if status >= 500:
+                    faults.append(f"{path}: {status}: {body!r:.500}")
+                if number % 100 == 0 and client.post(path, content=sound[path][0]).status_code != 200:
+                    faults.append(f"{path}: a sound body is refused after {number}")
+        finally:
+            process.terminate()
+        process.wait(PATIENCE)
+        told.seek(0)
+        faults += [line for line in told.read().splitlines() if "Traceback" in line]
+    print_table(f"{bodies} damaged bodies", ("status",), ("",), sorted(statuses.items()))
+    print(*faults[:10], sep="\n")
+    print(json.dumps({"attack": "bodies", "done": dict(statuses), "faults": len(faults)}))
+    raise SystemExit(bool(faults))
+
+
+def _wait(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise SystemExit("The server has ended.")
+
+
+if __name__ == "__main__":
+    main()

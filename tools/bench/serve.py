@@ -107,14 +107,15 @@ def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, A
     return time.perf_counter() - began, streams
 
 
-def joining(address: str, others: Sequence[list[int]], prompt: list[int]) -> float:
-    """Seconds to the first token of a prompt that comes while all others decode."""
+def joining(address: str, others: Sequence[list[int]], prompt: list[int]) -> tuple[float, int]:
+    """Seconds to the first token of a prompt that comes while others decode, and how many still did then."""
+    before = 0.5  # their prompts are known: they decode at once, for seconds
     with ThreadPoolExecutor(len(others)) as pool:
         running = [pool.submit(stream, address, other, DENSE) for other in others]
-        time.sleep(0.5)  # their prompts are known: they decode at once, for seconds
+        time.sleep(before)
         first = stream(address, prompt, DENSE).first
-        assert not any(one.done() for one in running)
-    return first
+        ended = [one.result().first + sum(one.result().steps) for one in running]
+    return first, sum(end > before + first for end in ended)
 
 
 def batched(runtime: DashRuntime, prompts: list[list[int]]) -> float:
@@ -169,12 +170,13 @@ def main(
                 rows.append(row("the other", count, "", others))
         for prompts in texts[1:] if most > 1 else ():
             alone = stream(address, prompts[-1], DENSE).first
-            joined.append((alone, joining(address, prompts[: most - 1], prompts[-2])))
+            joined.append((alone, *joining(address, prompts[: most - 1], prompts[-2])))
     heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
     if joined:
-        apart, late = (milliseconds([*each], 0.5) for each in zip(*joined, strict=True))
-        print(f"First token of a new prompt: alone {apart} ms, while {most - 1} others decode {late} ms.")
+        apart, late = (milliseconds([each[place] for each in joined], 0.5) for place in (0, 1))
+        still = [others for _, _, others in joined]
+        print(f"First token of a new prompt: alone {apart} ms, while {min(still)} to {max(still)} decode {late} ms.")
     limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
     with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:

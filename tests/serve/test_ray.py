@@ -80,8 +80,8 @@ def test_a_replica_is_killed(address: str) -> None:
         except httpx.TransportError:
             return False
 
-    with ThreadPoolExecutor(4) as pool:
-        whole = list(pool.map(ask, range(4)))
+    with ThreadPoolExecutor(8) as pool:  # twice as many as the rows of both: each has some to lose
+        whole = list(pool.map(ask, range(8)))
     assert killed
     assert any(whole), "those of the other replica"
     assert not all(whole), "nobody was told that its answer was cut"
@@ -99,6 +99,8 @@ def test_as_many_replicas_as_requests_keep_busy(address: str, tiny_root: Path) -
     serve.run(app(given), name="dash")
     assert len(replicas()) == 1
     until = time.monotonic() + 120  # Ray looks at the last half minute
+    while httpx.get(f"{address}/health").status_code != 200:  # its proxies may still know the application of before
+        assert time.monotonic() < until, "the new application does not answer"
     body, most = ASKED | DENSE | {"max_tokens": 400}, 1
     with ThreadPoolExecutor(12) as pool:
         while most < 2:

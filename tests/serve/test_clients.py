@@ -1,10 +1,13 @@
-"""What people ask a server with, each of SmolLM2. LangChain and LiteLLM: pip install 'dash-export[clients]'."""
+"""What people ask a server with, each of SmolLM2. LangChain and LiteLLM: pip install 'dash-export[clients]'. Where
+'ray[serve]' is installed, each asks a cluster, too.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from shutil import which
 from typing import Any
 
@@ -16,6 +19,7 @@ from dash_export import DashRuntime
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening
+from tests.serve.ray_cluster import on_ray
 
 pytestmark = pytest.mark.model
 
@@ -30,9 +34,11 @@ def runtime(smollm2_runtime: Callable[..., DashRuntime]) -> DashRuntime:
     return smollm2_runtime("cpu-fp32")
 
 
-@pytest.fixture(scope="module")
-def url(runtime: DashRuntime) -> Iterator[str]:
-    with listening(Server({"smollm2": Scheduler(runtime, rows=2)}, drain=5.0).app) as found:
+@pytest.fixture(scope="module", params=["server", "ray"])
+def url(runtime: DashRuntime, smollm2_bundle: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of ours, and two replicas on two nodes of a Ray cluster."""
+    alone = Server({"smollm2": Scheduler(runtime, rows=2)}, drain=5.0).app
+    with listening(alone) if request.param == "server" else on_ray(smollm2_bundle) as found:
         yield f"{found}/v1"
 
 

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
-from tests.commands.helpers import free_port
+from tests.serve.ray_cluster import on_ray
 
 ASKED: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 60, "temperature": 0}
 DENSE: dict[str, Any] = {"dash": {"policy": "dense"}}
@@ -23,23 +22,8 @@ DENSE: dict[str, Any] = {"dash": {"policy": "dense"}}
 
 @pytest.fixture(scope="module")
 def address(tiny_root: Path) -> Iterator[str]:
-    ray = pytest.importorskip("ray", reason="pip install 'ray[serve]'")
-    from ray import serve
-    from ray.cluster_utils import Cluster
-
-    from dash_export.serve.ray import AppArguments, app
-
-    assert signature(app).parameters["given"].annotation is AppArguments, "`serve run` would hand it a dict"
-    port = free_port()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(AppArguments(bundle=str(tiny_root), target="cpu-fp32", replicas=2, rows=2)), name="dash")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
-    cluster.shutdown()
+    with on_ray(tiny_root) as found:
+        yield found
 
 
 def test_answers(address: str, tiny_runtime: Callable[..., DashRuntime]) -> None:

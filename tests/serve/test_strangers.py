@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.commands.serve import raise_open_file_limit
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.runtime import Sampling
 from dash_export.runtime.cache import KVCache
@@ -183,6 +184,19 @@ def test_bodies_that_do_not_end_keep_nobody_out(address: str, monkeypatch: pytes
     reply = httpx.post(f"{address}{CHAT}", json=body | {"user": "x" * 2000}, timeout=20)
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
     assert httpx.post(f"{address}{CHAT}", json=body, timeout=20).status_code == 200
+
+
+def test_a_thousand_connections(address: str, http: httpx.Client) -> None:
+    """Half of them have begun a request. They keep nobody out."""
+    raise_open_file_limit()
+    host, port = address.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        for number in range(1000):
+            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            if number % 2:
+                idle.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Le".encode())
+        assert http.post(CHAT, json={"model": "tiny", "messages": MESSAGES, "max_tokens": 2}).status_code == 200
+        assert http.get("/health").status_code == 200
 
 
 def test_requests_that_are_read_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

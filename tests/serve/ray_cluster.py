@@ -1,0 +1,36 @@
+"""Ray Serve on two nodes of this machine. Needs `pip install 'ray[serve]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from tests.commands.helpers import free_port
+
+
+@contextmanager
+def on_ray(bundle: Path) -> Iterator[str]:
+    """The address of two replicas, one on each node, that serve the build `cpu-fp32`."""
+    ray = pytest.importorskip("ray", reason="pip install 'ray[serve]'")
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from dash_export.serve.ray import AppArguments, app
+
+    assert signature(app).parameters["given"].annotation is AppArguments, "`serve run` would hand it a dict"
+    port = free_port()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app(AppArguments(bundle=str(bundle), target="cpu-fp32", replicas=2, rows=2)), name="dash")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        cluster.shutdown()

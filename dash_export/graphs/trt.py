@@ -39,6 +39,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     _cut_rope(graph, capacity)
     _give_last_logits(graph)
     _sum_policy(graph)
+    _scale_queries(graph)
     if recipe.dialect != "trt10" and any("softcap" in node.attributes for node in graph):
         raise BackendError(
             "TensorRT's Attention caps no scores, and this model's are: copy the recipe and set dialect = \"trt10\"."
@@ -102,6 +103,17 @@ def _sum_policy(graph: ir.Graph) -> None:
         spread = c.op("Unsqueeze", [node.inputs[0], c.constant("policy/before_last", [-2])], "once_per_unit")
         terms = c.op("Mul", [spread, c.constant("policy/rows", weights.T)], "terms")
         c.finish(c.op("ReduceSum", [terms, c.constant("policy/last", [-1])], "summed", keepdims=0))
+
+
+def _scale_queries(graph: ir.Graph) -> None:
+    """Scale the queries before Attention: by its `scale`, TensorRT's parser scales queries and keys, which is a pass
+    over all rows of the cache.
+    """
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        c, scale = Chain(graph, node, str(node.name)), node.attributes["scale"].as_float()
+        factor = c.constant(f"attention.scale.{scale:g}", np.array([scale], np.float32))
+        node.replace_input_with(0, c.op("Mul", [node.inputs[0], factor], "scaled"))
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
 
 def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:

@@ -29,7 +29,9 @@ MASKED = -1e30
 
 
 def decompose(model: ir.Model, capacity: int) -> None:
-    """Replace the operators of opset 23 and 24 by operators of opset 21, in place. Shapes must be fixed already."""
+    """Replace the operators of opset 23 and 24 by operators of opset 21, in place. Shapes must be fixed already, and
+    queries scaled.
+    """
     graph = model.graph
     for node in list(graph):
         if node.op_type == "RMSNormalization":
@@ -152,10 +154,8 @@ def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
     c = Chain(graph, node, str(node.name))
     wide = Chain(graph, node, f"{node.name}/softmax", float32=True)
     # The queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
-    scale = np.array([node.attributes["scale"].as_float()], np.float32)
-    scaled = c.op("Mul", [node.inputs[0], c.constant(f"attention.scale.{head_dim}", scale)], "scaled")
     grouped = c.constant(f"shape.grouped.{kv_heads}", [0, kv_heads, -1, head_dim])
-    query = c.op("Reshape", [scaled, grouped], "grouped")
+    query = c.op("Reshape", [node.inputs[0], grouped], "grouped")
     most = node.attributes.get_float("softcap", 0.0)
     cap = c.constant(f"attention.cap.{most:g}", np.array([most], np.float32)) if most else None
     over_past = {each: c.constant(f"shape.past.{each}", [0, each, -1, capacity]) for each in (heads, kv_heads)}

@@ -23,6 +23,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs import trt
+from dash_export.graphs.writer import save_graph
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.models.bypasses import pruned
@@ -208,6 +209,38 @@ def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, mon
     with pytest.raises(BundleError, match="is unfinished"):
         loaded(own)
     assert not list((own / "tiny.dash" / "engines" / "mine").glob(".tmp-*"))
+
+
+def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) -> None:
+    """What the parser made reads all rows of a cache, and scales them first. Nobody reads its result any more."""
+    bundle, recipe = Bundle.open(root / "tiny.dash"), load_recipe(str(root / "mine.toml"))
+    graph = next(each for each in engine_graphs(bundle, loaded(root).segments, True) if each.name == "layers_02-03")
+    path = save_graph(lower_graph(bundle, graph, recipe), tmp_path / "unit.onnx")[0]
+    toolkit = trt_api.load_toolkit("tensorrt_rtx")
+    network = rtx.Builder(toolkit.logger).create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert rtx.OnnxParser(network, toolkit.logger).parse_from_file(str(path))
+    parsed = network.num_layers
+    toolkit._bound_attention(network)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    cast, largest, _, following = layers[parsed : parsed + 4]
+    assert cast.get_input(0).name == "position_ids"
+    kinds = rtx.LayerType.CAST, rtx.LayerType.REDUCE, rtx.LayerType.ELEMENTWISE
+    assert (cast.type, largest.type, following.type) == kinds
+    lengths = following.get_output(0)
+    assert (lengths.dtype, tuple(lengths.shape)) == (rtx.int32, (1,))
+    read = {
+        layer.get_input(index).name for layer in layers for index in range(layer.num_inputs) if layer.get_input(index)
+    }
+    made = [layer for layer in layers[parsed:] if layer.type == rtx.LayerType.ATTENTION_INPUT]
+    assert len(made) == 2
+    for number, begin in zip((2, 3), made, strict=True):
+        assert f"layer_{number:02d}/attention/attention" not in read
+        keys, values, _, *_, last = (
+            tensor.name for index in range(1, begin.num_inputs) if (tensor := begin.get_input(index))
+        )
+        assert (keys, values, last) == (f"present.{number}.key", f"present.{number}.value", lengths.name)
+    results = {layer.get_output(0).name for layer in layers[parsed:] if layer.type == rtx.LayerType.ATTENTION_OUTPUT}
+    assert results <= read
 
 
 def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.errors import BackendError, OutputError
 from dash_export.names import cache_folder
@@ -72,6 +74,7 @@ class Toolkit:
             if not parser.parse_from_file(str(graph)):
                 complaints += [parser.get_error(index).desc() for index in range(parser.num_errors)]
                 raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last_reason(complaints)}")
+            self._bound_attention(network)
             config = builder.create_builder_config()
             self._configure(config, settings)
             for shapes in settings.profiles:
@@ -88,6 +91,40 @@ class Toolkit:
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
+
+    def _bound_attention(self, network: Any) -> None:
+        """Tell each Attention how many rows of its cache are in use, so that it need not read the others. The parser
+        drops ONNX's own input for this (`nonpad_kv_seqlen`) and makes attentions that take no lengths, so each is
+        replaced by one that does, with the same queries and mask. Its keys are the cache itself: the parser's are all
+        rows of it times the scale, which is 1. TensorRT before 11 knows no lengths.
+        """
+        trt = self.trt
+        if not hasattr(network, "add_attention_v2"):
+            return
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        begins = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+        ends = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_OUTPUT]
+        if not begins:
+            return
+        inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
+        outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
+        positions = network.add_cast(inputs["position_ids"], trt.int32).get_output(0)
+        last = network.add_reduce(positions, trt.ReduceOperation.MAX, 1 << 1, False).get_output(0)
+        one = network.add_constant((1,), np.ones(1, np.int32)).get_output(0)
+        lengths = network.add_elementwise(last, one, trt.ElementWiseOperation.SUM).get_output(0)
+        replaced = {}
+        for begin, end in zip(begins, ends, strict=True):
+            queries, _, values, mask = (begin.get_input(index) for index in range(4))
+            keys = outputs[values.name.replace("value", "key")]
+            softmax, unmasked = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+            attention = network.add_attention_v2(queries, keys, values, softmax, unmasked)
+            attention.mask, attention.key_value_lengths = mask, lengths
+            replaced[end.get_output(0).name] = attention.get_output(0)
+        for layer in layers:
+            for index in range(layer.num_inputs):
+                tensor = layer.get_input(index)
+                if tensor is not None and tensor.name in replaced:
+                    layer.set_input(index, replaced[tensor.name])
 
     def context(self, engine: Any, capability: str) -> Any:
         """Return an engine's execution context whose scratch memory the caller gives; None where there is no memory for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +242,28 @@ def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) 
         assert (keys, values, last) == (f"present.{number}.key", f"present.{number}.value", lengths.name)
     results = {layer.get_output(0).name for layer in layers[parsed:] if layer.type == rtx.LayerType.ATTENTION_OUTPUT}
     assert results <= read
+
+
+def test_a_compiler_without_lengths(
+    own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiles what its parser made, and it is told."""
+    sound = trt_api.Toolkit._bound_attention
+
+    def refused(toolkit: trt_api.Toolkit, network: Any) -> bool:
+        bounded = sound(toolkit, network)
+        if bounded:  # fp32 attention, which TensorRT does not have
+            wide = network.add_cast(network.get_output(1), rtx.float32).get_output(0)
+            softmax, unmasked = rtx.AttentionNormalizationOp.SOFTMAX, rtx.CausalMaskKind.NONE
+            network.mark_output(network.add_attention_v2(wide, wide, wide, softmax, unmasked).get_output(0))
+        return bounded
+
+    monkeypatch.setattr(trt_api.Toolkit, "_bound_attention", refused)
+    (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()
+    with caplog.at_level(logging.WARNING, trt_api.logger.name):
+        build(own / "tiny.dash", str(own / "mine.toml"))
+    assert "layer_04: TensorRT-RTX" in caplog.text
+    assert "It will read all rows of the cache." in caplog.text
 
 
 def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:

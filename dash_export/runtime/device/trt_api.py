@@ -6,6 +6,7 @@ Nothing here needs a device except `tensorrt` itself, which compiles for the dev
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.errors import BackendError, OutputError
 from dash_export.names import cache_folder
 from dash_export.runtime.backends import BACKENDS
+
+logger = logging.getLogger(__name__)
 
 PORTABLE_SINCE = (10, 15)
 """First TensorRT with KVCacheUpdate: older versions need the `trt10` dialect."""
@@ -60,9 +63,9 @@ class Toolkit:
     def describe(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
-    def compile(self, graph: Path, settings: Settings, timing: bytes = b"") -> tuple[Any, bytes]:
-        """Compile an ONNX file to (serialized engine as a buffer, timing cache). Raises BackendError with TensorRT's
-        own words.
+    def compile(self, graph: Path, settings: Settings, timing: bytes = b"", bounded: bool = True) -> tuple[Any, bytes]:
+        """Compile an ONNX file to (serialized engine as a buffer, timing cache). `bounded`: attention reads only the
+        rows in use, where TensorRT compiles that. Raises BackendError with TensorRT's own words.
         """
         trt = self.trt
         with self.logger.collected() as complaints:
@@ -74,7 +77,7 @@ class Toolkit:
             if not parser.parse_from_file(str(graph)):
                 complaints += [parser.get_error(index).desc() for index in range(parser.num_errors)]
                 raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last_reason(complaints)}")
-            self._bound_attention(network)
+            bounded = bounded and self._bound_attention(network)
             config = builder.create_builder_config()
             self._configure(config, settings)
             for shapes in settings.profiles:
@@ -88,24 +91,29 @@ class Toolkit:
                 cached = config.create_timing_cache(timing)
                 config.set_timing_cache(cached, ignore_mismatch=False)
             engine = builder.build_serialized_network(network, config)
+            if engine is None and bounded:
+                reason = f"{self.describe()} has no attention with lengths for it ({last_reason(complaints)})"
+                logger.warning("%s: %s. It will read all rows of the cache.", graph.stem, reason)
+                return self.compile(graph, settings, timing, bounded=False)
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
-    def _bound_attention(self, network: Any) -> None:
-        """Tell each Attention how many rows of its cache are in use, so that it need not read the others. The parser
-        drops ONNX's own input for this (`nonpad_kv_seqlen`) and makes attentions that take no lengths, so each is
-        replaced by one that does, with the same queries and mask. Its keys are the cache itself: the parser's are all
-        rows of it times the scale, which is 1. TensorRT before 11 knows no lengths.
+    def _bound_attention(self, network: Any) -> bool:
+        """Tell each Attention how many rows of its cache are in use, so that it need not read the others. Return
+        whether there is one, and TensorRT knows lengths (from 11 on). The parser drops ONNX's own input for this
+        (`nonpad_kv_seqlen`) and makes attentions that take no lengths, so each is replaced by one that does, with the
+        same queries and mask. Its keys are the cache itself: the parser's are all rows of it times the scale, which
+        is 1.
         """
         trt = self.trt
         if not hasattr(network, "add_attention_v2"):
-            return
+            return False
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         begins = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
         ends = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_OUTPUT]
         if not begins:
-            return
+            return False
         inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
         outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
         positions = network.add_cast(inputs["position_ids"], trt.int32).get_output(0)
@@ -125,6 +133,7 @@ class Toolkit:
                 tensor = layer.get_input(index)
                 if tensor is not None and tensor.name in replaced:
                     layer.set_input(index, replaced[tensor.name])
+        return True
 
     def context(self, engine: Any, capability: str) -> Any:
         """Return an engine's execution context whose scratch memory the caller gives; None where there is no memory for

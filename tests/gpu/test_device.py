@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.buffers import Mirror
-from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, Mirror
 from dash_export.runtime.sampling import Draw, Sampler, Sampling
 from tests.standin import installed
 from tests.standin.cuda import Card

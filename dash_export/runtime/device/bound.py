@@ -13,8 +13,7 @@ import numpy as np
 
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends import Launch as HostLaunch
-from dash_export.runtime.device.buffers import Mirror
-from dash_export.runtime.device.cuda import MAIN, CudaMemory, DeviceEngine, Launch
+from dash_export.runtime.device.cuda import MAIN, CudaMemory, DeviceEngine, Launch, Mirror
 from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.sampling import Draw
 

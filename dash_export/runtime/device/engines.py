@@ -11,8 +11,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.runtime.cache import Sequences
-from dash_export.runtime.device.buffers import PromptMemory
-from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.runtime.device.step import DeviceStep
 
 ALIGNED = 256

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.buffers import Mirror
-from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, Mirror
 
 UNITS, AHEAD = 8, 2
 """Number of units, and of segments before the first unit."""

@@ -12,8 +12,7 @@ import pytest
 
 from dash_export import Sampling
 from dash_export.errors import BackendError
-from dash_export.runtime.device.buffers import Mirror
-from dash_export.runtime.device.cuda import MAIN, Cuda
+from dash_export.runtime.device.cuda import MAIN, Cuda, Mirror
 from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.device.engines import DeviceCache
 from dash_export.runtime.device.step import DeviceStep

@@ -14,7 +14,6 @@ from dash_export.divergence import DenseRows
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Response, Sampling
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import NO_TOKEN
 from dash_export.runtime.rules import DENSE
 from dash_export.runtime.sampling import Sampler
@@ -36,12 +35,6 @@ def answers(batch: Batch, asked: Iterable[Any], max_tokens: int = 20) -> dict[in
 
 def alone(runtime: DashRuntime, asked: Iterable[Any], max_tokens: int = 20, **setting: Any) -> dict[int, list[int]]:
     return {i: runtime.generate(ids, max_tokens, **setting).tokens.tolist() for i, ids in enumerate(asked)}
-
-
-def ends(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of up to 30 tokens end at different ones of them."""
-    plain = [runtime.generate(prompt, 30).tokens for prompt in PROMPTS]
-    monkeypatch.setattr(runtime.text, "eos_ids", frozenset(int(tokens[3 + 4 * i]) for i, tokens in enumerate(plain)))
 
 
 SAMPLING = Sampling(1.0, top_p=0.9, repetition_penalty=1.2, seed=3, stop=("e",))
@@ -68,7 +61,8 @@ def test_they_end_at_different_times(runtime: DashRuntime, monkeypatch: pytest.M
     """An end of turn frees a place in the middle: the last row moves there, and the next prompt comes in. A step holds
     the logits of all its rows: the full one stays, of the others the last.
     """
-    ends(runtime, monkeypatch)
+    plain = [runtime.generate(prompt, 30).tokens for prompt in PROMPTS]
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset(int(tokens[3 + 4 * i]) for i, tokens in enumerate(plain)))
     together = runtime.generate_batch(PROMPTS, 30, size=3)
     assert len({len(each.tokens) for each in together}) > 2
     assert [each.tokens.tolist() for each in together] == [*alone(runtime, PROMPTS, 30).values()]
@@ -244,33 +238,6 @@ def test_what_cannot_be_batched(runtime: DashRuntime, tiny_runtime: LoadRuntime)
     with pytest.raises(BackendError, match="decode 1 together, not 2: the target 'cpu' takes more"):
         tiny_runtime("portable").batch(2)
     assert runtime.generate_batch([], 4) == []
-
-
-@pytest.mark.parametrize("mistake", ["all take the first one's position", "a row that moves leaves its cache"])
-def test_broken_on_purpose(
-    mistake: str, runtime: DashRuntime, setting_of: SettingOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What would go wrong unseen if rows were not told apart."""
-    ends(runtime, monkeypatch)
-    place, take = BoundStep.place, KVCache.take
-
-    def placed(step: BoundStep) -> None:
-        place(step)
-        step._seqlens_k[:] = step._seqlens_k[0]
-
-    def taken(cache: KVCache, index: int, source: KVCache, other: int = 0) -> None:
-        if source is not cache:
-            take(cache, index, source, other)
-
-    def tokens() -> list[list[int]]:
-        return [each.tokens.tolist() for each in runtime.generate_batch(PROMPTS, 30, size=3, **setting_of("token"))]
-
-    expected = tokens()
-    if mistake.startswith("all"):
-        monkeypatch.setattr(BoundStep, "place", placed)
-    else:
-        monkeypatch.setattr(KVCache, "take", taken)
-    assert tokens() != expected
 
 
 @pytest.mark.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +10,10 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.decision import unit_skips
 from dash_export.runtime import Session, decode
-from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.rules import ForcedRule
 from tests.runtime.prompts import prompts
-from tests.tiny import TINY_UNITS, random_actions, random_ids
+from tests.tiny import random_actions, random_ids
 
 PREFILLS = {"one-piece": (256, 512), "chunks": (256, 7), "growing": (16, 512), "both": (16, 5)}
 
@@ -112,57 +110,3 @@ def test_over_long_caches_passes_are_shorter(runtime: DashRuntime, monkeypatch: 
     monkeypatch.setattr(decode, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
     np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
     assert sizes == [15, 15, 10]
-
-
-def off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = BoundStep.place
-
-    def place(step: BoundStep) -> None:
-        sound(step)
-        if step.sequence == 1:
-            step._seqlens_k += 1
-            step._total += 1
-
-    monkeypatch.setattr(BoundStep, "place", place)
-
-
-def lost_when_growing(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = KVCache.reserve
-
-    def reserve(cache: KVCache, rows: int) -> None:
-        before = cache.capacity
-        sound(cache, rows)
-        if cache.capacity > before:
-            cache.keys[:] = cache.values[:] = 0
-
-    monkeypatch.setattr(KVCache, "reserve", reserve)
-
-
-def hole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A skipped token leaves no K and V."""
-    sound = BoundStep.decode
-
-    def decode(step: BoundStep, *given: Any) -> None:
-        sound(step, *given)
-        for unit, skipped in zip(TINY_UNITS, step.skipped[:, 0], strict=True):
-            if skipped:
-                row = step._cache.length - 1
-                step._cache.keys[unit.last][:, :, row] = step._cache.values[unit.last][:, :, row] = 0
-
-    monkeypatch.setattr(BoundStep, "decode", decode)
-
-
-@pytest.mark.parametrize("mistake", [None, off_by_one, lost_when_growing, hole])
-def test_broken_on_purpose(
-    mistake: Callable[[pytest.MonkeyPatch], None] | None, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the tests above are for: each of these slips must show as a difference."""
-    ids, actions = random_ids(60), random_actions(60, 6, TINY_UNITS)
-    actions[:30] = 0
-    whole = runtime.session().logits(ids, actions=actions)
-    if mistake is not None:
-        mistake(monkeypatch)
-    kv_step = 256 if mistake is off_by_one else 16  # a position behind the cache would be refused
-    found = forced_decode(session(runtime, kv_step, 512), ids, 30, actions)
-    assert (np.abs(found - whole[29:]).max() < 2e-5) == (mistake is None)
-    assert np.abs(found - whole[29:]).max() > 1e-2 or mistake is None

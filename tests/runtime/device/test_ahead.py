@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,12 @@ import pytest
 
 from dash_export import Sampling
 from dash_export.errors import BackendError
-from dash_export.runtime.device.cuda import MAIN, Cuda, Mirror
+from dash_export.runtime.device.cuda import MAIN, Cuda
 from dash_export.runtime.device.cuda_graph import CudaGraph
-from dash_export.runtime.device.engines import DeviceCache
-from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.rules import FixedRule, Rule
 from dash_export.runtime.sampling import Sampler
 from dash_export.runtime.session import Session
 from tests.runtime.device.conftest import BUILDS, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
-from tests.runtime.device.test_order import mistake_of
 from tests.standin.cuda import Call
 
 TOKENS = 14
@@ -274,77 +270,3 @@ def test_rows_together(target: str, on_card: MakeOnCard, host: Host) -> None:
         assert found == expected
     assert TOKEN[1] in made.card.log
     assert TOKEN[2] in made.card.log
-
-
-# --- mistakes, as in test_order
-
-
-def tokens_of(session: Session) -> list[int]:
-    return answer(session)[0]
-
-
-def whatever_was_done(_sound: Any, _step: DeviceStep, ahead: Any, actions: Any) -> bool:
-    """Nobody asks what has happened to the cache since."""
-    return bool(ahead.actions == actions)
-
-
-def whatever_the_token(*_: Any) -> bool:
-    return True
-
-
-def one_place_of_results(sound: Any, mirror: Mirror, *given: Any) -> None:
-    sound(mirror, *given)
-    mirror.hosts = [mirror.host] * len(mirror.hosts)
-
-
-def position_that_stays(sound: Any, graph: CudaGraph, *given: Any) -> None:
-    *others, positions = given
-    graph.kept = graph._cuda.memory(positions.nbytes)  # type: ignore[attr-defined]
-    sound(graph, *others, graph.kept)
-
-
-def prefix_that_says_nothing(sound: Any, cache: DeviceCache, *given: Any) -> None:
-    ahead = cache.ahead
-    sound(cache, *given)
-    cache.ahead = ahead
-
-
-MISTAKES: list[tuple[Any, str, Callable[..., Any], Callable[[Session], Any]]] = [
-    (DeviceStep, "_follows", whatever_was_done, another_text_of_the_same_length),
-    (DeviceStep, "_drew", whatever_the_token, another_token),
-    (DeviceCache, "take", prefix_that_says_nothing, another_prefix),
-    (Mirror, "__init__", one_place_of_results, tokens_of),
-    (CudaGraph, "follow", position_that_stays, tokens_of),
-]
-
-
-@pytest.mark.parametrize(("kind", "method", "mistake", "done"), MISTAKES)
-def test_mistake(
-    kind: Any,
-    method: str,
-    mistake: Callable[..., Any],
-    done: Callable[[Session], Any],
-    on_card: MakeOnCard,
-    host: Host,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
-    made = on_card("trt10", "device")
-    if mistake is one_place_of_results:
-        a_card_that_is_fast(made, monkeypatch)
-    with pytest.raises(AssertionError):
-        compare(done, made, host)
-
-
-def compare(done: Callable[[Session], Any], made: OnCard, host: Host) -> None:
-    expected, found = (done(each.session_under(FixedRule((0,)))) for each in (host.runtime, made.runtime))
-    np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
-
-
-def test_a_wait_for_everything(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right numbers, too late: the next token would begin when the host has seen this one."""
-    made = on_card("trt10", "device")
-    session, sound = made.runtime.session(), Cuda.wait_for_event
-    monkeypatch.setattr(Cuda, "wait_for_event", lambda *given: (sound(*given), given[0].synchronize(MAIN)))
-    answer(session)
-    assert made.card.log[-3:] != TOKEN

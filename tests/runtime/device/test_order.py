@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -299,7 +298,8 @@ def test_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each is seen by what checks it when all is well."""
-    monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
+    sound = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda instance, *given, **named: mistake(sound, instance, *given, **named))
     target = next((target for target in BUILDS if target in where), "trt10")
     first = BESIDE if "beside" in where else 1 if "chance" in where else MAIN
     made = on_card(target, where.partition(",")[0], first)
@@ -312,7 +312,3 @@ def test_mistake(
         log = one_token(made, host)
         with pytest.raises(AssertionError):
             seen_by(log if seen_by is check_overlap else made)
-
-
-def mistake_of(instance: Any, mistake: Callable[..., Any], sound: Any, *given: Any, **named: Any) -> Any:
-    return mistake(sound, instance, *given, **named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,10 +12,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.device import kernels
 from dash_export.runtime.device.cuda import Cuda
-from dash_export.runtime.device.engines import DeviceCache
-from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.results import Generation
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import DENSE, FixedRule, Rule, SessionRules, skips_for
@@ -83,54 +80,6 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
         assert any(taken["static"])
         assert not any(taken["one is dense"]) or many == 1
     assert len(made.card.recorded) >= (dispatch == "device")
-
-
-def first_position_for_all(patch: pytest.MonkeyPatch) -> None:
-    sound = DeviceStep._note_positions
-
-    def noted(step: DeviceStep) -> None:
-        sound(step)
-        step._positions.host[:] = step._positions.host[0]
-
-    patch.setattr(DeviceStep, "_note_positions", noted)
-
-
-def kernel(sound: str, broken: str) -> Callable[[pytest.MonkeyPatch], None]:
-    assert sound in kernels.KERNELS
-    return lambda patch: patch.setattr(kernels, "KERNELS", kernels.KERNELS.replace(sound, broken))
-
-
-def every_row_in_the_first_place(patch: pytest.MonkeyPatch) -> None:
-    sound = DeviceCache.take
-    patch.setattr(DeviceCache, "take", lambda cache, _index, *given: sound(cache, 0, *given))
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        first_position_for_all,
-        kernel("position[blockIdx.z]", "position[0]"),
-        kernel("skips &=", "skips ="),
-        kernel("table * pitch", "blockIdx.x * pitch"),
-        kernel("table * width", "blockIdx.x * width"),
-        every_row_in_the_first_place,
-    ],
-)
-def test_broken_on_purpose(
-    mistake: Callable[[pytest.MonkeyPatch], None], on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mistake(monkeypatch)
-    both = [rows_of(runtime) for runtime in (host.runtime, on_card("trt10-together", "device").runtime)]
-    if mistake is every_row_in_the_first_place:
-        both[1].cache.lengths = both[0].cache.lengths
-    rules: list[Rule] = [host.rule.scaled(factor) for factor in (1.0, 1.5, 2.0, 3.0)]
-    same = True
-    for token in range(6):
-        steps = [rows._bound(4) for rows in both]
-        for step in steps:
-            step.decode_batch(IDS[token : token + 4].tolist(), rules)
-        same &= bool(np.abs(steps[1].logits - steps[0].logits).max() < TOLERANCE)
-    assert not same
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])

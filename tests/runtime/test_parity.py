@@ -30,12 +30,6 @@ def runtime(smollm2_runtime: LoadRuntime) -> DashRuntime:
 
 
 @pytest.fixture(scope="module")
-def texts(runtime: DashRuntime) -> list[np.ndarray]:
-    """Prompts with their dense continuation: the token ids that all tests here force."""
-    return [np.concatenate([ids, greedy(runtime, ids)]) for ids in prompts(runtime)]
-
-
-@pytest.fixture(scope="module")
 def rule(runtime: DashRuntime, smollm2_policy: SkipPolicy) -> DecisionRule:
     """In the middle of the dial."""
     trade_off = runtime.build.dial[len(runtime.build.dial) // 2].trade_off
@@ -53,11 +47,10 @@ def greedy(runtime: DashRuntime, ids: np.ndarray) -> np.ndarray:
     return np.array(tokens)
 
 
-def test_forced_actions(
-    runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
-) -> None:
-    """From dense to half of all units."""
-    for seed, ids in enumerate(texts):
+def test_forced_actions(runtime: DashRuntime, smollm2_oracle: Oracle, smollm2_policy: SkipPolicy) -> None:
+    """From dense to half of all units, of prompts with their dense continuation."""
+    for seed, prompt in enumerate(prompts(runtime)):
+        ids = np.concatenate([prompt, greedy(runtime, prompt)])
         actions = random_actions(len(ids), 30, smollm2_policy.units, seed, share=0.1 * seed)
         expected = smollm2_oracle.forward(ids, actions=actions)
         found = runtime.session().score(ids, actions=actions, keep_logits=True)
@@ -66,25 +59,6 @@ def test_forced_actions(
         if not seed:
             chosen = expected.logits[-NEW_TOKENS - 1 : -1].argmax(axis=-1)
             np.testing.assert_array_equal(ids[-NEW_TOKENS:], chosen)
-
-
-def test_static(
-    runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
-) -> None:
-    """Every other unit."""
-    skipped = [layer for unit in smollm2_policy.units[::2] for layer in unit.layers]
-    for ids in texts[1::2]:
-        prompt = len(ids) - NEW_TOKENS
-        generation = runtime.generate(ids[:prompt], NEW_TOKENS, policy="static", skip=skipped)
-        assert generation.actions[1:].sum(axis=1).tolist() == [len(skipped)] * (len(generation.tokens) - 1)
-        # The first token comes out of the dense prompt; each later one the oracle must choose too.
-        free = np.concatenate([ids[:prompt], generation.tokens])
-        forced = np.zeros((len(free), 30), np.int8)
-        forced[prompt:, skipped] = 1
-        expected = smollm2_oracle.forward(free, actions=forced).logits
-        np.testing.assert_array_equal(generation.tokens, expected[prompt - 1 : -1].argmax(axis=-1))
-        found = runtime.session("static", skip=skipped).logits(free, prefix=prompt)
-        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
 def test_two_thousand_tokens_of_prose(runtime: DashRuntime, smollm2_oracle: Oracle, rule: DecisionRule) -> None:
@@ -111,7 +85,7 @@ def test_two_thousand_tokens_of_prose(runtime: DashRuntime, smollm2_oracle: Orac
 
 @pytest.mark.parametrize("bound", [None, 1])
 def test_token_policy_free_running(
-    bound: int | None, runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, rule: DecisionRule
+    bound: int | None, runtime: DashRuntime, smollm2_oracle: Oracle, rule: DecisionRule
 ) -> None:
     """What the runtime generated under its policy, also where every token must skip a unit, the oracle decides and
     chooses the same in one pass.
@@ -119,7 +93,7 @@ def test_token_policy_free_running(
     max_layers = None if bound is None else 30 - min(rule.sizes)
     trade_off = rule.limits[0] / runtime.cost.cost[0]
     bounded = decision_rule(runtime.engines.units, runtime.cost.cost, trade_off, max_layers, 30)
-    for prompt in [ids[:-NEW_TOKENS] for ids in texts[::2]]:
+    for prompt in prompts(runtime)[::2]:
         generation = runtime.generate(prompt, NEW_TOKENS, policy="token", trade_off=trade_off, max_layers=max_layers)
         ids = np.concatenate([prompt, generation.tokens])
         expected = smollm2_oracle.forward(ids, bounded, prefix=len(prompt))

@@ -13,6 +13,7 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, Mirror
 from dash_export.runtime.sampling import Draw, Sampler, Sampling
+from tests.runtime.device.conftest import SAMPLED
 from tests.standin import installed
 from tests.standin.cuda import Card
 
@@ -110,17 +111,7 @@ def test_a_token_follows_the_likeliest(device: Cuda) -> None:
 
 
 @pytest.mark.parametrize("vocab", [40, 1300])
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(0.7, seed=1),
-        Sampling(1.0, top_k=9, seed=2),
-        Sampling(1.0, top_p=0.5, seed=3),
-        Sampling(0.8, min_p=0.4, seed=4),
-        Sampling(0.5, top_k=30, top_p=0.8, min_p=0.01, seed=5),
-    ],
-    ids=lambda sampling: str(sampling.seed),
-)
+@pytest.mark.parametrize("sampling", SAMPLED, ids=str)
 def test_a_token_is_drawn_as_the_host_draws_it(sampling: Sampling, vocab: int, device: Cuda) -> None:
     """In one of two sequences, again and again: nothing is left of the draw before. Bins are coarse: seldom another."""
     logits, draws, ids, positions = following(device, 2, vocab)

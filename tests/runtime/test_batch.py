@@ -25,12 +25,18 @@ SettingOf = Callable[[str], dict[str, Any]]
 PROMPTS = [random_ids(length, seed=length) for length in (12, 1, 40, 7, 25, 2)]
 
 
+def responses(batch: Batch, asked: Iterable[Any], max_tokens: int = 20) -> dict[int, list[Response]]:
+    """By prompt."""
+    found: dict[int, list[Response]] = {}
+    for index, response in batch.stream(asked, max_tokens):
+        found.setdefault(index, []).append(response)
+    return found
+
+
 def answers(batch: Batch, asked: Iterable[Any], max_tokens: int = 20) -> dict[int, list[int]]:
     """Tokens by prompt."""
-    found: dict[int, list[int]] = {}
-    for index, response in batch.stream(asked, max_tokens):
-        found.setdefault(index, []).append(response.token)
-    return found
+    found = responses(batch, asked, max_tokens)
+    return {index: [response.token for response in each] for index, each in found.items()}
 
 
 def alone(runtime: DashRuntime, asked: Iterable[Any], max_tokens: int = 20, **setting: Any) -> dict[int, list[int]]:
@@ -189,9 +195,7 @@ def test_a_bad_prompt(name: str, runtime: DashRuntime, monkeypatch: pytest.Monke
     cannot be answered end alone.
     """
     prompt, error, message = BAD_PROMPTS[name]
-    found: dict[int, list[Response]] = {}
-    for index, response in runtime.batch(2).stream([PROMPTS[0], prompt, PROMPTS[1]], 20):
-        found.setdefault(index, []).append(response)
+    found = responses(runtime.batch(2), [PROMPTS[0], prompt, PROMPTS[1]])
     (refused,) = found.pop(1)
     assert (refused.finish_reason, refused.token, type(refused.error)) == ("error", NO_TOKEN, error)
     assert [[response.token for response in each] for each in found.values()] == [*alone(runtime, PROMPTS[:2]).values()]
@@ -222,9 +226,7 @@ def test_an_answer_that_fails_ends_alone(runtime: DashRuntime, monkeypatch: pyte
         return sound(sampler, logits * np.nan if len(context) == length else logits, context)
 
     monkeypatch.setattr(Sampler, "__call__", failing)
-    found: dict[int, list[Response]] = {}
-    for index, response in runtime.batch(3).stream([PROMPTS[2], PROMPTS[1], PROMPTS[3]], 12):
-        found.setdefault(index, []).append(response)
+    found = responses(runtime.batch(3), [PROMPTS[2], PROMPTS[1], PROMPTS[3]], 12)
     assert isinstance(found[0][-1].error, BackendError)
     assert found[0][-1].statistics.tokens == 3
     assert [[response.token for response in found[index]] for index in (1, 2)] == [expected[1], expected[3]]

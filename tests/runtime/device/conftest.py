@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dash_export import DashRuntime
+from dash_export import DashRuntime, Sampling
 from dash_export.building import build
 from dash_export.building.gpu_backends import GpuBackend
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.manifest import Build
+from dash_export.runtime.rules import Rule
 from tests.standin import installed
 from tests.standin.cuda import Card
 from tests.tiny import TINY_UNITS
@@ -54,6 +55,13 @@ DISPATCH = ("sync", "overlapped", "device")
 ORDERS = ("main", "beside", *range(int(os.environ.get("DASH_EXPORT_ORDERS", "2"))))
 """Which stream runs ahead, or seeds of chance; the environment may ask for more."""
 TOLERANCE = 1e-4
+SAMPLED = [
+    Sampling(0.7, seed=1),
+    Sampling(1.0, top_k=9, seed=2),
+    Sampling(1.0, top_p=0.5, seed=3),
+    Sampling(0.8, min_p=0.4, seed=4),
+    Sampling(0.5, top_k=30, top_p=0.8, min_p=0.01, seed=5),
+]
 IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 
 
@@ -143,9 +151,10 @@ class Host:
     def decoded(self) -> tuple[np.ndarray, np.ndarray]:
         return decoded(self.runtime, self.rule)
 
-    def differs(self, made: OnCard) -> bool:
-        """Whether decode on a device gives other logits or actions."""
-        (found, taken), (expected, actions) = decoded(made.runtime, self.rule), self.decoded
+    def differs(self, made: OnCard, rule: Rule | None = None) -> bool:
+        """Whether decode on a device gives other logits or actions, under `self.rule` or another."""
+        expected, actions = self.decoded if rule is None else decoded(self.runtime, rule)
+        found, taken = decoded(made.runtime, rule or self.rule)
         return bool((taken != actions).any() or not np.abs(found - expected).max() < TOLERANCE)
 
 

@@ -16,7 +16,7 @@ from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.rules import FixedRule, Rule
 from dash_export.runtime.sampling import Sampler
 from dash_export.runtime.session import Session
-from tests.runtime.device.conftest import BUILDS, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
+from tests.runtime.device.conftest import BUILDS, IDS, ORDERS, SAMPLED, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
 from tests.standin.cuda import Call
 
 TOKENS = 14
@@ -102,15 +102,6 @@ def test_a_token_that_depends_on_others_is_waited_for(sampling: Sampling, on_car
     expected, found = (answer(each.session(), sampling=sampling) for each in (host.runtime, made.runtime))
     assert found == expected
     assert (MAIN, "record", "ended") not in made.card.log
-
-
-SAMPLED = [
-    Sampling(0.7, seed=1),
-    Sampling(1.0, top_k=9, seed=2),
-    Sampling(1.0, top_p=0.5, seed=3),
-    Sampling(0.8, min_p=0.4, seed=4),
-    Sampling(0.5, top_k=30, top_p=0.8, min_p=0.01, seed=5),
-]
 
 
 @pytest.mark.parametrize("sampling", SAMPLED, ids=str)

@@ -8,14 +8,13 @@ import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
-from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
+from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.runtime.device import cuda, cuda_graph, kernels, tensorrt, trt_api
 from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.cuda_graph import CudaGraph
@@ -124,29 +123,17 @@ def test_without_a_device_every_backend_says_what_is_missing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "known", "good"), [("12.6", 12080, True), ("12.6", 13000, False), ("13.0", 12090, True)]
+    ("driver", "known", "good"), [(12060, 12080, True), (12060, 13000, False), (13000, 12090, True)]
 )
-def test_bindings_of_a_newer_cuda_than_the_driver(
-    driver: str, known: int, good: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bindings_of_a_newer_cuda_than_the_driver(driver: int, known: int, good: bool, card: Card) -> None:
     """Their first call would fail with a number."""
-    there = CudaDevice(0, "Orin", "8.7", 8_000_000_000, True, driver)
-    asked: list[int] = []
-    bindings = SimpleNamespace(
-        CUDART_VERSION=known,
-        cudaError_t=rt.cudaError_t,
-        cudaSetDevice=lambda index: asked.append(index) or (OK,),
-        cudaDeviceScheduleSpin=rt.cudaDeviceScheduleSpin,
-        cudaSetDeviceFlags=lambda _: (OK,),
-    )
-    monkeypatch.setattr(cuda, "cuda_devices", lambda: [there])
-    monkeypatch.setattr(cuda, "require_bindings", lambda: bindings)
+    card.version, cuda.require_bindings().CUDART_VERSION = driver, known
     if good:
         Cuda()
-        assert asked == [0]
     else:
-        with pytest.raises(BackendError, match=r"is for CUDA 13, and the driver of Orin has CUDA 12\.6: pip install"):
+        with pytest.raises(BackendError, match=r"is for CUDA 13, and the driver of a card has CUDA 12\.6: pip install"):
             Cuda()
+    assert card.calls["cudaSetDevice"] == good
 
 
 # --- on the stand-in, what no step does

@@ -143,7 +143,3 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode
     cli(prog_name="dash-export")
-
-
-if __name__ == "__main__":
-    main()

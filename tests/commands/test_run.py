@@ -125,7 +125,7 @@ def test_show_skips_without_colours(tiny_root: Path) -> None:
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path) -> None:
     main, side = pty.openpty()
-    command = [sys.executable, "-m", "dash_export.cli", "run", str(tiny_root), "hello", *FP32, "--skip", "4"]
+    command = [sys.executable, "-m", "dash_export", "run", str(tiny_root), "hello", *FP32, "--skip", "4"]
     command += ["--max-tokens", "4", "--show-skips"]
     variables = {key: value for key, value in environment(TERM="xterm-256color").items() if key != "NO_COLOR"}
     variables |= {"NO_COLOR": no_color} if no_color else {}

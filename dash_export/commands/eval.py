@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export import __version__
-from dash_export.commands.options import (
-    Load,
-    comparison_options,
-    print_refused,
-    window_options,
-    with_bounds,
-)  # fmt: skip
+from dash_export.commands.options import Load, comparison_options, print_refused, window_options, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.evaluate import DENSE_SHARE

@@ -19,7 +19,7 @@ from dash_export.commands.options import (
     print_refused,
     window_options,
     with_bounds,
-)  # fmt: skip
+)
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import picture_files, save_pictures, save_report, sole_writer
 from dash_export.commands.tables import print_table

@@ -9,12 +9,7 @@ from typing import Any
 import click
 
 from dash_export.cli import printable
-from dash_export.commands.options import (
-    Load,
-    comparison_options,
-    count_option,
-    print_refused,
-)  # fmt: skip
+from dash_export.commands.options import Load, comparison_options, count_option, print_refused
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import save_report, sole_writer
 from dash_export.commands.tables import print_table, size

@@ -96,9 +96,7 @@ def command(
         click.echo(printable(f"Written to {', '.join(map(str, written))}"))
         return
     if logs:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(logging.StreamHandler())  # stderr, the message alone
         log.setLevel(logging.INFO)
         log.propagate = False
     hosts = LOCAL if host in LOCAL else None

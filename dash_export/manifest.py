@@ -155,11 +155,6 @@ class Segment:
     head: bool
     gated: bool
 
-    @classmethod
-    def whole(cls, num_layers: int) -> Segment:
-        """Return the whole model as one segment."""
-        return cls(0, num_layers - 1, True, True, False)
-
     @property
     def layers(self) -> range:
         return range(self.first, self.last + 1)

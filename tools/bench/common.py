@@ -107,7 +107,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     without policy: what engines in a row must not lose against. On disk only inside.
     """
     build = bundle.load_build(target)
-    segment = Segment.whole(bundle.manifest.model.num_layers)
+    segment = Segment(0, bundle.manifest.model.num_layers - 1, embed=True, head=True, gated=False)
     root = bundle.root.absolute().parent
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)

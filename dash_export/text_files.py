@@ -78,12 +78,8 @@ def load_tokenizer(text: str) -> Tokenizer:
 
 
 def lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text, with only one of them in memory; other line ends than "\\n" are letters."""
-    at = 0
-    while (end := text.find("\n", at)) >= 0:
-        yield text[at:end]
-        at = end + 1
-    yield text[at:]
+    """Return the lines of a text, with only one of them in memory; other line ends than "\\n" are letters."""
+    return (line[0] for line in re.finditer("(?m)^.*$", text))
 
 
 def check_vocabulary(tokens: int, merges: int) -> None:

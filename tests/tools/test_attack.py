@@ -18,6 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 ATTACK = Path(__file__).parents[2] / "tools" / "attack"
+DRAWN, LAST = 11, 6
+"""Operations before which a command is killed: by seed, and the last ones."""
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 
@@ -25,12 +27,12 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SI
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ModuleType]:
     """What the attacks share; they set how small a build's dial is, for the whole process."""
-    from dash_export.building import dial
+    from dash_export.building import dial, pipeline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ATTACK))
-        for name in ("WINDOWS", "SHARES"):
-            patch.setattr(dial, name, getattr(dial, name))
+        for module, name in ((dial, "WINDOWS"), (dial, "SHARES"), (pipeline, "TRIALS")):
+            patch.setattr(module, name, getattr(module, name))
         yield importlib.import_module("shared")
 
 
@@ -72,14 +74,21 @@ def test_writers_see_what_is_not_whole(stage: Any, tmp_path: Path) -> None:
     assert states.bundle_state(stage, folder).kind == "a bundle that is damaged"
 
 
-def test_kills(shared: ModuleType, stage: Any) -> None:
+@pytest.mark.parametrize("name", ["export", "export over a bundle", "build"])
+def test_kills(name: str, shared: ModuleType, stage: Any) -> None:
+    """What is there is usable or says that it is not finished, and the next run completes it: the same files, and
+    engines that give the same tokens. Killed once by time, else before an operation, the last ones among them.
+    """
     kills, scenes = importlib.import_module("kills"), importlib.import_module("scenes")
     report = shared.Report("kills")
-    scene = scenes.SCENES["export"].rehearsed(stage, "export", scenes.killable)
-    for number in (0, len(scenes.SCENES)):  # by time, and before an operation
-        kills.attempt("export", scene, number, stage, report)
-    assert report.trials["export"] == 2
-    assert not report.faults["export"]
+    scene = scenes.SCENES[name].rehearsed(stage, name, scenes.killable)
+    late = scene.operations - LAST + 1
+    moments = [None, *sorted(Random(0).sample(range(1, late), DRAWN)), *range(late, scene.operations + 1)]
+    for moment in moments:
+        kills.attempt(name, scene, 0, stage, report, moment)
+    assert report.trials[name] == len(moments)
+    assert report.notes[name]["killed"] >= DRAWN
+    assert not report.faults[name]
 
 
 def test_power(shared: ModuleType, stage: Any) -> None:

@@ -42,15 +42,18 @@ def main(trials: int, first: int, seconds: float | None, only: tuple[str, ...]) 
     report.finish()
 
 
-def attempt(name: str, scene: Scene, number: int, stage: Stage, report: Report) -> None:
+def attempt(name: str, scene: Scene, number: int, stage: Stage, report: Report, moment: int | None = None) -> None:
+    """Kill the command, once or twice, and look; `moment`: once, before that operation."""
     began = time.perf_counter()
     random = Random(f"{name} {number}")
     folder = stage.folder / "trial"
     shutil.copytree(scene.start(stage, name), folder)
     killed, faults = 0, []
-    for _ in range(random.choice((1, 1, 1, 2))):
-        # Which half a trial is of does not follow which command it is.
-        code = kill(scene, stage, folder, random, number // len(SCENES) % 2 == 0)
+    # Which half a trial is of does not follow which command it is.
+    by_time = moment is None and number // len(SCENES) % 2 == 0
+    for _ in range(random.choice((1, 1, 1, 2)) if moment is None else 1):
+        at = 0 if by_time else moment or scene.moment(random)
+        code = kill(scene, stage, folder, at, random.uniform(0, scene.seconds) if by_time else 0.0)
         if code not in (0, KILLED):
             faults.append(Fault("a run after a kill fails", f"exit code {code}"))
         killed += code == KILLED
@@ -60,15 +63,16 @@ def attempt(name: str, scene: Scene, number: int, stage: Stage, report: Report) 
     report.add(name, number, time.perf_counter() - began, faults, killed=killed)
 
 
-def kill(scene: Scene, stage: Stage, folder: Path, random: Random, by_time: bool) -> int:
-    """The exit code of a run that is killed at a random moment, unless it ends before."""
-    moment = 0 if by_time else scene.moment(random)
+def kill(scene: Scene, stage: Stage, folder: Path, moment: int, seconds: float) -> int:
+    """The exit code of a run that is killed before operation number `moment`, or where that is 0 after `seconds`,
+    unless it ends before.
+    """
     ours, theirs = FORK.Pipe()
     process = start(killable, scene.command, stage, folder, moment, theirs)
     theirs.close()
     ours.recv()  # it begins
-    if by_time:
-        time.sleep(random.uniform(0, scene.seconds))
+    if not moment:
+        time.sleep(seconds)
         process.kill()
     process.join(PATIENCE)
     if process.exitcode is None:

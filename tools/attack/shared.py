@@ -119,7 +119,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     """
     import torch
 
-    from dash_export.building import build, dial
+    from dash_export.building import build, dial, pipeline
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
     from dash_export.policy import default_units, load_policy
@@ -128,6 +128,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
 
     torch.set_num_threads(1)  # whose sums are the same everywhere
     vars(dial).update(WINDOWS=1, SHARES=(0.5,))
+    pipeline.TRIALS = 1  # whatever else runs
     if command.kind == "export":
         checkpoint = open_checkpoint(stage.model)
         path = folder / POLICY if command.variant == "trained" else stage.policy(command.variant)

@@ -16,7 +16,7 @@ from dash_export.cli import OUTPUT
 from dash_export.errors import RequestError
 from dash_export.names import REPORT
 from dash_export.outputs import check_writable, locked
-from dash_export.replacing import check_outside_bundles
+from dash_export.replacing import check_movable, check_outside_bundles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,15 +68,15 @@ def save_report(path: Path, content: str | bytes) -> Path:
 @contextmanager
 def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
     """Hold the locks of the files from before the command measures until it has written them. Raises RequestError like
-    `check_reports`, before any lock file is made, and BusyError where another process holds one.
+    `check_reports`, before any lock file is made, BusyError where another process holds one, and OutputError where a
+    file could not be replaced in the end.
     """
     check_reports(*files)
     with ExitStack() as stack:
         for path in files:
             stack.enter_context(locked(path, str(ctx.info_name)))
             check_writable(path.absolute().parent)
-            if path.is_mount():
-                raise RequestError(f"{path} is a mount point, which is not replaced: choose another.")
+            check_movable(path)
         ctx.meta[OUTPUT] = ", ".join(map(str, files))
         yield
 

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from dash_export import replacing
 from dash_export.commands import reports
 from dash_export.errors import OutputError
 from dash_export.names import REPORT
@@ -99,7 +100,6 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "deep" / "f.png"
     options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--skipped", "1", "-o", output)
     result = done("frontier", tiny_root, *options, "--also", f"{tiny_root}:portable", "--rounds", 1, "--tokens", 8)
@@ -125,7 +125,6 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 def test_what_was_measured_is_lost_neither_way(
     tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text)
     options = (*begin, "--kinds", "static", "--skipped", "1", "--rounds", 0)
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
@@ -153,7 +152,6 @@ def test_what_was_measured_is_lost_neither_way(
 
 def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
     """Nor does a picture lie in a bundle, and nothing is written when a command fails."""
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     for number, name in enumerate(("f.png", "f.svg", "f.json")):
         base = tmp_path / str(number) / "f"
         base.parent.mkdir()
@@ -176,16 +174,18 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
 
 def test_where_no_report_could_be_written(tiny_root: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told before anything is measured."""
+    mounted, command = text.parent / "m.json", ("frontier", tiny_root, *TARGET, "--text", text, "-o")
+    mounted.write_text(REPORT)
+    monkeypatch.setattr(replacing, "_mount_points", lambda: {mounted.resolve()})
+    assert "m.json is a mount point" in refused(*command, text.parent / "m")
     monkeypatch.setattr(reports, "check_writable", Mock(side_effect=OutputError("it may not be written in")))
-    said = refused("frontier", tiny_root, *TARGET, "--text", text, "-o", text.parent / "front")
-    assert "may not be written in" in said
+    assert "may not be written in" in refused(*command, text.parent / "front")
     assert not list(text.parent.glob("*front*"))
 
 
 def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(
     tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     (tmp_path / "long.txt").write_text("All work and no play. " * 5000)
     lengths, encode = [], Text.encode
     monkeypatch.setattr(Text, "encode", lambda self, text, **_given: lengths.append(len(text)) or encode(self, text))
@@ -195,7 +195,6 @@ def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(
 
 
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "map"
     result = done("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
     assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout

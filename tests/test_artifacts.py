@@ -14,10 +14,10 @@ import pytest
 from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, read_bounded, sha256_file, write_atomic
 
 
-def writer(text: str, name: str = "a.data") -> Callable[[Path], list[Path]]:
+def writer(text: str) -> Callable[[Path], list[Path]]:
     def write(folder: Path) -> list[Path]:
-        (folder / name).write_text(text)
-        return [folder / name]
+        (folder / "a.data").write_text(text)
+        return [folder / "a.data"]
 
     return write
 
@@ -53,20 +53,28 @@ def test_made_once_per_key_and_again_where_it_changed(tmp_path: Path) -> None:
     assert (tmp_path / "a.data").read_text() == "one"
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "\ud800.onnx", "folder.data", ".journal.json", "a b.onnx", "x" * 300])
-def test_a_journal_that_lists_what_no_artifact_is(name: str, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    (tmp_path / "folder.data").mkdir()
-    ArtifactStore(tmp_path).make("a", "key", writer("one"))
-    journal = json.loads((tmp_path / JOURNAL).read_text())
+ODD_NAMES = ["thesis.txt", "\ud800.onnx", "folder.data", ".journal.json", "a b.onnx", "x" * 300, "a\0"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "..", "../mine.data", "{outside}/mine.data", 7])
+def test_a_journal_that_lists_what_no_artifact_is(name: object, tmp_path: Path) -> None:
+    """What a build no longer needs is deleted: nothing that a stranger's journal only says is there."""
+    folder = tmp_path / "store"
+    ArtifactStore(folder).make("a", "key", writer("one"))
+    for mine in (folder / "thesis.txt", tmp_path / "mine.data"):
+        mine.write_text("mine")
+    (folder / "folder.data").mkdir()
+    journal = json.loads((folder / JOURNAL).read_text())
+    listed = str(name).format(outside=tmp_path) if isinstance(name, str) else name
     for forged in ("a", "b"):
-        journal[forged] = {"key": "", "files": [{"name": name, "bytes": 4, "sha256": ""}], "seconds": 0.0}
-    (tmp_path / JOURNAL).write_text(json.dumps(journal))
-    store = ArtifactStore(tmp_path)
+        journal[forged] = {"key": "", "files": [{"name": listed, "bytes": 4, "sha256": ""}], "seconds": 0.0}
+    (folder / JOURNAL).write_text(json.dumps(journal))
+    store = ArtifactStore(folder)
     store.make("a", "key", writer("two"))
     store.keep_only({"a"})
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-    assert (tmp_path / "folder.data").is_dir()
+    assert (folder / "thesis.txt").read_text() == (tmp_path / "mine.data").read_text() == "mine"
+    assert (folder / "folder.data").is_dir()
+    assert json.loads((folder / JOURNAL).read_text()).keys() == {"a"}
 
 
 def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
@@ -114,29 +122,15 @@ def test_an_error_or_a_kill_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     """And nothing that one still writes, or that is of another file; a link in the way is not followed."""
-    for name in (
-        f".tmp-{0:032x}-a.json",
-        f".tmp-{1:032x}-a.json",
-        f".tmp-{1:032x}-b.json",
-        ".tmp-old-a.json",
-        ".tmp-1-a.json",
-        "mine",
-    ):
+    dead, writing, link = (f".tmp-{number:032x}-a.json" for number in range(3))
+    kept = {"a.json", "mine", writing, f".tmp-{1:032x}-b.json", ".tmp-old-a.json", ".tmp-1-a.json"}
+    for name in (dead, *kept):
         (tmp_path / name).touch()
-    (tmp_path / f".tmp-{2:032x}-a.json").symlink_to("mine")
-    (tmp_path / "a.json").write_text("old")
-    with (tmp_path / f".tmp-{1:032x}-a.json").open() as living:
+    (tmp_path / link).symlink_to("mine")
+    with (tmp_path / writing).open() as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         write_atomic(tmp_path / "a.json", "new")
-    names = {path.name for path in tmp_path.iterdir()} - {f".tmp-{2:032x}-a.json"}
-    assert names == {
-        "a.json",
-        f".tmp-{1:032x}-a.json",
-        f".tmp-{1:032x}-b.json",
-        ".tmp-old-a.json",
-        ".tmp-1-a.json",
-        "mine",
-    }
+    assert {path.name for path in tmp_path.iterdir()} - {link} == kept
     assert [(tmp_path / name).read_text() for name in ("a.json", "mine")] == ["new", ""]
 
 

@@ -148,9 +148,8 @@ def smollm2(smollm2_gguf: Path) -> Checkpoint:
 def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
     """The trained one that is shipped."""
     from dash_export.policy import load_policy
-    from dash_export.resources import resource_folder
 
-    return load_policy(resource_folder("calibration") / "smollm2-135m-instruct.safetensors", smollm2.spec)
+    return load_policy("smollm2-135m-instruct", smollm2.spec)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,9 @@ from unittest.mock import Mock
 import pytest
 
 from dash_export.bundle import Bundle
-from dash_export.models import open_checkpoint
-from dash_export.policy import save_policy
 from dash_export.targets import recipe_names
 from tests.commands.helpers import DISK_FULL, dash, done, refused
-from tests.tiny import TINY_UNITS, tiny_policy
+from tests.tiny import TINY_UNITS
 
 
 def test_bundle(own_bundle: Path) -> None:
@@ -42,11 +40,8 @@ def test_model(model: Path, tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.units == TINY_UNITS
 
 
-def test_model_with_a_trained_policy(model: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(model)
-    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
-    built = ("--target", "portable", "-o", tmp_path / "m.dash")
-    result = done("build", model, *built, "--policy", tmp_path / "p.safetensors")
+def test_model_with_a_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
+    result = done("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--policy", trained)
     assert "Dial of the token policy: budget 1.0 (dense) down to" in result.stdout
     assert "calibrating the dial" in result.stderr
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"

@@ -16,7 +16,7 @@ from dash_export.commands.export import default_output
 from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.policy import default_units, save_policy
+from dash_export.policy import default_units
 from tests.commands.helpers import DISK_FULL, dash, done, environment, refused
 from tests.tiny import save_model, tiny_policy
 
@@ -52,14 +52,6 @@ def test_policy_options(model: Path, tmp_path: Path) -> None:
     done("export", model, "-o", tmp_path / "p.dash", *chosen)
     facts = Bundle.open(tmp_path / "p.dash").manifest.policy
     assert (facts.units, facts.origin, facts.has_network) == ((Unit(1, 1), Unit(3, 4)), "untrained (seed 0)", True)
-
-
-@pytest.fixture
-def trained(model: Path, tmp_path: Path) -> Path:
-    """A policy file for the tiny model, as training would write it."""
-    checkpoint = open_checkpoint(model)
-    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "linear", seed=5), checkpoint.spec, {"seed": 5})
-    return tmp_path / "p.safetensors"
 
 
 def test_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
@@ -108,18 +100,16 @@ def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_p
     assert "Layers 2,4 are not whole units. Units of this policy: 2-3,4." in said
 
 
-def test_pruned(model: Path, tmp_path: Path) -> None:
+def test_pruned(model: Path, trained: Path, tmp_path: Path) -> None:
     """What the option makes; that it is right: tests/models/test_bypasses.py."""
-    checkpoint, policy, output = open_checkpoint(model), tmp_path / "p.safetensors", tmp_path / "a.dash"
-    save_policy(policy, tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
-    done("export", model, "-o", output, "--policy", policy, "--prune", "2-3")
+    output, other = tmp_path / "a.dash", tmp_path / "b.dash"
+    done("export", model, "-o", output, "--policy", trained, "--prune", "2-3")
     manifest = Bundle.open(output).manifest
     assert (manifest.model.name, manifest.model.num_layers) == ("model-without-2-3", 4)
     assert (manifest.policy.units, manifest.policy.has_network) == ((), False)
-    options = (("--prune", "2-3"), ("--policy", policy, "--prune", "2-3", "--units", "4"))
-    for given in options:
-        assert "by a trained --policy" in refused("export", model, "-o", tmp_path / "b.dash", *given, code=2)
-    assert "not whole units" in refused("export", model, "-o", tmp_path / "b.dash", "--policy", policy, "--prune", "2")
+    for given in ((), ("--policy", trained, "--units", "4")):
+        assert "by a trained --policy" in refused("export", model, "-o", other, *given, "--prune", "2-3", code=2)
+    assert "not whole units" in refused("export", model, "-o", other, "--policy", trained, "--prune", "2")
     assert "--prune belongs to a MODEL" in refused("build", output, "--target", "cpu", "--prune", "2-3", code=2)
     assert default_output("org/m", [Unit(2, 3)]) == Path("m-without-2-3.dash")
 

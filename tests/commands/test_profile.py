@@ -84,7 +84,6 @@ def test_refuses(begin: tuple[Any, ...], tmp_path: Path) -> None:
 
 def test_report(begin: tuple[Any, ...], own_bundle: Path, text: Path, tmp_path: Path) -> None:
     """Of a model and a text with hostile names: nothing is fetched or run, and every picture is whole."""
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "<script>alert(1)</script> $x_"')
     report = tmp_path / "r.html"
     hostile = text.rename(tmp_path / "<b>\udcff.txt")  # bytes that are no UTF-8

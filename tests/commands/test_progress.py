@@ -30,12 +30,3 @@ def test_a_line_every_minute(capsys: pytest.CaptureFixture[str], monkeypatch: py
         "train: step 1 (1/1000)",
         "train: step 100 (100/1000)",
     ]
-
-
-def test_short_work_says_a_tenth_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("export") as said:
-        for step in range(1, 41):
-            said("layer", step, 40)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11
-    assert lines[-1] == "export: layer (40/40)"

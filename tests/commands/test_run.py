@@ -151,19 +151,8 @@ def test_conversation(tiny_root: Path) -> None:
 @pytest.mark.parametrize("chat", [True, False])
 def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
     """It stops the answer of a conversation only, and ends a single one."""
-    options = ["--chat"] if chat else ["hello"]
-    command = [
-        sys.executable,
-        "-c",
-        SLOW_RUN,
-        str(tiny_root),
-        *options,
-        *FP32,
-        *DENSE,
-        "--max-tokens",
-        "400",
-        "--show-skips",
-    ]
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), "--chat" if chat else "hello"]
+    command += [*FP32, *DENSE, "--max-tokens", "400", "--show-skips"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment(), **pipes) as run:
         assert run.stdin is not None
@@ -225,9 +214,8 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
     found = {answer["index"]: answer for answer in map(json.loads, result.stdout.splitlines())}
     for index, line in enumerate(lines):
         alone = run_json(*options, line)
-        assert {name: found[index][name] for name in ("text", "tokens", "actions", "finish_reason")} == {
-            name: alone[name] for name in ("text", "tokens", "actions", "finish_reason")
-        }
+        for name in ("text", "tokens", "actions", "finish_reason"):
+            assert found[index][name] == alone[name]
     text = dash("run", *options, "--prompts", "-", "--raw", input="hello\nbye\n")
     assert text.stdout.startswith("0: hello\n")
     assert "1: bye\n" in text.stdout

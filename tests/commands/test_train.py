@@ -81,9 +81,3 @@ def test_nothing_to_learn_from(model: Path, tmp_path: Path, option: str, content
     given.write_text(content)
     assert said in refused("train", model, "-o", tmp_path / "p.safetensors", option, given, *QUICK)
     assert list(tmp_path.iterdir()) == [given]
-
-
-def test_a_policy_is_not_written_into_a_bundle(model: Path, prose: Path, tiny_root: Path) -> None:
-    """The next export would remove it."""
-    message = refused("train", model, "-o", tiny_root / "onnx" / "p.safetensors", "--text", prose, *QUICK)
-    assert "would lie inside the bundle" in message

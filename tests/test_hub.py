@@ -50,6 +50,12 @@ def publish(bundle: Path) -> None:
     hub.push(Bundle.open(bundle), NAME, private=False, base_model=None, license_id=None)
 
 
+def publish_another(bundle: Path, size: int = 80) -> None:
+    """In the place of `bundle`, and as a later version of it."""
+    shutil.rmtree(bundle)
+    publish(tiny_bundle(bundle.with_name(str(size)), "cpu", intermediate_size=size).rename(bundle))
+
+
 def answer(bundle: str | Path, target: str = TARGET) -> tuple[int, ...]:
     found = tuple(DashRuntime.load(bundle, target).generate([5, 6, 7], max_tokens=4).tokens)
     gc.collect()  # nobody runs it any more
@@ -99,13 +105,12 @@ def test_without_the_hub_the_last_version_runs(own_bundle: Path, monkeypatch: py
 
 
 def test_what_is_not_whole_takes_no_place(
-    server: FakeHub, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A version that breaks off, is damaged or not signed: the one before runs, also when the hub cannot be reached."""
     publish(own_bundle)
     found, first = answer(NAME), cache(server)
-    shutil.rmtree(own_bundle)
-    publish(tiny_bundle(tmp_path / "more", "cpu", intermediate_size=80).rename(own_bundle))
+    publish_another(own_bundle)
     whole = dict(server.files[NAME])
     engine = next(name for name in whole if name.startswith(f"engines/{TARGET}/layers") and name.endswith(".onnx"))
     for state in ("gone", "damaged", "not signed"):
@@ -137,15 +142,14 @@ def test_what_is_not_whole_takes_no_place(
     assert not first.exists(), "nobody wants it any more"
 
 
-def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path, tmp_path: Path) -> None:
+def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path) -> None:
     """Engines for several rows are loaded when they are first needed."""
     publish(own_bundle)
     runtime, versions = DashRuntime.load(NAME, TARGET), [cache(server)]
     expected = DashRuntime.load(own_bundle, TARGET).generate_batch([[5, 6, 7], [8, 9]], 4)
     assert runtime.bundle.name == "tiny"
     for size in (80, 112):
-        shutil.rmtree(own_bundle)
-        publish(tiny_bundle(tmp_path / str(size), "cpu", intermediate_size=size).rename(own_bundle))
+        publish_another(own_bundle, size)
         answer(NAME)
         versions.append(cache(server))
     assert [path.exists() for path in versions] == [True, False, True]
@@ -154,7 +158,7 @@ def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path, tmp_pa
 
 
 def test_the_last_signed_version_stays_for_who_has_the_key(
-    server: FakeHub, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(own_bundle)
     first = server.sha(NAME)
@@ -166,8 +170,7 @@ def test_the_last_signed_version_stays_for_who_has_the_key(
 
     monkeypatch.setattr(signing, "check_signed", check)
     DashRuntime.load(NAME, TARGET, trusted_key="key")
-    shutil.rmtree(own_bundle)
-    publish(tiny_bundle(tmp_path / "more", "cpu", intermediate_size=80).rename(own_bundle))
+    publish_another(own_bundle)
     answer(NAME)
     assert DashRuntime.load(NAME, TARGET, trusted_key="key").bundle.root.name == first
 

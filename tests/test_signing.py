@@ -16,7 +16,7 @@ from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, OutputError
 from dash_export.signing import TRUSTED_KEY, check_signed
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import done, refused
 
 PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
 
@@ -30,36 +30,38 @@ def keys(folder: Path, name: str) -> tuple[Path, Path]:
     return private, public
 
 
+@pytest.fixture
+def signed(own_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The keys by which `own_bundle` is signed."""
+    private, public = keys(tmp_path, "mine")
+    done("sign", own_bundle, "--key", private)
+    return private, public
+
+
 def test_only_what_was_signed_runs(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (mine, public), (_, others) = keys(tmp_path, "mine"), keys(tmp_path, "others")
     run = ("run", own_bundle, "--raw", "x", "--max-tokens", 1, "--target", "cpu-fp32")
     assert "is not signed" in refused(*run, "--trusted-key", public)
-    assert dash("sign", own_bundle, "--key", mine).exit_code == 0
-    assert dash(*run, "--trusted-key", public).exit_code == 0
+    done("sign", own_bundle, "--key", mine)
+    done(*run, "--trusted-key", public)
     assert "is not as" in refused(*run, "--trusted-key", others)
     monkeypatch.setenv(TRUSTED_KEY, str(public))
     DashRuntime.load(own_bundle, "portable")
-    assert dash("eval", own_bundle, "--limit", 1, "--kinds", "dense", "--target", "cpu-fp32").exit_code == 0, (
-        "the environment's key is for all"
-    )
+    done("eval", own_bundle, "--limit", 1, "--kinds", "dense", "--target", "cpu-fp32")  # that key is for all
     build(own_bundle, "cpu", weights="int8")
     assert not (own_bundle / "manifest.json.sig").exists(), "it was of another manifest"
     assert "is not signed" in refused(*run)
     copy = Path(shutil.copytree(own_bundle, tmp_path / "copy.dash", ignore=shutil.ignore_patterns("onnx")))
-    assert "is not signed" in refused("build", copy, "--target", "cpu", "--weights", "fp32", "--measure"), (
-        "it runs them"
-    )
-    assert dash("sign", own_bundle, "--key", mine).exit_code == 0
-    assert dash(*run).exit_code == 0
+    assert "is not signed" in refused("build", copy, "--weights", "fp32", "--measure"), "it runs them"
+    done("sign", own_bundle, "--key", mine)
+    done(*run)
     monkeypatch.setenv(TRUSTED_KEY, str(tmp_path / "none"))
     assert "no key at" in refused(*run)
     assert not list(own_bundle.glob("*.unfinished"))
 
 
-def test_a_build_that_changes_nothing_keeps_the_signature(own_bundle: Path, tmp_path: Path) -> None:
-    private, public = keys(tmp_path, "mine")
-    assert dash("sign", own_bundle, "--key", private).exit_code == 0
-    bundle = Bundle.open(own_bundle)
+def test_a_build_that_changes_nothing_keeps_the_signature(own_bundle: Path, signed: tuple[Path, Path]) -> None:
+    (private, public), bundle = signed, Bundle.open(own_bundle)
     bundle.save_build(bundle.load_build("cpu-fp32"))
     DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public)
     (own_bundle / "engines/cpu-fp32/more.onnx").write_bytes(b"")
@@ -70,7 +72,7 @@ def test_another_manifest_than_was_read_is_refused(own_bundle: Path, tmp_path: P
     private, public = keys(tmp_path, "mine")
     read = Bundle.open(own_bundle)
     build(own_bundle, "cpu", weights="int8")
-    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    done("sign", own_bundle, "--key", private)
     with pytest.raises(BundleError, match="replaced while it was read"):
         check_signed(read, public)
 
@@ -86,7 +88,7 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     private, _ = keys(tmp_path, "mine")
     (own_bundle / "manifest.json.sig.unfinished").symlink_to(wrong)
     before = wrong.read_bytes()
-    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    done("sign", own_bundle, "--key", private)
     assert wrong.read_bytes() == before
     (own_bundle / "manifest.json.sig").unlink()
     (own_bundle / "manifest.json.sig").symlink_to(wrong)
@@ -102,23 +104,19 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     assert not (own_bundle / "manifest.json.sig").exists()
 
 
-def test_a_signature_of_gigabytes(own_bundle: Path, tmp_path: Path) -> None:
-    private, public = keys(tmp_path, "mine")
-    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+def test_a_signature_of_gigabytes(own_bundle: Path, signed: tuple[Path, Path]) -> None:
     os.truncate(own_bundle / "manifest.json.sig", 3 << 30)
     began = time.monotonic()
     with pytest.raises(BundleError, match="at most 1048576 are read"):
-        DashRuntime.load(own_bundle, "portable", trusted_key=public)
+        DashRuntime.load(own_bundle, "portable", trusted_key=signed[1])
     assert time.monotonic() - began < 5
 
 
-def test_what_a_key_asks_for(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = keys(tmp_path, "mine")
-    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+def test_what_a_key_asks_for(own_bundle: Path, signed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = next(own_bundle.glob("engines/cpu-fp32/layers*.onnx"))
     engine.write_bytes(bytes(engine.stat().st_size))
     with pytest.raises(BundleError, match="hash mismatch"):
-        DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public, verify=False)
-    monkeypatch.setenv(TRUSTED_KEY, str(public))
+        DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=signed[1], verify=False)
+    monkeypatch.setenv(TRUSTED_KEY, str(signed[1]))
     with pytest.raises(BundleError, match="no key at"):
         DashRuntime.load(own_bundle, "portable", trusted_key="")

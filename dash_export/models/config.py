@@ -7,7 +7,7 @@ with. `llama3` is Llama 3.1's `apply_scaling`, `linear` is position interpolatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
@@ -35,10 +35,12 @@ _ONLY: dict[str, tuple[object, str]] = {
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 _ORIGINAL = "original_max_position_embeddings"
 PLAIN = Traits()
+Config = Mapping[str, Any]
+"""A config.json, read without trust."""
 Number = TypeVar("Number", int, float)
 
 
-def decoder_spec(config: Mapping[str, Any], name: str = "") -> DecoderSpec:
+def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
     """Return the decoder that a config describes. Its `name` loses all unprintable characters, which a terminal could
     obey. Raises CheckpointError for an unknown family or an unsupported option.
     """
@@ -50,14 +52,16 @@ def decoder_spec(config: Mapping[str, Any], name: str = "") -> DecoderSpec:
 
 
 def gated_decoder(
-    config: Mapping[str, Any],
+    config: Config,
     *,
     max_positions: int,
     head_dim: int | None = None,
     windows: tuple[int, ...] | None = None,
     partial_rotary: bool = False,
-    rope: Mapping[str, Any] | None = None,
+    rope: Config | None = None,
     traits: Traits = PLAIN,
+    biases: Collection[str] = (),
+    tied: bool = False,
     **fields: Any,
 ) -> DecoderSpec:
     """Return the spec of a config. Raises CheckpointError naming the key that is missing, out of range or unsupported.
@@ -65,15 +69,15 @@ def gated_decoder(
     The family gives `traits`, other `fields` of `DecoderSpec`, and its defaults `max_positions` and `head_dim` for keys
     that the config lacks. `windows`: attention windows of its layers (None: the family has none). `partial_rotary`: the
     family may rotate only a part of each head. `rope`: RoPE parameters of the layers without a window, for a family
-    whose config does not give them under the usual keys.
+    whose config does not give them under the usual keys. `biases`: the options that the family has, of `attention_bias`
+    (all four projections of attention) and `mlp_bias`. `tied`: its default for `tie_word_embeddings`.
     """
-    for key, (only, supported) in _ONLY.items():
+    own = _ACTIVATIONS[traits.activation]
+    for key, (only, supported) in (
+        _ONLY | dict.fromkeys(("hidden_act", "hidden_activation"), (own, repr(own)))
+    ).items():
         if (value := config.get(key)) is not None and value != only:
             raise CheckpointError(f"config {key!r} is {shown(value)}, which is not supported; supported: {supported}")
-    for key in ("hidden_act", "hidden_activation"):
-        if (value := config.get(key)) is not None and value != _ACTIVATIONS[traits.activation]:
-            only = _ACTIVATIONS[traits.activation]
-            raise CheckpointError(f"config {key!r} is {shown(value)}, which is not supported; supported: {only!r}")
     hidden_size = positive(config, "hidden_size", LARGEST["hidden_size"])
     num_heads = positive(config, "num_attention_heads", LARGEST["num_heads"])
     num_kv_heads = positive(config, "num_key_value_heads", LARGEST["num_kv_heads"], num_heads)
@@ -88,7 +92,8 @@ def gated_decoder(
     rotary = rotary_embedding(config, head_dim, max_positions, rope, partial_rotary)
     if rotary.positions < 2:
         raise CheckpointError("a context of 1 token (max_position_embeddings) leaves no room for an answer")
-    windows = attention_windows(config, None) if windows is None else windows
+    windows = attention_windows(config) if windows is None else windows
+    attention_bias, mlp_bias = (name in biases and flag(config, name) for name in ("attention_bias", "mlp_bias"))
     return DecoderSpec(
         model_type=config["model_type"],
         vocab_size=positive(config, "vocab_size", LARGEST["vocab_size"]),
@@ -103,31 +108,36 @@ def gated_decoder(
         rope_frequencies=rotary.frequencies,
         rope_scale=rotary.scale,
         traits=replace(traits, windows=windows),
-        **({"tie_embeddings": flag(config, "tie_word_embeddings")} | fields),
+        tie_embeddings=flag(config, "tie_word_embeddings", tied),
+        output_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        **({"qkv_bias": attention_bias} | fields),
     )
 
 
 def attention_windows(
-    config: Mapping[str, Any], window: int | None, kind: Callable[[int], str] = lambda _layer: FULL
+    config: Config,
+    has_window: Callable[[int], bool] | None = None,
+    default: int | None = None,
+    switched: bool = False,
 ) -> tuple[int, ...]:
     """Return, per layer, how many tokens a query may attend to (0: all of them), or () when no layer has a window. The
-    layers with a window are named by `layer_types`, or else by `kind`. Raises CheckpointError for wrong `layer_types`,
-    and for a config that asks for windows when `window` is None.
+    layers with a window are named by `layer_types`, or else by the family's `has_window` (None: the family has none).
+    `default`: a window, in tokens, for a config without `sliding_window` (null: no window). `switched`: windows only
+    where `use_sliding_window` is set. Raises CheckpointError for wrong options, and where windows are asked for and
+    there are none.
     """
     layers = positive(config, "num_hidden_layers", LARGEST["num_layers"])
-    kinds = config.get("layer_types") or [kind(layer) for layer in range(layers)]
+    used = has_window is not None and (not switched or flag(config, "use_sliding_window"))
+    window = 0
+    if used and config.get("sliding_window", default) is not None:
+        window = positive(config, "sliding_window", LARGEST_CONTEXT, default)
+    kinds = config.get("layer_types") or [SLIDING if has_window and has_window(at) else FULL for at in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(one not in (FULL, SLIDING) for one in kinds):
         raise CheckpointError(f"config 'layer_types' must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
-    if window is None and (config.get("use_sliding_window") or SLIDING in (config.get("layer_types") or ())):
+    if not window and (config.get("use_sliding_window") or SLIDING in (config.get("layer_types") or ())):
         raise CheckpointError("use_sliding_window and layer_types ask for a window, and there is none (sliding_window)")
-    return () if window is None or SLIDING not in kinds else tuple(window * (one == SLIDING) for one in kinds)
-
-
-def sliding_window(config: Mapping[str, Any], default: int | None = None) -> int | None:
-    """Return `sliding_window` in tokens; a missing key takes `default`, null is no window. Raises CheckpointError."""
-    if config.get("sliding_window", default) is None:
-        return None
-    return positive(config, "sliding_window", LARGEST_CONTEXT, default)
+    return tuple(window * (one == SLIDING) for one in kinds) if window and SLIDING in kinds else ()
 
 
 class Rotary(NamedTuple):
@@ -139,10 +149,10 @@ class Rotary(NamedTuple):
 
 
 def rotary_embedding(
-    config: Mapping[str, Any],
+    config: Config,
     head_dim: int,
     max_positions: int,
-    rope: Mapping[str, Any] | None = None,
+    rope: Config | None = None,
     partial: bool = False,
 ) -> Rotary:
     """Return the rotary embedding as in `DecoderSpec`, from `rope` or else `rope_parameters` (transformers 5) or the
@@ -202,9 +212,7 @@ def rotary_embedding(
     return Rotary(tuple(scaled.tolist()), scale, max_positions)
 
 
-def _yarn(
-    rope: Mapping[str, Any], plain: Float32Array, theta: float, factor: float, original: int
-) -> tuple[Float32Array, float]:
+def _yarn(rope: Config, plain: Float32Array, theta: float, factor: float, original: int) -> tuple[Float32Array, float]:
     """Return (frequencies, factor of sines and cosines) of YaRN (arXiv 2309.00071)."""
 
     def grown(by: float) -> float:
@@ -243,7 +251,7 @@ def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: flo
     return np.where(middle, ramp, scaled).astype(np.float32)
 
 
-def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+def section(config: Config, key: str) -> dict[str, Any]:
     """Return the object under a key of the config, {} where there is none. Raises CheckpointError for anything else."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
@@ -255,7 +263,7 @@ _LEAST = 1e-30
 """Bound that every float of a config must exceed: some of them are divisors."""
 
 
-def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number | None = None) -> Number:
+def positive(config: Config, key: str, upper: Number, default: Number | None = None) -> Number:
     """Return `config[key]`, a number in (0, upper], which must be an integer if `upper` is one. A missing or null key
     takes `default`. Raises CheckpointError for any other value, and for a missing key without a default.
     """
@@ -271,7 +279,7 @@ def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number
     return type(upper)(value)
 
 
-def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+def flag(config: Config, key: str, default: bool = False) -> bool:
     """Return `config[key]` as a bool. A missing or null key takes `default`. Raises CheckpointError otherwise."""
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, bool):

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from dash_export.manifest import Traits
-from dash_export.models.config import (
-    FULL,
-    MAX_FACTOR,
-    SLIDING,
-    attention_windows,
-    flag,
-    gated_decoder,
-    positive,
-    sliding_window,
-)
+from dash_export.models.config import MAX_FACTOR, Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+def decoder(config: Config) -> DecoderSpec:
     """Gemma2ForCausalLM: every other layer has a window; scores and logits are capped."""
-    windows = attention_windows(config, sliding_window(config, 4096), lambda layer: FULL if layer % 2 else SLIDING)
+    windows = attention_windows(config, lambda layer: layer % 2 == 0, default=4096)
     return gemma_decoder(config, windows, max_positions=8192, caps=(50.0, 30.0))
 
 
 def gemma_decoder(
-    config: Mapping[str, Any],
+    config: Config,
     windows: tuple[int, ...],
     *,
     max_positions: int,
@@ -41,7 +31,6 @@ def gemma_decoder(
         positive(config, name, MAX_FACTOR) if config.get(name) else 0.0 if name in config else default
         for name, default in zip(names, caps, strict=True)
     )
-    bias = flag(config, "attention_bias")
     traits = Traits(
         activation="gelu_tanh",
         window_rope=window_rope,
@@ -50,17 +39,14 @@ def gemma_decoder(
         score_cap=scores,
         logits_cap=logits,
     )
-    fields = {
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "tie_embeddings": flag(config, "tie_word_embeddings", True),
-    } | fields
     return gated_decoder(
         config,
         max_positions=max_positions,
         head_dim=256,
         windows=windows,
         traits=traits,
+        biases=("attention_bias",),
+        tied=True,
         post_norms=True,
         norm_offset=1.0,
         **fields,

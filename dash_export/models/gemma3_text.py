@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST
-from dash_export.models.config import (
-    FULL,
-    SLIDING,
-    attention_windows,
-    positive,
-    rotary_embedding,
-    section,
-    sliding_window,
-)
+from dash_export.models.config import FULL, SLIDING, Config, attention_windows, positive, rotary_embedding, section
 from dash_export.models.gemma2 import gemma_decoder
 from dash_export.models.spec import DecoderSpec
 from dash_export.typed_json import shown
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+def decoder(config: Config) -> DecoderSpec:
     """Gemma3ForCausalLM: norms on query and key heads; layers with a window have a RoPE base of their own."""
     every = positive(config, "sliding_window_pattern", LARGEST["num_layers"], 6)
-    window = sliding_window(config, 4096)
-    windows = attention_windows(config, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
+    windows = attention_windows(config, lambda layer: (layer + 1) % every != 0, default=4096)
     given = section(config, "rope_parameters")
     local = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | section(given, SLIDING)
     full = {"rope_theta": config.get("rope_theta") or 1e6} | section(given, FULL)

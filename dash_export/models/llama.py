@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from dash_export.models.config import flag, gated_decoder
+from dash_export.models.config import Config, gated_decoder
 from dash_export.models.spec import DecoderSpec
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+def decoder(config: Config) -> DecoderSpec:
     """LlamaForCausalLM: optional biases on all four attention projections and on the MLP."""
-    bias = flag(config, "attention_bias")
-    return gated_decoder(config, max_positions=2048, qkv_bias=bias, output_bias=bias, mlp_bias=flag(config, "mlp_bias"))
+    return gated_decoder(config, max_positions=2048, biases=("attention_bias", "mlp_bias"))

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from dash_export.manifest import Traits
-from dash_export.models.config import flag, gated_decoder
+from dash_export.models.config import Config, gated_decoder
 from dash_export.models.spec import DecoderSpec
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+def decoder(config: Config) -> DecoderSpec:
     """Olmo2ForCausalLM: norms after attention and MLP instead of before; Q and K are normed over all heads at once."""
-    bias = flag(config, "attention_bias")
     return gated_decoder(
         {"rms_norm_eps": 1e-5, **config},
         max_positions=2048,
         traits=Traits(norms_after=True),
-        qkv_bias=bias,
-        output_bias=bias,
+        biases=("attention_bias",),
         qk_norm=True,
         post_norms=True,
     )

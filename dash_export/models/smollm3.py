@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST, Traits
-from dash_export.models.config import FULL, SLIDING, attention_windows, flag, gated_decoder, positive, sliding_window
+from dash_export.models.config import Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+def decoder(config: Config) -> DecoderSpec:
     """SmolLM3ForCausalLM: `no_rope_layers` has a 0 for each layer without rotary embedding."""
     config = {"num_key_value_heads": 4, "rope_theta": 2e6, **config}
     layers = positive(config, "num_hidden_layers", LARGEST["num_layers"])
@@ -20,16 +17,12 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     if not isinstance(turns, list) or len(turns) != layers or any(one not in (0, 1) for one in turns):
         raise CheckpointError(f"config 'no_rope_layers' must have a 0 or a 1 for each of {layers} layers")
     unrotated = tuple(layer for layer, turned in enumerate(turns) if not turned)
-    window = sliding_window(config) if flag(config, "use_sliding_window") else None
-    windows = attention_windows(config, window, lambda layer: SLIDING if layer in unrotated else FULL)
-    bias = flag(config, "attention_bias")
+    windows = attention_windows(config, lambda layer: layer in unrotated, switched=True)
     return gated_decoder(
         config,
         max_positions=32_768,
         windows=windows,
         traits=Traits(unrotated=unrotated),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=flag(config, "mlp_bias"),
-        tie_embeddings=flag(config, "tie_word_embeddings", True),
+        biases=("attention_bias", "mlp_bias"),
+        tied=True,
     )

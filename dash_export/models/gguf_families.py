@@ -45,7 +45,7 @@ class Architecture:
 def _gemma(layers_of_27b: int, own: Own, config: Mapping[str, Any]) -> dict[str, Any]:
     size = config["head_dim"]
     if own.get("block_count") == layers_of_27b:
-        size = config["hidden_size"] / config["num_attention_heads"]
+        size = config["hidden_size"] // config["num_attention_heads"]  # transformers takes an integer only
     return {"query_pre_attn_scalar": size, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 

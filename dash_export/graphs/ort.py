@@ -111,7 +111,7 @@ class OrtWriter(ProductWriter):
         rows = self.embedding_rows()
         if self.traits.embedding_scale == 1:
             return rows
-        scale = self.constant("embed.scale", np.array(self.traits.embedding_scale, np.float32))
+        scale = self.initializer("embed.scale", np.array([self.traits.embedding_scale], np.float32))
         return self.op("Mul", [rows, scale], "embed/scaled")
 
     def embedding_rows(self) -> ir.Value:
@@ -238,7 +238,7 @@ class OrtWriter(ProductWriter):
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
         logits = self.linear(normed, "head/logits", [HEAD_MATRIX], self.traits.logits_scale)
         if cap := self.traits.logits_cap:
-            most = self.constant("head.cap", np.array(cap, np.float32))
+            most = self.initializer("head.cap", np.array([cap], np.float32))
             turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")
             logits = self.op("Mul", [turned, most], "head/capped")
         self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
@@ -274,13 +274,15 @@ class OrtWriter(ProductWriter):
         """Norm each head of [batch, sequence, heads * head_dim], or all at once (`norms_after`), and multiply by
         `times`; GroupQueryAttention cannot.
         """
-        weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
+        weight = self.initializer(f"{node}/gain", self.array(gain) * np.float32(times))
         if self.traits.norms_after:
             return self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
-        split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
+        split = self.initializer(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
         value = self.op("Reshape", [value, split], f"{node}/split")
         value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
-        return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")
+        return self.op(
+            "Reshape", [value, self.initializer("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged"
+        )
 
     def rotary_size(self, rope: str) -> int:
         """Return how many dimensions of a head are rotated."""

@@ -72,15 +72,12 @@ class ProductWriter(GraphWriter):
         """Return a constant of a portable graph, unchanged."""
         return self.initializer(weight, self.weights[weight])
 
-    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        return self.initializer(name, np.ascontiguousarray(array))
-
     def contrib(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **options: Any) -> ir.Value:
         return self.node(op_type, inputs, name, 1, CONTRIB, **options)[0]
 
     def parts(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
         return self.split(
-            value, self.constant(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
+            value, self.initializer(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
         )
 
     def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
@@ -96,7 +93,7 @@ class ProductWriter(GraphWriter):
                 np.zeros(width, np.float32) if each is None else each.numpy() * factor
                 for each, width, factor in zip(given, widths, factors, strict=True)
             ]
-            bias = self.constant(f"{node}.bias", np.concatenate(biases))
+            bias = self.initializer(f"{node}.bias", np.concatenate(biases))
         precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
         as_is = precision == "int4" and self.recipe.rounding == "as-is"
         small = min(rows, sum(widths)) < block
@@ -111,7 +108,7 @@ class ProductWriter(GraphWriter):
             matrices[0] = matrices[0] * factors[0]
         wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
         if precision not in QUANTISED or small:  # smaller than a block: stays float32
-            value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
+            value = self.op("MatMul", [source, self.initializer(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
         found = quantize_block(wide, BITS[precision], block, self.recipe.symmetric)
         return self.nbits(source, node, rows, BITS[precision], block, found, bias)
@@ -150,5 +147,5 @@ class ProductWriter(GraphWriter):
 
     def blocks(self, weight: str, bits: int, codes: Codes, scales: Float32Array, zeros: Codes) -> list[ir.Value]:
         """Return constants of the codes, the scales and, unless the recipe is symmetric, the zero points."""
-        found = [self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales)]
-        return found if self.recipe.symmetric else [*found, self.constant(f"{weight}.zero_points", zeros)]
+        found = [self.initializer(f"{weight}.q{bits}", codes), self.initializer(f"{weight}.scales", scales)]
+        return found if self.recipe.symmetric else [*found, self.initializer(f"{weight}.zero_points", zeros)]

@@ -230,9 +230,6 @@ class PortableWriter(GraphWriter):
             model.graph.opset_imports[DOMAIN] = 1
         return model
 
-    def external(self, name: str, file: str, shape: tuple[int, int], offset: int = 0) -> ir.Value:
-        return self.initializer(name, external(name, file, ir.DataType.FLOAT, shape, offset))
-
     def linear(self, layer: int, value: ir.Value, weight: str) -> ir.Value:
         full = f"model.layers.{layer}.{weight}"
         node = f"layer_{layer:02d}/{weight.replace('self_attn', 'attention').replace('.', '/')}"
@@ -278,10 +275,10 @@ class PortableWriter(GraphWriter):
             return value
         widths, rows = [len(self.spec.rope_frequencies), len(self.spec.window_frequencies)], self.spec.max_positions
         own, before = (widths[1], 2 * widths[0]) if rope == "rope.window" else (widths[0], 0)
-        tables = [
-            self.external(f"{rope}.{which}", ROPE, (rows, own), 4 * rows * (before + place * own))
-            for place, which in enumerate(("cos", "sin"))
-        ]
+        tables = []
+        for place, table in enumerate((f"{rope}.cos", f"{rope}.sin")):
+            offset = 4 * rows * (before + place * own)
+            tables.append(self.initializer(table, external(table, ROPE, ir.DataType.FLOAT, (rows, own), offset)))
         part = {} if 2 * own == self.spec.head_dim else {"rotary_embedding_dim": 2 * own}
         return self.op("RotaryEmbedding", [value, *tables, positions], name, **part)
 

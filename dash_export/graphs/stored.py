@@ -89,7 +89,7 @@ def fold_conversions(model: ir.Model) -> None:
         if twice := seen & (sources := {str(one.name) for one in values if one is not None}):
             raise BundleError(f"{min(twice):.100} is converted twice. The bundle is damaged: export it again.")
         seen |= sources
-        value = ir.Value(name=name, shape=found.shape, type=ir.TensorType(found.dtype), const_value=found)
+        value = ir.val(name, const_value=found)
         graph.register_initializer(value)
         given = value
         if lookups:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
@@ -106,14 +105,6 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
     graph.remove(nodes)
     into.extend(nodes)
     return outputs
-
-
-def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """Register a new initializer and return its value."""
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def constant_value(value: ir.Value | None) -> npt.NDArray[Any] | None:

@@ -16,9 +16,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
+from dash_export.graphs.surgery import constant_value, drop_unused_inputs
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
 from dash_export.graphs.trt_quantize import quantize_weights
+from dash_export.graphs.writer import constant
 from dash_export.names import FINAL_STATE
 from dash_export.targets import Recipe
 
@@ -67,7 +68,7 @@ def _cut_rope(graph: ir.Graph, capacity: int) -> None:
         value = graph.initializers[name]
         table = constant_value(value)
         if table is not None:
-            value.replace_all_uses_with(add_constant(graph, f"{name}.{capacity}", table[:capacity]))
+            value.replace_all_uses_with(constant(graph, f"{name}.{capacity}", table[:capacity]))
 
 
 def _make_mask(graph: ir.Graph, capacity: int) -> None:
@@ -85,7 +86,7 @@ def _make_mask(graph: ir.Graph, capacity: int) -> None:
 
 def _give_last_logits(graph: ir.Graph) -> None:
     for first in [value for value in graph.inputs if value.name == "first_logit"]:
-        first.replace_all_uses_with(add_constant(graph, "head.last", np.array([-1])))
+        first.replace_all_uses_with(constant(graph, "head.last", np.array([-1])))
         graph.inputs.remove(first)
         logits = next(value for value in graph.outputs if value.name == "logits")
         if logits.shape is not None:
@@ -130,7 +131,7 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
         if (value, wanted) not in made:
             name = f"{value.name}/{wanted.name.lower()}"
             if (weight := constant_value(value)) is not None:
-                made[value, wanted] = add_constant(graph, name, weight.astype(wanted.numpy()))
+                made[value, wanted] = constant(graph, name, weight.astype(wanted.numpy()))
             else:
                 cast = ir.node("Cast", [value], {"to": int(wanted)}, name=name)
                 graph.append(cast) if before is None else graph.insert_before(before, cast)

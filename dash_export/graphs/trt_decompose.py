@@ -17,7 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dash_export.graphs.portable import WINDOW
-from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
+from dash_export.graphs.surgery import constant_value, drop_unused_inputs
+from dash_export.graphs.writer import constant
 from dash_export.names import new_names
 
 OPSET = 21
@@ -64,7 +65,7 @@ class Chain:
         return node.outputs[0]
 
     def constant(self, name: str, array: npt.NDArray[Any] | list[Any]) -> ir.Value:
-        return self.graph.initializers.get(name) or add_constant(self.graph, name, np.asarray(array))
+        return constant(self.graph, name, np.asarray(array))
 
     def finish(self, result: ir.Value) -> None:
         before = self.old.outputs[0]

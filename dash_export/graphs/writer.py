@@ -33,25 +33,17 @@ class GraphWriter:
         for known in self.graph.inputs:
             if known.name == name:
                 return known
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        value = ir.val(name, dtype, shape)
         self.graph.inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+    def output(self, value: ir.Value, name: str, shape: Shape) -> None:
+        """Make a value of float32 an output."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
         self.graph.outputs.append(value)
 
     def initializer(self, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
-        known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
-        if isinstance(tensor, np.ndarray):
-            tensor = ir.tensor(tensor, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.register_initializer(value)
-        return value
+        return constant(self.graph, name, tensor)
 
     def node(
         self,
@@ -79,6 +71,18 @@ class GraphWriter:
 
     def model(self) -> ir.Model:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)
+
+
+def constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
+    """Return the graph's initializer of that name; register it where there is none yet."""
+    known = graph.initializers.get(name)
+    if known is not None:
+        return known
+    if isinstance(tensor, np.ndarray):
+        tensor = ir.tensor(np.asarray(tensor, order="C"), name=name)
+    value = ir.val(name, const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def lazy_weight(

@@ -24,8 +24,9 @@ from dash_export.bundle import Bundle
 from dash_export.commands.tables import print_table
 from dash_export.divergence import DenseRows, nll
 from dash_export.evaluate.intervals import interval
-from dash_export.graphs.surgery import add_constant, constant_value, load_graph
+from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.graphs.trt_quantize import quantize_weights
+from dash_export.graphs.writer import constant
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
 from dash_export.targets import Recipe, load_recipe, with_weights
@@ -64,7 +65,7 @@ def fold_weights(graph: ir.Graph) -> None:
         stored, scales = (constant_value(value) for value in node.inputs[:2])
         if stored is not None and scales is not None and stored.ndim == 2:
             spread = np.repeat(scales, node.attributes.get_int("block_size", 1), axis=0) if scales.ndim == 2 else scales
-            weight = add_constant(graph, f"{node.name}/float", stored.astype(np.float32) * spread)
+            weight = constant(graph, f"{node.name}/float", stored.astype(np.float32) * spread)
             node.outputs[0].replace_all_uses_with(weight)
             graph.remove(node, safe=True)
 

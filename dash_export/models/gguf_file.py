@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
 from dash_export.models.spec import Weight
-from dash_export.models.weights import require
+from dash_export.models.weights import require, tensor_bytes
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 21  # of all metadata arrays: a vocabulary of 262,144 takes 1.3 million
@@ -73,12 +73,8 @@ class GgufTensor:
 
     def packed(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return rows [start, stop) as in the file, uint8 [rows, bytes]. Raises CheckpointError if the file is cut."""
-        # Read, not mapped: the resident set does not grow with the part of the model read so far.
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start * self.row_bytes)
-            data = file.read((stop - start) * self.row_bytes)
-        if len(data) != (stop - start) * self.row_bytes:
-            raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file changed while it was read")
+        size = (stop - start) * self.row_bytes
+        data = tensor_bytes(self.path, self.name, self.offset + start * self.row_bytes, size)
         return np.frombuffer(data, dtype=np.uint8).reshape(stop - start, self.row_bytes)
 
     def _dequantized(self, start: int, stop: int) -> npt.NDArray[Any]:

@@ -104,10 +104,8 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -
             'set the option in config.json (such as "attention_bias": true) or this variant is not supported'
         )
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    sound = (
-        table is not None and table.shape == spec.weight_shapes()["model.embed_tokens.weight"]
-    )  # `build_checkpoint` refuses another shape
-    if spec.tie_embeddings and head is not None and table is not None and sound:
+    expected = spec.weight_shapes()["model.embed_tokens.weight"]  # `build_checkpoint` refuses another shape
+    if spec.tie_embeddings and head is not None and table is not None and table.shape == expected:
         blocks = zip(row_blocks(head), row_blocks(table), strict=False)
         if head.shape != table.shape or not all(np.array_equal(one, other) for one, other in blocks):
             raise CheckpointError(

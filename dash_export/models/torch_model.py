@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,17 +96,6 @@ class LayerInputs:
         return {"attention_mask": mask, "position_embeddings": self._rotary[bool(window)]}
 
 
-class _Joined(torch.nn.Module):
-    """Linear modules side by side, as one; they are registered in another module."""
-
-    def __init__(self, parts: list[torch.nn.Linear]) -> None:
-        super().__init__()
-        self._parts = (parts,)  # inside a tuple, torch does not register them a second time
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(hidden) for part in self._parts[0]], -1)
-
-
 def _unfuse(layer: Any, spec: DecoderSpec) -> None:
     """Replace the fused projections of a layer by one module each, named as in other families."""
     shapes = spec.weight_shapes()
@@ -115,7 +105,12 @@ def _unfuse(layer: Any, spec: DecoderSpec) -> None:
             rows, columns = shapes[layer_weight(0, f"{owner}.{name}_proj.weight")]
             parts.append(torch.nn.Linear(columns, rows, bias=False))
             setattr(module, f"{name}_proj", parts[-1])
-        setattr(module, whole, _Joined(parts))
+        delattr(module, whole)  # a function in its place: it has no weights of its own
+        setattr(module, whole, partial(_side_by_side, parts))
+
+
+def _side_by_side(parts: list[torch.nn.Linear], hidden: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part(hidden) for part in parts], -1)
 
 
 def unit_normed(hidden: torch.Tensor, spec: DecoderSpec) -> torch.Tensor:

@@ -152,14 +152,20 @@ def _rows(
     if dtype not in _FLOATS:
         raise CheckpointError(f"tensor {name:.100} in {path} has dtype {dtype}; supported: {', '.join(_FLOATS)}")
     kind = np.dtype(require("ml_dtypes").bfloat16 if dtype == "BF16" else f"<f{int(dtype[1:]) // 8}")
-    size = prod(shape[1:]) * kind.itemsize
+    row_bytes = prod(shape[1:]) * kind.itemsize
+    data = tensor_bytes(path, name, offset + start * row_bytes, (stop - start) * row_bytes)
+    return np.frombuffer(data, kind).reshape(stop - start, *shape[1:])
+
+
+def tensor_bytes(path: Path, name: str, offset: int, size: int) -> bytes:
+    """Return a part of a tensor. Raises CheckpointError if the file is cut."""
     # Read, not mapped: the resident set does not grow with the part of the model read so far.
     with path.open("rb") as file:
-        file.seek(offset + start * size)
-        data = file.read((stop - start) * size)
-    if len(data) != (stop - start) * size:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
         raise CheckpointError(f"{path} ends inside tensor {name:.100}: the file changed while it was read")
-    return np.frombuffer(data, kind).reshape(stop - start, *shape[1:])
+    return data
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

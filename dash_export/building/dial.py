@@ -46,13 +46,13 @@ def calibrate_dial(
     num_layers = bundle.manifest.model.num_layers
     trade_offs = _trade_offs(runtime, windows)
     sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, KL in nats, log-likelihood lost
-    judged = 0
     tokens = 0
     for done, window in enumerate(windows, 1):
-        sums += _measure_window(runtime, window, trade_offs)
-        tokens += len(window) - min(PREFIX, len(window) // 2)
-        judged += len(window) - min(PREFIX, len(window) // 2) - 1
+        prompt = min(PREFIX, len(window) // 2)  # less where the model's context is short
+        sums += _measure_window(runtime, window, prompt, trade_offs)
+        tokens += len(window) - prompt
         progress("calibrating the dial", done, len(windows))
+    judged = tokens - len(windows)  # a window's last token has no successor
     points = [DialPoint(0.0, float(num_layers), round(1.0 + runtime.cost.asks, 5), 0.0)]
     for trade_off, (skipped, time, kl, lost) in zip(trade_offs, sums / tokens, strict=True):
         perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
@@ -75,12 +75,11 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
 
 
 def _measure_window(
-    runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
+    runtime: DashRuntime, window: npt.NDArray[np.int64], prompt: int, trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
-    """Measure a window under each trade-off. Return [trade-offs, 4], sums over the window's measured tokens: layers
-    skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
+    """Measure a window under each trade-off, its first `prompt` tokens dense. Return [trade-offs, 4], sums over the
+    tokens after them: layers skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
     """
-    prompt = min(PREFIX, len(window) // 2)  # less where the model's context is short
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
     reference = DenseRows(dense.logits[prompt:])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,21 +48,18 @@ tomli>=2; python_version < '3.11'
 def write_kit(
     bundle: Bundle,
     target: str,
-    options: Sequence[str],
+    changes: Mapping[str, str | None],
     reason: str,
     output: Path | None = None,
     progress: Progress = no_progress,
 ) -> Path:
     """Write the kit of `target` (name or path of a recipe) and return its folder, by default beside the bundle.
 
-    `options`: the command line's options for the weights, name and value in turn (`--weights int4`). Raises
-    BackendError for a CPU target and when a lowered graph disagrees with its portable graph, BundleError when the
-    bundle is damaged or something that is no kit lies at `output`.
+    `changes`: the command line's options for the weights (`with_weights`). Raises BackendError when a lowered graph
+    disagrees with its portable graph, BundleError when the bundle is damaged or something that is no kit lies at
+    `output`.
     """
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    recipe = with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
-    if recipe.engine is None:
-        raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
+    recipe = with_weights(load_recipe(target), **changes)
     root = outputs.output_path(bundle.root)
     folder = outputs.output_path(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, outputs.MARK, ".venv", "report.json"):
@@ -107,6 +104,7 @@ def write_kit(
             # The manifest is left out: it changes when engines are built, and has its own hash.
             apart = (unfinished / outputs.MARK, unfinished / root.name / MANIFEST)
             files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path not in apart)
+            options = [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
             record: dict[str, Any] = {
                 "schema": 1,
                 "dash-export": __version__,

@@ -132,9 +132,8 @@ def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: st
     from dash_export.building.kit import SCRIPT, write_kit
 
     click.echo(reason, err=True)
-    options = [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     with progress_bar(f"kit {target}") as progress:
-        folder = write_kit(bundle, target, options, reason, output, progress)
+        folder = write_kit(bundle, target, changes, reason, output, progress)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     click.echo(f"{folder}: a build kit ({size(files)}), checked: every graph agrees with its portable one.")
     click.echo(f"Copy it to the device and run there: python3 {folder.name}/{SCRIPT}")

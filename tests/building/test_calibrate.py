@@ -23,14 +23,14 @@ from dash_export.exporting import export
 from dash_export.graphs.grid import grid_from, packed
 from dash_export.graphs.ort_products import quantize_block
 from dash_export.graphs.rounded import Rounded, roundings_lookup, write_roundings
-from dash_export.models import open_checkpoint
+from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
 from dash_export.policy import narrowed
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe, with_weights
 from tests.building.test_kit import run
-from tests.tiny import save_model, tiny_checkpoint, tiny_policy
+from tests.tiny import save_model, tiny_bundle, tiny_policy
 
 UNIT, DOWN = "layers_02-03", "layer_03/mlp/down_proj"
 ROWS, COLUMNS, BLOCK = 96, 40, 32
@@ -129,9 +129,7 @@ def target(targets: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, targets: dict[str, str]) -> Bundle:
-    root = tmp_path_factory.mktemp("roundings")
-    checkpoint = tiny_checkpoint(root / "model")
-    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
+    made = Bundle.open(tiny_bundle(tmp_path_factory.mktemp("roundings"), form="linear"))
     build(made, targets["cuda"], verify=True)
     build(made, targets["cuda"], rounding="nearest", verify=True)
     build(made, targets["cpu"])
@@ -253,7 +251,7 @@ def test_what_is_not_of_this_matrix(own: Bundle, target: str) -> None:
 def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a build, where there is one."""
     monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
-    kit = write_kit(bundle, target, [], "as a test", tmp_path / "kit")
+    kit = write_kit(bundle, target, {}, "as a test", tmp_path / "kit")
     engines = kit / bundle.root.name / "engines" / "small-cuda"
     assert (engines / FILE).read_bytes() == bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
     record = json.loads((kit / "kit.json").read_text())
@@ -280,14 +278,13 @@ def test_another_head_is_calibrated_anew(bundle: Bundle, own: Bundle, target: st
 
 
 def test_other_units_keep_it(
-    own: Bundle, targets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Bundle, targets: dict[str, str], tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where layers outside of units are rounded alike."""
     apart = tmp_path / "apart.toml"
     apart.write_text(Path(targets["cpu"]).read_text().replace('ungated = "int4"', 'ungated = "int8"'))
     build(own, str(apart))
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    fewer = export(checkpoint, own.root, narrowed(tiny_policy(checkpoint, "linear"), (4,)))
+    fewer = export(tiny_model, own.root, narrowed(tiny_policy(tiny_model, "linear"), (4,)))
     monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
     assert "layers_02-03" not in build(fewer, targets["cpu"]).engines
     with pytest.raises(BackendError, match="calibrated again"):
@@ -306,8 +303,7 @@ def test_other_recipes(own: Bundle, target: str, tmp_path: Path) -> None:
 
 
 def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model", intermediate_size=104)
-    odd = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
+    odd = Bundle.open(tiny_bundle(tmp_path, intermediate_size=104))
     build(odd, target, verify=True)
     assert roundings_lookup(odd.path(f"engines/small-cuda/{FILE}"))(DOWN) is None
     assert kept(odd, "layer_03/mlp/up_proj").block == 64
@@ -339,8 +335,7 @@ def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest
 @pytest.mark.parametrize("family", ["olmo2", "llama"])
 def test_the_range_of_a_bypass_that_reads_the_state_itself(family: str, tmp_path: Path) -> None:
     """OLMo 2's Q projection reads that state, too; what other families' bypasses read is normed."""
-    checkpoint = tiny_checkpoint(tmp_path / "model", family, pad_token_id=0)
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "linear"))
+    bundle = Bundle.open(tiny_bundle(tmp_path, form="linear", family=family, pad_token_id=0))
     recipe = with_weights(load_recipe("h100"), weights="fp8", rounding="gptq")
     ranges = dict(calibrate.calibrate_matrices(bundle, recipe, no_progress))
     assert isinstance(ranges["layer_02/attention/q_proj"], float)

@@ -23,7 +23,7 @@ from tests.commands.helpers import DISK_FULL, dash, environment, refused
 @pytest.fixture(scope="module")
 def kit(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit") / "kit"
-    return write_kit(Bundle.open(tiny_root), "h100", [], "no GPU here", folder)
+    return write_kit(Bundle.open(tiny_root), "h100", {}, "no GPU here", folder)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_damaged_record(content: str, own: Path) -> None:
 
 def test_the_script_runs_the_build_and_reports(tiny_root: Path, tmp_path: Path) -> None:
     """A kit for a target that this machine can build after all: its own package, its own bundle, a report."""
-    kit = write_kit(Bundle.open(tiny_root), "cuda", [], "as a test", tmp_path / "kit")
+    kit = write_kit(Bundle.open(tiny_root), "cuda", {}, "as a test", tmp_path / "kit")
     done = run(kit)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((kit / "report.json").read_text())
@@ -117,7 +117,7 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     recipe = tmp_path / "mine.toml"
     text = (Path(__file__).parents[2] / "engines" / "l4.toml").read_text()
     recipe.write_text(text.replace('"8.9"', '"9.9"'))
-    kit = write_kit(Bundle.open(tiny_root), str(recipe), ["--weights", "int8"], "", tmp_path / "kit")
+    kit = write_kit(Bundle.open(tiny_root), str(recipe), {"weights": "int8"}, "", tmp_path / "kit")
     record = json.loads((kit / "kit.json").read_text())
     assert record["command"] == ["build", "./tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
     assert record["target"] == "mine-int8"
@@ -131,13 +131,13 @@ def test_a_kit_is_not_made_of_what_it_replaces(kit: Path, own: Path) -> None:
     before = sorted(own.rglob("*"))
     for bundle, target in ((own / "tiny.dash", "h100"), (kit / "tiny.dash", str(recipe))):
         with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
-            write_kit(Bundle.open(bundle), target, [], "", own)
+            write_kit(Bundle.open(bundle), target, {}, "", own)
     assert sorted(own.rglob("*")) == before
 
 
 def test_a_kit_left_half_replaced(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill another target's kit, whose plan differs, can be made there; and what somebody put in stays."""
-    kit = write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    kit = write_kit(Bundle.open(own_bundle), "h100", {}, "", tmp_path / "kit")
     (kit / own_bundle.name / "engines/h100").mkdir(parents=True)
     (kit / own_bundle.name / "engines/h100/mine").write_text("mine")
     remove = replacing.remove
@@ -150,10 +150,10 @@ def test_a_kit_left_half_replaced(own_bundle: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(replacing, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_kit(Bundle.open(own_bundle), "l4", [], "", kit)
+        write_kit(Bundle.open(own_bundle), "l4", {}, "", kit)
     monkeypatch.setattr(replacing, "remove", remove)
     assert not (kit / "kit.json").exists()
-    write_kit(Bundle.open(own_bundle), "h100", [], "", kit)
+    write_kit(Bundle.open(own_bundle), "h100", {}, "", kit)
     assert (kit / own_bundle.name / "engines/h100/mine").read_text() == "mine"
     Bundle.open(kit / own_bundle.name).verify(Bundle.open(own_bundle).manifest.files)
 
@@ -162,7 +162,7 @@ def test_a_kit_left_half_replaced(own_bundle: Path, tmp_path: Path, monkeypatch:
 def test_a_bundle_called_as_a_part_of_the_kit(name: str, own_bundle: Path, tmp_path: Path) -> None:
     bundle = own_bundle.rename(tmp_path / name)
     with pytest.raises(BackendError, match="rename the bundle"):
-        write_kit(Bundle.open(bundle), "h100", [], "", tmp_path / "kit")
+        write_kit(Bundle.open(bundle), "h100", {}, "", tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 
@@ -171,25 +171,25 @@ def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> 
     (tmp_path / "precious" / "file").write_text("mine")
     for _ in range(2):  # the second time with a file that something else calls so too
         with pytest.raises(BundleError, match="is not a build kit"):
-            write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "precious")
+            write_kit(Bundle.open(own_bundle), "h100", {}, "", tmp_path / "precious")
         (tmp_path / "precious" / "kit.json").write_text("{}")
     with pytest.raises(OutputError, match="would lie inside the bundle"):
-        write_kit(Bundle.open(own_bundle), "h100", [], "", own_bundle / "onnx" / "kit")
+        write_kit(Bundle.open(own_bundle), "h100", {}, "", own_bundle / "onnx" / "kit")
     message = refused("build", own_bundle, "--target", "h100", "--kit", tmp_path / "precious")
     assert "is not a build kit" in message
 
 
 def test_what_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path: Path) -> None:
-    kit = write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    kit = write_kit(Bundle.open(own_bundle), "h100", {}, "", tmp_path / "kit")
     (kit / "recipes" / "h100").mkdir(parents=True)
     for name in ("recipes/h100/notes.txt", "lib/notes.txt", "mine"):
         (kit / name).write_text("mine")
-    write_kit(Bundle.open(own_bundle), "h100", [], "", kit)
+    write_kit(Bundle.open(own_bundle), "h100", {}, "", kit)
     assert (kit / "lib" / "notes.txt").read_text() == "mine"
     assert (kit / "recipes" / "h100" / "notes.txt").read_text() == "mine"
     other = own_bundle.rename(own_bundle.with_name("mine"))
     with pytest.raises(BundleError, match="is not a bundle"):
-        write_kit(Bundle.open(other), "h100", [], "", kit)
+        write_kit(Bundle.open(other), "h100", {}, "", kit)
     assert (kit / "mine").read_text() == "mine"
 
 
@@ -198,14 +198,14 @@ def test_a_recipe_that_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path:
     recipe, bundle = tmp_path / "mine.toml", Bundle.open(own_bundle)
     text = (resource_folder("engines") / "h100.toml").read_text()
     recipe.write_text(text)
-    kit = write_kit(bundle, str(recipe), [], "", tmp_path / "kit")
+    kit = write_kit(bundle, str(recipe), {}, "", tmp_path / "kit")
     for changed in (text + "# more\n", text):
         recipe.write_text(changed)
-        write_kit(bundle, str(recipe), [], "", kit)
+        write_kit(bundle, str(recipe), {}, "", kit)
         assert (kit / "recipes" / "mine.toml").read_text() == changed
     (kit / "recipes" / "mine.toml").write_text("tuned")
     with pytest.raises(BundleError, match=r"mine\.toml is no recipe of this kit's"):
-        write_kit(bundle, str(recipe), [], "", kit)
+        write_kit(bundle, str(recipe), {}, "", kit)
     assert (kit / "recipes" / "mine.toml").read_text() == "tuned"
 
 
@@ -221,5 +221,5 @@ def test_what_happens_meanwhile(own_bundle: Path, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.glob("kit*"))
     monkeypatch.setattr("dash_export.building.kit._copy_package", appear)
     with pytest.raises(BundleError, match="is not a build kit"):
-        write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+        write_kit(Bundle.open(own_bundle), "h100", {}, "", tmp_path / "kit")
     assert (tmp_path / "kit" / "build.py").read_text() == "mine"

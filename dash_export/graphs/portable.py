@@ -108,7 +108,8 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     mixed = g.branch(layer, g.linear(layer, mixed, "self_attn.o_proj"), "post_attention_layernorm")
     after = g.op("Add", [hidden, mixed], f"{name}/after_attention")
 
-    normed = g.read(layer, after, spec.mlp_norm)
+    # With `post_norms`, `post_attention_layernorm` follows attention.
+    normed = g.read(layer, after, "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm")
     gate = g.linear(layer, normed, "mlp.gate_proj")
     if spec.traits.activation == "silu":
         gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")

@@ -143,11 +143,7 @@ def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor
         ]
         if [(*shape, tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)] == kinds:
             stored = Stored(node.op_type, *tensors)
-            found = lazy(partial(_dequantized, stored), (rows, blocks * block.weights))
+            found = lazy(lambda: dequantized(stored.kind, *stored.read()), (rows, blocks * block.weights))
             found.meta[STORED] = stored
             return found
     raise BundleError(f"{name:.100} is no {node.op_type:.100} of {DOMAIN}. The bundle is damaged: export it again.")
-
-
-def _dequantized(stored: Stored) -> npt.NDArray[np.float32]:
-    return dequantized(stored.kind, *stored.read())

@@ -21,10 +21,6 @@ _LOGITS = {"final_logit_softcapping": "final_logit_softcapping"}
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
-def _nothing(_own: Own, _tensors: Mapping[str, GgufTensor], _config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One architecture: how to read its files. `interleaved`: llama.cpp rotates neighbouring pairs, and converters
@@ -39,7 +35,7 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     known: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
-    more: Callable[[Own, Mapping[str, GgufTensor], Mapping[str, Any]], dict[str, Any]] = _nothing
+    more: Callable[[Own, Mapping[str, GgufTensor], Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
 
 
 def _gemma(layers_of_27b: int, own: Own, config: Mapping[str, Any]) -> dict[str, Any]:

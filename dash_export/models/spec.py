@@ -61,11 +61,6 @@ class DecoderSpec(ModelFacts):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
 
-    @property
-    def mlp_norm(self) -> str:
-        """Name of the norm before the MLP, if any. With `post_norms`, `post_attention_layernorm` follows attention."""
-        return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
-
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight this decoder needs, by its Hugging Face name; matrices are [out, in]."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}

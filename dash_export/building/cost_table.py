@@ -76,18 +76,16 @@ def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> Co
                 times[name].append(microseconds)
     medians = {name: round(median(found), 2) for name, found in times.items()}
     runs = {name: medians.pop(name) for name in names}
-    dense, asks = sum(runs.values()), 0.0
+    dense, asks, device, dispatch = sum(runs.values()), 0.0, cpu_name(), "sync"
     saved = [runs[names[place]] - medians[unit.bypass] for place, unit in zip(gated, units, strict=True)]
     if not isinstance(engines, EngineSet):
         dense, asks, saved = _whole_tokens(step, cache, units, engines.policy is not None, recipe.repeats)
+        device, dispatch = engines.device.name, engines.dispatch
     load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)
     for unit, each in zip(units, saved, strict=True):
         alike[len(unit.layers)].append(each)
     cost = tuple(min(max(median(alike[len(unit.layers)]), 0.0) / dense, 1.0) for unit in units)
-    device, dispatch = (
-        (cpu_name(), "sync") if isinstance(engines, EngineSet) else (engines.device.name, engines.dispatch)
-    )
     asks = round(max(asks, 0.0) / dense, 5)
     return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch)
 

@@ -25,7 +25,7 @@ from dash_export.errors import BackendError
 from dash_export.graphs.rounded import roundings_lookup
 from dash_export.manifest import MIXED, POLICY, Segment, Verification
 from dash_export.names import FINAL_STATE, ROUNDINGS, new_names, past_names, present_names
-from dash_export.targets import Precision, Recipe
+from dash_export.targets import Precision, Recipe, WeightsRecipe
 
 STEPS = ((0, 24), (24, 1), (25, 6))
 """(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""
@@ -56,16 +56,12 @@ def verify_engines(
     Raises BackendError where an engine does not agree.
     """
     words = "engines"
-    if recipe.engine is not None:
-        words = f"lowered graphs at {recipe.engine.activations}"
-        if recipe.engine.activations == "bf16":
-            weights = asdict(recipe.weights)
-            wide: dict[str, Any] = dict.fromkeys([part for part in weights if weights[part] == "bf16"], "fp32")
-            engine = replace(recipe.engine, activations="fp32")
-            recipe = replace(recipe, weights=replace(recipe.weights, **wide), engine=engine)
-            words = "lowered graphs at fp32 (bf16 is not there)"
-        assert recipe.engine is not None
-        recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
+    if (engine := recipe.engine) is not None:
+        words, weights = f"lowered graphs at {engine.activations}", asdict(recipe.weights)
+        if engine.activations == "bf16":
+            words, engine = "lowered graphs at fp32 (bf16 is not there)", replace(engine, activations="fp32")
+            weights = {part: "fp32" if value == "bf16" else value for part, value in weights.items()}
+        recipe = replace(recipe, weights=WeightsRecipe(**weights), engine=replace(engine, kv_capacity=CAPACITY))
     words += " in ONNX Runtime on a CPU"
     backend = backend_of(recipe)
     if backend.ready_engines(bundle) is not None:  # portable graphs are the engines

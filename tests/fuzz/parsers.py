@@ -25,7 +25,7 @@ from dash_export.evaluate.tasks import read_items
 from dash_export.exporting import export
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
-from dash_export.models.config import decoder_spec
+from dash_export.models.config import FAMILIES, decoder_spec
 from dash_export.models.weights import read_json
 from dash_export.names import MANIFEST
 from dash_export.policy import load_policy
@@ -44,8 +44,10 @@ BUILT = f"{BUNDLE}/engines/cpu-fp32"
 
 def make_seeds(folder: Path) -> None:
     """Write a folder of sound files: a model in three forms, a policy, a bundle with its builds, lines, a template."""
+    from transformers import AutoConfig
+
     from dash_export.policy import save_policy
-    from tests.models.helpers import DIMENSIONS, FAMILIES, write_gguf
+    from tests.models.helpers import DIMENSIONS, write_gguf
     from tests.tiny import save_model, tiny_bundle, tiny_policy
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -54,8 +56,8 @@ def make_seeds(folder: Path) -> None:
     model = save_model(folder / MODEL, **tied)
     (folder / MODEL / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "{{ 1 }}"}')
     (folder / "families").mkdir()
-    for family, (config_class, _) in FAMILIES.items():
-        config_class(**DIMENSIONS).to_json_file(folder / "families" / f"{family}.json", use_diff=False)
+    for family in FAMILIES:
+        AutoConfig.for_model(family, **DIMENSIONS).to_json_file(folder / "families" / f"{family}.json", use_diff=False)
     save_model(folder / SHARDED, **tied)
     model.save_pretrained(folder / SHARDED, max_shard_size="20KB")
     (folder / SHARDED / "model.safetensors").unlink(missing_ok=True)

@@ -16,16 +16,8 @@ from dash_export.errors import BackendError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
-from tests.tiny import GRANITE, LONGROPE, random_actions, random_ids, save_model, tiny_policy
+from tests.tiny import GRANITE, LLAMA3, LONGROPE, random_actions, random_ids, save_model, tiny_bundle, tiny_policy
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -36,9 +28,12 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
+    "llama": ("llama", {}),  # its bypasses have no weights
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-llama3": (
+        "llama",
+        {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 32}},
+    ),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-multi-head": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
@@ -78,9 +73,9 @@ TOKENS = 70
 @pytest.mark.parametrize("case", CASES)
 def test_family(case: str, tmp_path: Path) -> None:
     family, options = CASES[case]
-    model = save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
+    model = save_model(tmp_path / "model", family, **options)
     checkpoint = open_checkpoint(tmp_path / "model")
-    policy = tiny_policy(checkpoint, "linear")
+    policy = tiny_policy(checkpoint, "none" if case == "llama" else "linear")
     oracle = Oracle(checkpoint, policy)
     bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
     ids = random_ids(TOKENS)
@@ -89,13 +84,15 @@ def test_family(case: str, tmp_path: Path) -> None:
     assert expected.std() > 0.3, "the tiny model says too little to compare"
     np.testing.assert_allclose(oracle.forward(ids).logits, expected, atol=2e-4)
     actions = random_actions(TOKENS, 6, policy.units)
-    skipped = oracle.forward(ids, actions=actions).logits
-    assert np.abs(skipped - expected).max() > 0.1
+    skipped = oracle.forward(ids, actions=actions)
+    assert np.abs(skipped.logits - expected).max() > 0.1
     for target, weights in (("cpu", "fp32"), ("portable", None)):
         name = build(bundle, target, weights=weights).target
         runtime = DashRuntime.load(bundle.root, name)
         np.testing.assert_allclose(runtime.session().logits(ids), expected, atol=2e-4, err_msg=name)
-        np.testing.assert_allclose(runtime.session().logits(ids, actions=actions), skipped, atol=2e-4, err_msg=name)
+        found = runtime.session().score(ids, actions=actions, keep_logits=True)
+        np.testing.assert_allclose(found.logits, skipped.logits, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(found.damage, skipped.damage, atol=1e-4, rtol=1e-4, err_msg=name)
         np.testing.assert_array_equal(runtime.generate(ids[:9], 20).tokens, greedy(model, ids[:9], 20), err_msg=name)
 
 
@@ -121,11 +118,10 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     sight.
     """
     family, options = CASES[case]
-    save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
+    root = tiny_bundle(tmp_path, family=family, **options)
     checkpoint = open_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
     exact = Oracle(checkpoint, tiny_policy(checkpoint)).forward(random_ids(TOKENS)).logits
-    runtime = DashRuntime.load(bundle.root, build(bundle, "cpu", weights=precision).target)
+    runtime = DashRuntime.load(root, build(root, "cpu", weights=precision).target)
     logits = runtime.session().logits(random_ids(TOKENS))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
     assert error < {"int8": 0.12, "int4": 0.6}[precision], error
@@ -135,17 +131,11 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
 def test_family_for_gpus(case: str, tmp_path: Path) -> None:
     """In plain operators, compared with the portable graphs at 16 bits."""
     family, options = CASES[case]
-    save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
-    checkpoint = open_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "linear"))
-    found = build(bundle, "cuda", verify=True).verification
+    found = build(tiny_bundle(tmp_path, form="linear", family=family, **options), "cuda", verify=True).verification
     assert found is not None
     assert max(max(errors.values()) for errors in found.engines.values()) < 0.005
 
 
 def test_heads_that_attention_does_not_take(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", "llama", num_hidden_layers=6, head_dim=12)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
     with pytest.raises(BackendError, match="a multiple of 8, and this model's have 12: use --target portable"):
-        build(bundle, "cpu", weights="fp32")
+        tiny_bundle(tmp_path, "cpu", head_dim=12)

@@ -13,9 +13,8 @@ from dash_export import DashRuntime
 from dash_export.bundle import Bundle
 from dash_export.decision import decision_rule
 from dash_export.models import open_checkpoint
-from dash_export.reference import Oracle
 from tests.runtime.prompts import prompts
-from tests.tiny import TINY_UNITS, random_actions, random_ids, tiny_bundle, tiny_policy
+from tests.tiny import random_actions, tiny_bundle
 
 LoadRuntime = Callable[..., DashRuntime]
 STEP_INPUTS = {"hidden", "position_ids", "write_indices"}
@@ -102,19 +101,6 @@ def test_large_weights_are_external_and_aligned(bundle: Bundle) -> None:
     own = [tensor for tensor in external if not tensor.name.startswith("rope.")]
     offsets = [int(entry.value) for tensor in own for entry in tensor.external_data if entry.key == "offset"]
     assert all(offset % 4096 == 0 for offset in offsets)
-
-
-@pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_a_unit_without_bypass_weights(target: str, tmp_path: Path) -> None:
-    """With weights: test_families.py and tests/runtime/test_decode.py."""
-    root = tiny_bundle(tmp_path, target)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    ids, actions = random_ids(50), random_actions(50, 6, TINY_UNITS, share=0.6)
-    runtime = DashRuntime.load(root, "cpu-fp32" if target == "cpu" else target)
-    found = runtime.session().score(ids, actions=actions, keep_logits=True)
-    expected = Oracle(checkpoint, tiny_policy(checkpoint)).forward(ids, actions=actions)
-    np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4)
-    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.model

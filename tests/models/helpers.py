@@ -26,18 +26,6 @@ DIMENSIONS: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
-    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
-    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
-    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
-    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
-    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
-}
 
 # Opens argv[1], reads all by blocks, prints how far the peak resident set rises while it is read, in MB.
 # VmHWM, not ru_maxrss: that one a child inherits from its parent, and pytest with torch hides any growth.
@@ -81,9 +69,9 @@ def tiny_model(family: str, scaled: bool = False, **options: Any) -> Any:
     `scaled`: gains near one and matrices that keep the scale, so that attention is far from uniform and no layer is
     lost in another's noise.
     """
-    config_class, model_class = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(family, **(DIMENSIONS | options))
     torch.manual_seed(0)
-    model = model_class(config_class(**(DIMENSIONS | options))).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -113,9 +101,11 @@ def assert_same_weights(checkpoint: Checkpoint, state: Mapping[str, Any], block_
         np.testing.assert_array_equal(rows, state[name].float().numpy(), err_msg=name)
 
 
-def assert_same_model(checkpoint: Checkpoint, model: Any, tied: bool = False) -> None:
+def assert_same_model(checkpoint: Checkpoint, model: Any) -> None:
     """Names, shapes, values and rotary frequencies agree with the transformers model."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     assert set(checkpoint.weights) == set(state)
     assert_same_weights(checkpoint, state)
     expected = model.model.rotary_emb.inv_freq.numpy()

@@ -5,46 +5,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.config import decoder_spec
-from tests.models.helpers import DIMENSIONS, FAMILIES, assert_same_model, edit_config, save_tiny
+from dash_export.models.config import FAMILIES, decoder_spec
+from tests.models.helpers import DIMENSIONS, assert_same_model, edit_config, save_tiny
+from tests.tiny import LLAMA3
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 CONFIG: dict[str, Any] = {"model_type": "llama", **DIMENSIONS}
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "traits"),
+    ("family", "options"),
     [
-        ("llama", {}, set()),
-        ("llama", {"tie_word_embeddings": True}, {"tie_embeddings"}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}, {"qkv_bias", "output_bias", "mlp_bias"}),
-        ("llama", {"head_dim": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}, set()),
-        ("llama", {"rope_parameters": LLAMA3}, set()),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}, set()),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, set()),
-        ("qwen2", {"num_hidden_layers": 3}, {"qkv_bias"}),
-        ("qwen2", {"tie_word_embeddings": True}, {"qkv_bias", "tie_embeddings"}),
-        ("qwen3", {"head_dim": 16}, {"qk_norm"}),
-        ("qwen3", {"head_dim": 32, "attention_bias": True}, {"qk_norm", "qkv_bias", "output_bias"}),
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+        ("qwen2", {"num_hidden_layers": 3}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 32, "attention_bias": True}),
     ],
 )
-def test_equals_transformers(tmp_path: Path, family: str, options: dict[str, Any], traits: set[str]) -> None:
+def test_equals_transformers(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     model = save_tiny(tmp_path, family, **options)
-    checkpoint = open_checkpoint(tmp_path)
-    assert_same_model(checkpoint, model, "tie_word_embeddings" in options)
-    known = ("tie_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm")
-    assert {trait for trait in known if getattr(checkpoint.spec, trait)} == traits
-    assert checkpoint.spec.head_dim == options.get("head_dim", 128 if family == "qwen3" else 16)
+    assert_same_model(open_checkpoint(tmp_path), model)
 
 
 OLDER = {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
@@ -85,7 +75,7 @@ def test_older_spellings(
 def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
     given = {"vocab_size": 300, "hidden_size": 1024, "intermediate_size": 96, "num_hidden_layers": 8}
     given |= {"num_attention_heads": 32}
-    spec, config = decoder_spec({"model_type": family, **given}), FAMILIES[family][0](**given)
+    spec, config = decoder_spec({"model_type": family, **given}), AutoConfig.for_model(family, **given)
     assert spec.num_kv_heads == config.num_key_value_heads
     assert spec.head_dim == (getattr(config, "head_dim", None) or 32)
     assert (spec.rms_norm_eps, spec.max_positions) == (config.rms_norm_eps, config.max_position_embeddings)
@@ -173,32 +163,28 @@ def test_unknown_families(model_type: object) -> None:
     assert len(str(raised.value)) < 300
 
 
-@pytest.mark.parametrize("name", ["su", "yarn"])
-def test_older_names_of_longrope(name: str) -> None:
-    """As in transformers' Phi3Config."""
-    factors = {"short_factor": [1.0 + pair for pair in range(8)], "long_factor": [2.0] * 8}
-    found = [
-        decoder_spec(CONFIG | {"model_type": "phi3", "rope_scaling": {"type": kind} | factors})
-        for kind in (name, "longrope")
-    ]
-    assert (found[0].rope_frequencies, found[0].rope_scale) == (found[1].rope_frequencies, found[1].rope_scale)
+FACTORS = {"short_factor": [1.0 + pair for pair in range(8)], "long_factor": [2.0] * 8}
+PHI = CONFIG | {"model_type": "phi3", "rope_scaling": {"type": "longrope"} | FACTORS}
+GEMMA = CONFIG | {"model_type": "gemma3_text", "rope_local_base_freq": 5000.0}
+ROPES = {each: {"rope_type": "default"} for each in ("full_attention", "sliding_attention")}
+QWEN = CONFIG | {"model_type": "qwen2", "sliding_window": 9, "max_window_layers": 0}
+SCALED = CONFIG | {"rope_parameters": LLAMA3}
+EARLIER = {"original_max_position_embeddings": 128}
 
 
-def test_gemma_3_without_bases_of_its_own() -> None:
-    """Then those of the config, or of the family."""
-    gemma = CONFIG | {"model_type": "gemma3_text", "rope_local_base_freq": 5000.0}
-    nested = {"rope_parameters": {each: {"rope_type": "default"} for each in ("full_attention", "sliding_attention")}}
-    one, other = decoder_spec(gemma), decoder_spec(gemma | nested)
-    assert one.rope_frequencies == other.rope_frequencies
-    assert one.window_frequencies == other.window_frequencies != one.rope_frequencies
-
-
-def test_the_original_context_of_the_config_wins() -> None:
-    """As in transformers, over that of the scaling."""
-    outer = CONFIG | {"rope_parameters": LLAMA3, "original_max_position_embeddings": 128}
-    alone = CONFIG | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 128}}
-    found = [decoder_spec(config).rope_frequencies for config in (outer, alone, CONFIG | {"rope_parameters": LLAMA3})]
-    assert found[0] == found[1] != found[2]
+@pytest.mark.parametrize(
+    ("config", "other", "another"),
+    [
+        *((PHI, {"rope_scaling": {"type": kind} | FACTORS}, {"rope_scaling": None}) for kind in ("su", "yarn")),
+        (GEMMA, {"rope_parameters": ROPES}, {"rope_local_base_freq": 6000.0}),
+        (SCALED | EARLIER, {"rope_parameters": LLAMA3 | EARLIER}, {"original_max_position_embeddings": None}),
+        (QWEN, {"sliding_window": 5}, {"use_sliding_window": True}),
+    ],
+    ids=["older name", "oldest name", "bases beside the scaling", "the config's original context", "an unused window"],
+)
+def test_two_configs_of_one_model(config: dict[str, Any], other: dict[str, Any], another: dict[str, Any]) -> None:
+    """As in transformers; and one config of another model."""
+    assert decoder_spec(config) == decoder_spec(config | other) != decoder_spec(config | another)
 
 
 def test_the_facts_of_a_runtime_are_counted_and_named() -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.tokenizer_gguf import tokenizer_assets
+from dash_export.models.tokenizer_gguf import _PRE_TOKENIZERS, tokenizer_assets
 from tests.models.helpers import byte_tokens
 
 TEXTS = [
@@ -40,9 +40,7 @@ def build(pre: str, **changes: Any) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_assets(metadata(pre, **changes), 400)["tokenizer.json"])
 
 
-@pytest.mark.parametrize(
-    "pre", ["smollm", "qwen2", "llama-bpe", "llama3", "gpt-2", "default", "tekken", "refact", "smaug-bpe"]
-)
+@pytest.mark.parametrize("pre", _PRE_TOKENIZERS)
 def test_round_trip(pre: str) -> None:
     tokenizer = build(pre)
     for text in TEXTS:
@@ -91,12 +89,17 @@ def test_bos_is_added_where_the_file_or_the_family_says_so() -> None:
     assert build("llama-bpe").encode("a", add_special_tokens=False).ids[0] != 257
 
 
+def with_token(token: str, kind: int) -> dict[str, str]:
+    """The assets of a vocabulary whose token 256 is this one."""
+    tokens = [*byte_tokens()[:256], token, *byte_tokens()[257:]]
+    given = {"ggml.tokens": tokens, "ggml.token_type": [1] * 256 + [kind, 3, 3], "ggml.merges": []}
+    return tokenizer_assets(metadata("gpt-2", **given), 400)
+
+
 @pytest.mark.parametrize("kind", [1, 3, 4])
 def test_the_end_of_a_turn_is_known_by_its_name(kind: int) -> None:
     """Gemma's files name no `eot`; in some it is a token of the user's, and would be printed."""
-    tokens = [*byte_tokens()[:256], "<end_of_turn>", *byte_tokens()[257:]]
-    given = {"ggml.tokens": tokens, "ggml.token_type": [1] * 256 + [kind, 3, 3], "ggml.merges": []}
-    assets = tokenizer_assets(metadata("gpt-2", **given), 400)
+    assets = with_token("<end_of_turn>", kind)
     assert json.loads(assets["generation_config.json"])["eos_token_id"] == [258, 256]
     tokenizer = Tokenizer.from_str(assets["tokenizer.json"])
     assert tokenizer.decode(tokenizer.encode("yes<end_of_turn>").ids) == "yes"
@@ -105,11 +108,7 @@ def test_the_end_of_a_turn_is_known_by_its_name(kind: int) -> None:
 @pytest.mark.parametrize(("kind", "ends"), [(1, 258), (3, [258, 256])])
 def test_an_end_that_may_be_text(kind: int, ends: object) -> None:
     """`</s>` is a tag of HTML in some vocabularies, and an end in others, where another is the file's own."""
-    tokens = [*byte_tokens()[:256], "</s>", *byte_tokens()[257:]]
-    given = {"ggml.tokens": tokens, "ggml.token_type": [1] * 256 + [kind, 3, 3], "ggml.merges": []}
-    assert (
-        json.loads(tokenizer_assets(metadata("gpt-2", **given), 400)["generation_config.json"])["eos_token_id"] == ends
-    )
+    assert json.loads(with_token("</s>", kind)["generation_config.json"])["eos_token_id"] == ends
 
 
 def test_other_assets() -> None:

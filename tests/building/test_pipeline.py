@@ -20,7 +20,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
 from dash_export.errors import BackendError, BundleError, PolicyError
 from dash_export.exporting import export
-from dash_export.models import open_checkpoint
+from dash_export.models import Checkpoint
 from dash_export.policy import narrowed
 from dash_export.runtime.backends import Launch
 from dash_export.runtime.ort_engine import OrtBackend
@@ -30,9 +30,8 @@ from tests.tiny import log_softmax, random_ids, tiny_policy, with_bypasses
 
 
 @pytest.fixture
-def bundle(tiny_root: Path, tmp_path: Path) -> Bundle:
-    shutil.copytree(tiny_root.parent / "model", tmp_path / "model")
-    return Bundle.open(shutil.copytree(tiny_root, tmp_path / "tiny.dash"))
+def bundle(own_bundle: Path) -> Bundle:
+    return Bundle.open(own_bundle)
 
 
 READ_ONLY = """
@@ -58,9 +57,9 @@ build(root, "cpu", weights="int8")
 """
 
 
-def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tmp_path: Path) -> None:
+def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tiny_root: Path) -> None:
     """A bundle on a read-only disk counts as exported and built; what is not there cannot be made."""
-    ran = python(READ_ONLY, bundle.root, tmp_path / "model")
+    ran = python(READ_ONLY, bundle.root, tiny_root.parent / "model")
     assert ran.stderr.splitlines()[-1].startswith("OSError: [Errno 30] Read-only file system"), ran.stderr
     assert "int8" in ran.stderr.splitlines()[-1]
 
@@ -134,29 +133,28 @@ def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: py
         build(bundle, "cpu", weights="fp32", measure=True)
 
 
-def test_another_policy_network_makes_only_what_gives_its_damage(bundle: Bundle, made: list[str]) -> None:
-    checkpoint = open_checkpoint(bundle.root.parent / "model")
-    other = replace(tiny_policy(checkpoint, "linear"), network=tiny_policy(checkpoint, seed=7).network, origin="other")
-    changed = export(checkpoint, bundle.root, other)
+def test_another_policy_network_makes_only_what_gives_its_damage(
+    bundle: Bundle, tiny_model: Checkpoint, made: list[str]
+) -> None:
+    other = replace(tiny_policy(tiny_model, "linear"), network=tiny_policy(tiny_model, seed=7).network, origin="other")
+    changed = export(tiny_model, bundle.root, other)
     made.clear()
     build(changed, "cpu", weights="fp32")
     assert made == ["layers_00-01"]
     assert DashRuntime.load(bundle.root, "cpu-fp32").generate([1, 2], 3).tokens.size == 3
 
 
-def test_a_policy_whose_damages_are_no_numbers(bundle: Bundle) -> None:
-    checkpoint = open_checkpoint(bundle.root.parent / "model")
-    policy = tiny_policy(checkpoint, "linear")
+def test_a_policy_whose_damages_are_no_numbers(bundle: Bundle, tiny_model: Checkpoint) -> None:
+    policy = tiny_policy(tiny_model, "linear")
     assert policy.network is not None
     huge = {name: np.full_like(array, 3e38) for name, array in policy.network.items()}
-    changed = export(checkpoint, bundle.root, replace(policy, network=huge))
+    changed = export(tiny_model, bundle.root, replace(policy, network=huge))
     with pytest.raises(PolicyError, match="damages that are no numbers: train it again"):
         build(changed, "portable")
 
 
-def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
-    checkpoint = open_checkpoint(bundle.root.parent / "model")
-    changed = export(checkpoint, bundle.root, with_bypasses(tiny_policy(checkpoint, "linear"), checkpoint.spec, seed=2))
+def test_another_bypass_keeps_the_layers(bundle: Bundle, tiny_model: Checkpoint, made: list[str]) -> None:
+    changed = export(tiny_model, bundle.root, with_bypasses(tiny_policy(tiny_model, "linear"), tiny_model.spec, seed=2))
     made.clear()
     build(changed, "cpu", weights="fp32")
     assert set(made) == {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
@@ -174,10 +172,9 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     assert path.read_bytes() == sound
 
 
-def test_fewer_units_leave_no_orphans(bundle: Bundle) -> None:
-    checkpoint = open_checkpoint(bundle.root.parent / "model")
-    fewer = narrowed(tiny_policy(checkpoint), (4,))
-    made = build(export(checkpoint, bundle.root, fewer), "cpu", weights="fp32")
+def test_fewer_units_leave_no_orphans(bundle: Bundle, tiny_model: Checkpoint) -> None:
+    fewer = narrowed(tiny_policy(tiny_model), (4,))
+    made = build(export(tiny_model, bundle.root, fewer), "cpu", weights="fp32")
     on_disk = {f"engines/cpu-fp32/{path.name}" for path in bundle.path("engines/cpu-fp32").iterdir()}
     assert on_disk == {record.name for record in made.files} | {
         "engines/cpu-fp32/build.json",
@@ -239,13 +236,19 @@ def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
     assert made.dial != known.dial
 
 
-def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_path: Path) -> None:
-    plain = export(open_checkpoint(bundle.root.parent / "model"), tmp_path / "plain.dash")
+def test_a_bundle_without_a_network_serves_dense_and_static(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    plain = export(tiny_model, tmp_path / "plain.dash")
     made = build(plain, "cpu", weights="fp32")
     assert made.dial == ()
     runtime = DashRuntime.load(plain.root, "cpu-fp32")
     unit = plain.manifest.policy.units[0]
     assert runtime.generate(random_ids(8), 6, skip=list(unit.layers)).actions[1:].sum() == 5 * len(unit.layers)
+
+
+QUIET = """
+from dash_export.building import build, cost_table
+cost_table.LoadMeter = type("Quiet", (), {"load": lambda _: (0.0, 0.0)})  # whatever else runs here
+"""
 
 
 def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
@@ -258,9 +261,7 @@ def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
         build(bundle, "cpu", weights="fp32", verify=True, measure=True)
     code = (
         "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'gguf', 'safetensors', 'torch'))\n"
-        "from dash_export.building import build, cost_table\n"
-        "cost_table.LoadMeter = type('Quiet', (), {'load': lambda _: (0.0, 0.0)})\n"  # whatever else runs here
-        "build(sys.argv[1], 'cpu', weights='fp32', measure=True)"
+        f"{QUIET}build(sys.argv[1], 'cpu', weights='fp32', measure=True)"
     )
     ran = python(code, bundle.root)
     assert ran.returncode == 0, ran.stderr
@@ -276,8 +277,7 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
     (tmp_path / "one.toml").write_text('[weights]\nrounding = "gptq"\nblock_size = 16\n[runtime]\nthreads = 1\n')
     for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
         code = (
-            "import sys; from dash_export.building import build, pipeline; pipeline.TRIALS = 1\n"
-            f"build(*sys.argv[1:]{options})\n"
+            f"import sys\n{QUIET}build(*sys.argv[1:]{options})\n"
             "from dash_export.runtime.ort_engine import start_thread_pool; print(start_thread_pool(0))"
         )
         ran = python(code, bundle.root, tmp_path / "one.toml")

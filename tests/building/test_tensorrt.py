@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,15 +23,16 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs import trt
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import save_graph
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.models.bypasses import pruned
 from dash_export.policy import no_policy
 from dash_export.runtime.device import trt_api
-from dash_export.targets import load_recipe
+from dash_export.targets import Recipe, load_recipe
 from tests.commands.helpers import DISK_FULL, refused
-from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
+from tests.tiny import TINY_UNITS, tiny_bundle, tiny_checkpoint, tiny_policy
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
 
@@ -58,9 +58,7 @@ def write_recipe(path: Path, weights: str = "fp16", engine: str = "", bypass: st
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle of five layers, units 2-3 and 4, built by the RTX builder. Copy it to change it."""
     folder = tmp_path_factory.mktemp("rtx")
-    checkpoint = tiny_checkpoint(folder / "model", num_hidden_layers=5)
-    bundle = export(checkpoint, folder / "tiny.dash", tiny_policy(checkpoint, "linear"))
-    build(bundle, write_recipe(folder / "mine.toml"))
+    build(tiny_bundle(folder, form="linear", num_hidden_layers=5), write_recipe(folder / "mine.toml"))
     return folder
 
 
@@ -71,6 +69,12 @@ def own(root: Path, tmp_path: Path) -> Path:
 
 def loaded(folder: Path, target: str = "mine") -> Build:
     return Bundle.open(folder / "tiny.dash").load_build(target)
+
+
+def lowered(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> dict[str, onnx.GraphProto]:
+    """The graphs that are compiled, by the engine's name."""
+    graphs = engine_graphs(bundle, backend_of(recipe).segments(bundle.manifest), on_device=True)
+    return {graph.name: ir.to_proto(lower_graph(bundle, graph, recipe, roundings)).graph for graph in graphs}
 
 
 def test_what_a_build_leaves(root: Path) -> None:
@@ -155,11 +159,7 @@ def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp
     """Its product, and K and V with it; the policy stays as it is."""
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", bypass=bypass))
     bundle = Bundle.open(own / "tiny.dash")
-    models = {
-        graph.name: ir.to_proto(lower_graph(bundle, graph, recipe))
-        for graph in engine_graphs(bundle, loaded(own).segments, on_device=True)
-    }
-    types = {name: {item.data_type for item in model.graph.initializer} for name, model in models.items()}
+    types = {name: {item.data_type for item in graph.initializer} for name, graph in lowered(bundle, recipe).items()}
     assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
     assert onnx.TensorProto.FLOAT16 not in types["policy"]
 
@@ -169,9 +169,7 @@ def test_what_is_left_of_a_pruned_unit_has_the_precision_of_a_bypass(tmp_path: P
     smaller = pruned(checkpoint, tiny_policy(checkpoint, "linear"), [TINY_UNITS[0]])
     bundle = export(smaller, tmp_path / "tiny.dash", no_policy(smaller.spec.num_layers, ()))
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", "fp16", bypass="int8"))
-    segments = backend_of(recipe).segments(bundle.manifest)
-    lowered = (lower_graph(bundle, graph, recipe) for graph in engine_graphs(bundle, segments, on_device=True))
-    stored = [item for model in lowered for item in ir.to_proto(model).graph.initializer]
+    stored = [item for graph in lowered(bundle, recipe).values() for item in graph.initializer]
     found = [list(item.dims) for item in stored if item.data_type == onnx.TensorProto.INT8]
     assert found == [[checkpoint.spec.hidden_size] * 2]
 
@@ -184,8 +182,7 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
         assert isinstance(largest, float)
         seen[name] = largest
     assert len(seen) == 7 * 5 + 1, "every projection and the head"
-    segment = next(graph for graph in engine_graphs(bundle, loaded(own).segments, True) if graph.name == "layers_02-03")
-    graph = ir.to_proto(lower_graph(bundle, segment, recipe, seen.get)).graph
+    graph = lowered(bundle, recipe, seen.get)["layers_02-03"]
     made = {value: node for node in graph.node for value in node.output}
     held = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     products = [node for node in graph.node if node.name in seen]
@@ -196,8 +193,8 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
         assert operators == ("DequantizeLinear", "DequantizeLinear", "QuantizeLinear")
         assert 128 < seen[node.name] / float(held[data.input[1]]) <= 256
         assert str(held[weight.input[0]].dtype) == "float8_e4m3fn"
-    with pytest.raises(BundleError, match="layer_02/attention/k_proj is fed was not measured"):
-        lower_graph(bundle, segment, recipe)
+    with pytest.raises(BundleError, match="layer_00/attention/k_proj is fed was not measured"):
+        lowered(bundle, recipe)
 
 
 def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +272,7 @@ def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:
 
 def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dash_export.targets.RTX_CAPABILITIES", ("9.0",))
-    recipe = write_recipe(tmp_path / "odd.toml").replace("8.9", "9.0")
+    recipe = write_recipe(tmp_path / "odd.toml")
     Path(recipe).write_text(Path(recipe).read_text().replace("8.9", "9.0"))
     with pytest.raises(BackendError, match=r"does not compile for compute capability 9\.0"):
         build(own / "tiny.dash", recipe)
@@ -290,7 +287,7 @@ def test_disk_full(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rtx_recipe_asks_for_what_the_installed_bindings_know() -> None:
-    for recipe in (load_recipe("rtx"), replace(load_recipe("rtx"), name="other")):
-        assert recipe.engine is not None
-        for capability in recipe.engine.capabilities:
-            assert hasattr(rtx.ComputeCapability, f"SM{capability.replace('.', '')}")
+    recipe = load_recipe("rtx")
+    assert recipe.engine is not None
+    for capability in recipe.engine.capabilities:
+        assert hasattr(rtx.ComputeCapability, f"SM{capability.replace('.', '')}")

@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 
 from dash_export.building import build, verify
-from dash_export.building.backend import plan_segments
+from dash_export.building.backend import backend_of
 from dash_export.building.engine_graphs import engine_graphs, lower_graph, write_whole
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs import trt, trt_decompose
 from dash_export.graphs.surgery import load_graph
-from dash_export.manifest import Segment, Verification
+from dash_export.manifest import Verification
 from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
 from tests.commands.helpers import done
 from tests.tiny import tiny_bundle
@@ -26,13 +26,9 @@ from tests.tiny import tiny_bundle
 GPU_TARGETS = [name for name in recipe_names() if load_recipe(name).engine is not None]
 
 
-def segments(bundle: Bundle) -> tuple[Segment, ...]:
-    policy = bundle.manifest.policy
-    return plan_segments(bundle.manifest.model.num_layers, policy.units, (policy.read,))
-
-
 def checked(bundle: Bundle, recipe: Recipe) -> Verification:
-    return verify.verify_engines(bundle, recipe, segments(bundle), {}, bundle.root / "none")
+    segments = backend_of(recipe).segments(bundle.manifest)
+    return verify.verify_engines(bundle, recipe, segments, {}, bundle.root / "none")
 
 
 def errors(bundle: Bundle, recipe: Recipe) -> dict[str, float]:
@@ -47,7 +43,7 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, 
     found = checked(bundle, recipe)
     assert len(found.engines) == 5 + 2 + 1, "segments, bypasses and the policy"
     assert recipe.engine is not None
-    for graph in engine_graphs(bundle, segments(bundle), on_device=True):
+    for graph in engine_graphs(bundle, backend_of(recipe).segments(bundle.manifest), on_device=True):
         path = write_whole(lower_graph(bundle, graph, recipe), tmp_path / "lowered.onnx")
         model = onnx.load(path, load_external_data=False)
         promised = {"portable": 24, "trt10": 21}[recipe.dialect]

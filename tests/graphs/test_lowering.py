@@ -17,7 +17,7 @@ from dash_export.exporting import export
 from dash_export.graphs.ort_products import quantize_block
 from dash_export.graphs.rounded import weight_precision
 from dash_export.targets import WeightsRecipe
-from tests.tiny import random_ids, tiny_checkpoint, tiny_policy
+from tests.tiny import random_ids, tiny_bundle, tiny_checkpoint, tiny_policy
 
 Graphs = dict[str, onnx.GraphProto]
 
@@ -25,9 +25,7 @@ Graphs = dict[str, onnx.GraphProto]
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Graphs, set[str]]:
     """The weights' precision; every engine's graph, without weights; the files of the build."""
-    root = tmp_path_factory.mktemp("lowered")
-    checkpoint = tiny_checkpoint(root / "model")
-    bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
+    bundle = Bundle.open(tiny_bundle(tmp_path_factory.mktemp("lowered"), form="linear"))
     made = build(bundle, "cpu", weights=request.param)
     files = {name: bundle.path(engine.file) for name, engine in made.engines.items()}
     graphs = {name: onnx.load(file, load_external_data=False).graph for name, file in files.items()}
@@ -120,7 +118,7 @@ def test_a_huge_score_does_not_overflow(tmp_path: Path) -> None:
     policy = tiny_policy(checkpoint)
     assert policy.network is not None
     policy = replace(policy, network=policy.network | {"bias": np.full(2, 1e5, np.float32)})
-    bundle: Bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
     build(bundle, "cpu", weights="fp32")
     runtime = DashRuntime.load(bundle.root, "cpu-fp32")
     assert not runtime.generate(random_ids(4), 3, policy="token", trade_off=1.0).actions.any()

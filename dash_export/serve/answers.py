@@ -63,15 +63,15 @@ class Inbox:
 
 
 class Answer:
-    """One choice of one request. `ended` is called once, by `close`: after the last token, on an error or early."""
+    """One choice of one request. `ended` is called by `close`: after the last token, on an error or early."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         request: Request,
         inbox: Inbox,
-        guide: Guide | None = None,
-        ended: Callable[[Answer], None] = lambda _: None,
+        guide: Guide | None,
+        ended: Callable[[Answer], None],
     ) -> None:
         """Submit the request. Raises what `Scheduler.submit` raises."""
         self.scheduler, self._ended = scheduler, ended
@@ -95,10 +95,9 @@ class Answer:
         self.finish_reason = response.finish_reason or ""
 
     def close(self) -> None:
-        """Cancel what is left of the answer. A second call does nothing."""
+        """Cancel what is left of the answer."""
         self.scheduler.cancel(self.ticket)
-        ended, self._ended = self._ended, lambda _: None
-        ended(self)
+        self._ended(self)
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:

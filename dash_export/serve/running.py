@@ -159,24 +159,21 @@ def event(value: Mapping[str, Any]) -> str:
 
 
 async def answer_tokens(running: RunningAnswers) -> AsyncIterator[list[tuple[int, Token]]]:
-    """Yield (index of the answer, token) of all answers, those at once that came since the last were yielded. Leaving
-    this iterator early cancels all answers. Raises the error of an answer that fails.
+    """Yield (index of the answer, token) of all answers, those at once that came since the last were yielded. Raises
+    the error of an answer that fails.
     """
     left = len(running.answers)
-    try:
-        while left:
-            tokens, error = list[tuple[int, Token]](), None
-            for answer, token in await running.inbox.get():
-                error = error or token.error
-                left -= token.finish_reason is not None
-                if token.error is None:
-                    tokens.append((running.answers.index(answer), token))
-            if tokens:
-                yield tokens
-            if error is not None:
-                raise error
-    finally:
-        running.close()
+    while left:
+        tokens, error = list[tuple[int, Token]](), None
+        for answer, token in await running.inbox.get():
+            error = error or token.error
+            left -= token.finish_reason is not None
+            if token.error is None:
+                tokens.append((running.answers.index(answer), token))
+        if tokens:
+            yield tokens
+        if error is not None:
+            raise error
 
 
 async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[list[Token]]:

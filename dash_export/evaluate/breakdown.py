@@ -19,9 +19,9 @@ from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress
 from dash_export.evaluate.candidates import Candidate, setting_record
 from dash_export.evaluate.intervals import Interval, median_ratios
-from dash_export.evaluate.probe import DECISION, SAMPLING, SETTLE, WHOLE, Lane, measure
+from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane, measure
 from dash_export.evaluate.score import windows
-from dash_export.evaluate.timing import fitting_context, run_alone
+from dash_export.evaluate.timing import FOUND, fitting_context, run_alone
 from dash_export.runtime.cpus import cpu_name, physical_cores
 
 PARTS = {
@@ -141,8 +141,8 @@ def profile(
     not fit.
     """
     first = candidates[0].runtime
-    context = fitting_context(candidates, context, SETTLE + tokens)
-    parts = windows(first, text, name, rounds, context + SETTLE + tokens)
+    context = fitting_context(candidates, context, FOUND + tokens)
+    parts = windows(first, text, name, rounds, context + FOUND + tokens)
     machine, memory = this_machine(), []
     for number, candidate in enumerate(candidates):
         progress("peak memory", number, len(candidates))  # in a process that only decodes

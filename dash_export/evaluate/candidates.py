@@ -25,7 +25,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return label(self.setting, self.build)
+        return self.build or label(self.setting)
 
     def session(self) -> Session:
         """Return a new session. Its memory is freed with it."""
@@ -56,9 +56,9 @@ def kind_shown(setting: Setting) -> str:
     return Path(setting.policy or "").name if setting.kind == OWN else setting.kind
 
 
-def label(setting: Setting, build: str = "") -> str:
-    """Return a candidate's name: `token, budget 0.9`, or the name of another build."""
-    return build or ", ".join(filter(None, (kind_shown(setting), amount(setting))))
+def label(setting: Setting) -> str:
+    """Return a setting's name, like `token, budget 0.9`."""
+    return ", ".join(filter(None, (kind_shown(setting), amount(setting))))
 
 
 def setting_record(setting: Setting) -> dict[str, Any]:

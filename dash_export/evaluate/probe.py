@@ -17,15 +17,14 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Damages, Skips, layer_actions
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate
-from dash_export.evaluate.timing import TokenIds, in_turns
+from dash_export.evaluate.timing import FOUND, in_turns
 from dash_export.runtime import Session
 from dash_export.runtime.decode import BoundStep
+from dash_export.runtime.results import TokenIds
 from dash_export.runtime.rules import skips_for
 from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 
-SETTLE = 2
-"""First tokens of a block, not timed: they find another candidate's weights in the CPU's caches."""
 DECISION, SAMPLING, WHOLE = -3, -2, -1
 """Places of a token's other stamps, after the stamps of its segments."""
 
@@ -102,7 +101,7 @@ def measure(
     rounds: int,
     progress: Progress = no_progress,
 ) -> list[Lane]:
-    """Return a lane per candidate. `parts`: windows of equal length: a context, SETTLE tokens, then the `tokens` timed
+    """Return a lane per candidate. `parts`: windows of equal length: a context, FOUND tokens, then the `tokens` timed
     ones. The first round warms up engines and bindings, and is dropped. Raises RequestError for a GPU target.
     """
     sessions = [candidate.session() for candidate in candidates]
@@ -111,13 +110,13 @@ def measure(
     rows: list[list[tuple[Any, ...]]] = [[] for _ in candidates]
     for number, index in in_turns(len(candidates), 1 + rounds, progress, "decoding"):
         session, ids = sessions[index], parts[number % len(parts)]
-        start = len(ids) - SETTLE - tokens
+        start = len(ids) - FOUND - tokens
         session.reset()
         sampler, text = Sampler(Sampling()), TextStream(session.text.tokenizer)
         began = perf_counter_ns()
         text.push(sampler(session.prefill(ids[:start]), session.tokens))
         prefilled = perf_counter_ns() - began
-        session.reserve(SETTLE + tokens)
+        session.reserve(FOUND + tokens)
         step = session.bound(1)
         if not isinstance(step, BoundStep):
             raise RequestError(
@@ -141,7 +140,7 @@ def measure(
             found.append((token, position, stamps, step.skipped[:, 0].copy(), step.damage[:, 0].copy()))
         if number:
             first[index].append(prefilled)
-            rows[index] += found[SETTLE:]
+            rows[index] += found[FOUND:]
     return [
         Lane(candidate, np.array(own), *(np.array(column) for column in zip(*row, strict=True)))
         for candidate, own, row in zip(candidates, first, rows, strict=True)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS, Actions, Setting
@@ -21,8 +20,8 @@ from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate, setting_record
 from dash_export.evaluate.intervals import Floats, Interval, interval
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.results import TokenIds
 
-TokenIds = npt.NDArray[np.int64]
 Figures = dict[str, Interval]
 Row = tuple[tuple[float, ...], Actions, Any]
 """Result of one item by one candidate: its numbers, the skip map of the tokens that might skip, and the dense

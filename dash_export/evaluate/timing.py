@@ -28,8 +28,8 @@ from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.evaluate.candidates import Candidate
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.cpus import peak_memory
+from dash_export.runtime.results import TokenIds
 
-TokenIds = npt.NDArray[np.int64]
 SETTLE = 32
 """First decoded tokens of a process, not timed: a policy that skips reaches some of its engines late."""
 BLOCK, FOUND = 8, 2

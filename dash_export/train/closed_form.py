@@ -1,8 +1,8 @@
 """Bypasses in closed form: ridge regression of a unit's outputs on the unit's input.
 
-X is what a bypass reads (`GatedModel.bypass_input`), and a column of ones; Y is the unit's update and the K and V of
-its other layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the
-text. Units that begin at the same layer share X'X and the sums of K and V.
+X is what a bypass reads (`bypass_input`), and a column of ones; Y is the unit's update and the K and V of its other
+layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the text. Units
+that begin at the same layer share X'X and the sums of K and V.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from dash_export.decision import Unit
+from dash_export.models.torch_model import bypass_input
 from dash_export.policy import Weights
 from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel
@@ -46,7 +47,7 @@ class Sums:
             keys_values = model.keys_values(layer, before[counted]).double() if entered and open_units else None
             for first in sorted({unit.first for unit in open_units}):
                 if first == layer:
-                    x = model.bypass_input(before[counted].float()).double()
+                    x = bypass_input(before[counted].float(), model.spec).double()
                     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
                     entered[first] = (x, before[counted].double())
                     self._sum(first, "x", first, x, x)

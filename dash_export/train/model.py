@@ -66,7 +66,7 @@ class SkipModules(nn.Module):
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
         """Return the columns of the bypass of unit `place`, as `policy.py` orders them, [..., columns] in the dtype of
-        `state` (`GatedModel.bypass_input`).
+        `state` (`bypass_input`).
         """
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
         return state @ weight + bias
@@ -99,14 +99,13 @@ def _arrays(part: nn.Module) -> dict[str, Float32Array]:
 class Rollout:
     """Result of a pass. `final`: normed last hidden states [batch, tokens, hidden]; `state`: what the network read, in
     the same shape. Per unit, [batch, tokens, units]: `skipped` bool; `taken` float32, the values of `skipped` with the
-    gradient of their softened form; `damage` float32.
+    gradient of their softened form.
     """
 
     final: torch.Tensor
     state: torch.Tensor
     skipped: torch.Tensor
     taken: torch.Tensor
-    damage: torch.Tensor
 
 
 class GatedModel:
@@ -122,12 +121,6 @@ class GatedModel:
         traits, weight = checkpoint.spec.traits, self.model.lm_head.weight
         self.head = Head(weight if traits.logits_scale == 1 else weight * traits.logits_scale, traits.logits_cap)
         self.recomputes = device.type == "cuda"
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return unit_normed(hidden, self.spec)
-
-    def bypass_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        return bypass_input(hidden, self.spec)
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """Run a dense pass: ids [batch, tokens] -> normed last hidden states [batch, tokens, hidden]."""
@@ -163,7 +156,7 @@ class GatedModel:
         hidden, inputs = self._embedded(ids)
         hidden = self._layers(range(modules.read), hidden, inputs)
         # Decisions give gradients to the network, but not to the base model's hidden states, which are its input.
-        state = self.normed(hidden).detach()
+        state = unit_normed(hidden, self.spec).detach()
         damage = modules.damage(state)
         skipped = decide(damage.detach()) & ~dense[..., None]
         taken = skipped.float()
@@ -175,11 +168,11 @@ class GatedModel:
             hidden = self._layers(range(at, unit.first), hidden, inputs)
             at = unit.first
             if soften is not None or bool(skipped[..., place].any()):
-                columns = modules.bypass(place, self.bypass_input(hidden))
+                columns = modules.bypass(place, bypass_input(hidden, self.spec))
                 hidden = self._unit(unit, hidden, inputs, columns, skipped[..., place], taken[..., place])
                 at = unit.last + 1
         final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, inputs))
-        return Rollout(final, state, skipped, taken, damage)
+        return Rollout(final, state, skipped, taken)
 
     def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
         """Return the input of layer 0, and the other inputs of all layers."""

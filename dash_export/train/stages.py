@@ -35,7 +35,7 @@ from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
-from dash_export.train.model import GatedModel, SkipModules, initial_network, saved
+from dash_export.train.model import GatedModel, SkipModules, always, initial_network, saved
 from dash_export.train.partition import (
     Candidate,
     best_partition,
@@ -219,9 +219,9 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
     """Return the trained policy without the units that gain less than their engines cost."""
     model, found = run.model, list[torch.Tensor]()
     for step in range(RANKING_BATCHES):
-        ids, _, counted = run.batch("ranking", step)[0]
-        state = next(before for layer, before, _ in model.dense_layers(ids) if layer == modules.read)
-        found.append(modules.damage(model.normed(state))[counted])
+        ids, dense, counted = run.batch("ranking", step)[0]
+        state = model.rollout(ids, modules, always(len(modules.units), ()), dense).state
+        found.append(modules.damage(state)[counted])
     damages = torch.cat(found).cpu().numpy().T
     saved = modules.cost(model.spec).tolist()
     gains = [mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]

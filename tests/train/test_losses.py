@@ -154,8 +154,8 @@ def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     assert all(parameter.grad is None for parameter in modules.bypasses.parameters()), "it teaches the network only"
     with torch.no_grad():
         ids = batch(1000).ids
-        damage = model.rollout(ids, modules, lambda known: known < 0, torch.zeros_like(ids).bool()).damage
-    learnt = damage.mean((0, 1)).numpy()
+        rollout = model.rollout(ids, modules, lambda known: known < 0, torch.zeros_like(ids).bool())
+        learnt = modules.damage(rollout.state).mean((0, 1)).numpy()
     windows = with_dense(model, [batch(1000)])
     alone = np.array([float(static_damage(model, modules, (place,), windows).mean()) for place in range(len(UNITS))])
     assert alone[IDLE] == pytest.approx(0, abs=1e-6)

@@ -39,10 +39,14 @@ def test_choices(runtime: DashRuntime) -> None:
         for question in asked:
             likelihoods = []
             for choice in question.choices:
-                context = runtime.text.encode(question.query.rstrip())
+                context = len(runtime.text.encode(question.query.rstrip()))
                 whole = runtime.text.encode(f"{question.query} {choice}")
-                q = log_softmax(runtime.session_with(setting).logits(whole, prefix=len(context)))
-                likelihoods.append(sum(q[i - 1, whole[i]] for i in range(len(context), len(whole))))
+                assert encode_pair(runtime, question.query, f" {choice}") == (whole, context)
+                q = log_softmax(runtime.session_with(setting).logits(whole, prefix=context))
+                likelihoods.append(sum(q[i - 1, whole[i]] for i in range(context, len(whole))))
+                found, actions = likelihood(Candidate(runtime, setting), whole, context)
+                assert found == pytest.approx(likelihoods[-1], rel=1e-4)
+                assert len(actions) == len(whole) - 1 - context
             raw.append(np.argmax(likelihoods) == question.gold)
             lengths = [len(choice) for choice in question.choices]
             normalised.append(np.argmax(np.array(likelihoods) / lengths) == question.gold)
@@ -53,18 +57,6 @@ def test_choices(runtime: DashRuntime) -> None:
     assert (results[0].layers, results[1].layers) == (6, 3)
     with pytest.raises(RequestError, match=r"q:9 has \d+ tokens"):
         ChoiceScore(runtime, [Question(9, TEXT, ("a", "b"), 0)], "q")
-
-
-def test_the_likelihood_of_a_choice(runtime: DashRuntime) -> None:
-    ids, context = encode_pair(runtime, "The layers of a ", " decoder are needed")
-    assert ids[:context] == runtime.text.encode("The layers of a")
-    for setting in SETTINGS:
-        candidate = Candidate(runtime, setting)
-        found, actions = likelihood(candidate, ids, context)
-        q = log_softmax(runtime.session_with(setting).logits(ids, prefix=context))
-        assert found == pytest.approx(sum(q[i - 1, ids[i]] for i in range(context, len(ids))), rel=1e-4)
-        assert len(actions) == len(ids) - 1 - context
-        assert len(likelihood(candidate, ids, len(ids) - 1)[1]) == 0, "a single token is predicted densely"
 
 
 @pytest.mark.parametrize(

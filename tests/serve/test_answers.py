@@ -12,6 +12,7 @@ import pytest
 
 from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.answers import WAKE_SECONDS, Answer, Inbox
+from dash_export.serve.running import RunningAnswers
 
 TOKEN = Response("a", 1, np.zeros(2, np.int8), 0.0, Statistics(), None)
 LAST = replace(TOKEN, finish_reason="stop")
@@ -19,10 +20,13 @@ LAST = replace(TOKEN, finish_reason="stop")
 
 class Recorder(Answer):
     def __init__(self) -> None:
-        self.recorded = 0
+        self.recorded, self.closed_after = 0, -1
 
     def record(self, *_: Any) -> None:
         self.recorded += 1
+
+    def close(self) -> None:
+        self.closed_after = self.recorded
 
 
 class Later:
@@ -70,10 +74,11 @@ def test_fast_tokens_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_that_is_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wake-up for all its tokens; where nobody waits for the end, those that came are recorded."""
+    """One wake-up for all its tokens; those that came after it, whose client has left, count too."""
 
     async def told() -> None:
         inbox, answer, later = Inbox(streamed=False), Recorder(), Later(monkeypatch)
+        nothing: Any = None
         for _ in range(3):
             inbox.put(answer, TOKEN)
             assert await woken(inbox) == 0
@@ -81,7 +86,7 @@ def test_an_answer_that_is_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None
         assert await woken(inbox) == 4
         assert not later.timers
         inbox.put(answer, TOKEN)
-        inbox.drain()
-        assert answer.recorded == 5
+        RunningAnswers("tiny", nothing, [answer], inbox, nothing).close()
+        assert answer.closed_after == 5
 
     asyncio.run(told())

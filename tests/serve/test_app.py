@@ -155,6 +155,8 @@ def test_content_in_parts(client: openai.OpenAI, runtime: DashRuntime) -> None:
         client.chat.completions.create(messages=parts, **GREEDY)
 
 
+FORM: dict[str, Any] = {"type": "json_schema"}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "no messages": ({"messages": []}, 400, "messages"),
     "hot": ({"temperature": 3}, 400, "temperature"),
@@ -165,7 +167,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "code of the server's": ({"dash": {"policy": "os:system"}}, 400, "dash.policy"),
     "code of the server's by name": ({"model": "tiny@policy=os:system"}, 400, "policy"),
     "too much": ({"dash": {"budget": 0.01}}, 400, "more than this policy can give"),
-    "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny"),
+    "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny."),
     "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),
     "alias twice": ({"model": "tiny@budget=0.9,budget=0.8"}, 400, "each once"),
     "alias of no setting": ({"model": "tiny@skips=true"}, 400, "each once"),
@@ -180,6 +182,18 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "bias": ({"logit_bias": {"5": 3}}, 400, "logit_bias"),
     "best of many": ({"best_of": 5}, 400, "best_of"),
     "functions": ({"functions": [{"name": "f"}]}, 400, "functions"),
+    "schema that is none": (
+        {"response_format": FORM | {"json_schema": {"schema": {"type": "no"}}}},
+        400,
+        "cannot be read",
+    ),
+    "no schema": ({"response_format": FORM}, 400, "json_schema is missing"),
+    "other form": ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    "tools, with this template": ({"tools": [TOOL]}, 400, "takes no tools"),
+    "name of a tool": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name"),
+    "other tool": ({"tools": [TOOL], "tool_choice": TOOL | {"function": {"name": "x"}}}, 400, "no such function"),
+    "none of the tools": ({"tool_choice": "required"}, 400, "no such function is among the 0 tools"),
+    "no call": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "tool_calls.0.function"),
 }
 
 
@@ -268,20 +282,6 @@ def test_a_key(serve: Serve) -> None:
             assert reply.status_code == status
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
-
-
-def test_a_full_queue(serve: Serve) -> None:
-    address = serve(rows=1, waiting=1)
-    body = {"messages": MESSAGES, "max_tokens": 400, "stream": True, **DENSE, **GREEDY}
-    with ThreadPoolExecutor(6) as pool:
-        replies = list(
-            pool.map(lambda _: httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60), range(6))
-        )
-    codes = [reply.status_code for reply in replies]
-    assert set(codes) == {200, 429}
-    refused = next(reply for reply in replies if reply.status_code == 429)
-    assert refused.headers["retry-after"] == "1"
-    assert "ask again later" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

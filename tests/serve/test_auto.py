@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import pytest
 
-from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Request, Scheduler
@@ -88,7 +87,3 @@ def test_other_names(model: str, http: httpx.Client) -> None:
     refused = http.post("/v1/completions", json=asked(model))
     assert refused.status_code == 404
     assert "Known: best, fast, auto." in refused.json()["error"]["message"]
-
-
-def test_one_model_has_no_auto(tiny_runtime: Callable[..., DashRuntime]) -> None:
-    assert Server({"tiny": Scheduler(tiny_runtime())}).names == ["tiny"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -28,8 +27,8 @@ ORDER = (1, 0, 2)
 
 
 @pytest.fixture
-def table(tiny_runtime: Callable[..., DashRuntime]) -> CostTable:
-    return replace(tiny_runtime().cost, cost=COST)
+def table(runtime: DashRuntime) -> CostTable:
+    return replace(runtime.cost, cost=COST)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +108,6 @@ def test_with_time_for_all_nothing_is_skipped(scheduler: MakeScheduler) -> None:
     assert last.statistics.layers_per_token == 6
 
 
-def test_it_needs_a_policy(tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_it_needs_a_policy(runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match="A pace needs a trained policy"):
-        Scheduler(tiny_runtime(), pace=0.01, alone=Setting("dense"))
+        Scheduler(runtime, pace=0.01, alone=Setting("dense"))

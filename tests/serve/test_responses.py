@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +29,9 @@ def expected(runtime: DashRuntime, messages: list[dict[str, str]], tokens: int) 
     return "".join(step.text for step in runtime.chat(messages, tokens, policy="dense"))
 
 
-def test_a_response(client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_a_response(client: openai.OpenAI, runtime: DashRuntime) -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
-    wanted = expected(tiny_runtime(), messages, 12)
+    wanted = expected(runtime, messages, 12)
     reply = client.responses.create(input="hello there", instructions="be kind", max_output_tokens=12, **ASKED)
     assert reply.output_text == wanted
     assert (reply.status, reply.incomplete_details and reply.incomplete_details.reason) == (
@@ -39,7 +39,7 @@ def test_a_response(client: openai.OpenAI, tiny_runtime: Callable[..., DashRunti
         "max_output_tokens",
     )
     assert reply.usage is not None
-    assert reply.usage.input_tokens == len(tiny_runtime().text.chat(messages))
+    assert reply.usage.input_tokens == len(runtime.text.chat(messages))
     assert reply.usage.output_tokens == 12
     assert reply.usage.model_extra["dash"]["layers_per_token"] == 6.0  # type: ignore[index]
     pieces = [{"type": "input_text", "text": piece} for piece in ("hello ", "there")]
@@ -47,8 +47,8 @@ def test_a_response(client: openai.OpenAI, tiny_runtime: Callable[..., DashRunti
     assert client.responses.create(input=parts, max_output_tokens=12, **ASKED).output_text == wanted
 
 
-def test_a_stream(client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]) -> None:
-    wanted = expected(tiny_runtime(), [{"role": "user", "content": "hello there"}], 12)
+def test_a_stream(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    wanted = expected(runtime, [{"role": "user", "content": "hello there"}], 12)
     with client.responses.stream(input="hello there", max_output_tokens=12, **ASKED) as stream:
         events = list(stream)
     kinds = [event.type for event in events]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -19,7 +18,6 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import Turn
 from dash_export.runtime.sampling import Sampler
-from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
 from tests.serve.conftest import MakeScheduler
 from tests.tiny import random_ids
@@ -80,10 +78,6 @@ def test_who_cannot_be_told_does_not_end_the_others(scheduler: MakeScheduler, ru
 
     made.submit(asked(3), gone)
     assert [step.token for step in made.stream(asked(1))] == alone(runtime, asked(1))
-
-
-def test_one_that_never_started_closes(scheduler: MakeScheduler) -> None:
-    assert scheduler(start=False).close()
 
 
 def test_a_prompt_larger_than_the_cache_of_prefixes_leaves_it(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
@@ -226,12 +220,12 @@ def test_closing_lets_answers_end(scheduler: MakeScheduler) -> None:
         made.submit(Request(random_ids(4), 20), told.put)
 
 
-def test_closing_what_has_not_begun(tiny_runtime: Callable[..., DashRuntime]) -> None:
-    made = Scheduler(tiny_runtime(), rows=1)
-    told: SimpleQueue[Response] = SimpleQueue()
+def test_closing_what_has_not_begun(scheduler: MakeScheduler) -> None:
+    made, told = scheduler(start=False, rows=1), SimpleQueue[Response]()
     made.submit(Request(random_ids(4), 5), told.put)
     assert not made.close()
     assert isinstance(told.get_nowait().error, DeadlineError)
+    assert made.close(), "nothing is left"
 
 
 def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,10 +19,10 @@ from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import Guide, Guides, json_grammar
 from dash_export.runtime.text import Text
 from dash_export.serve.protocol import ChatRequest
-from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 from dash_export.serve.tools import BEGIN, END, TextBeforeCalls, Tool, calls_grammar, split_calls
 from tests.models.helpers import tiny_tokenizer
+from tests.serve.conftest import MakeScheduler
 from tests.serve.test_app import MESSAGES
 
 SCHEMA = {
@@ -99,8 +99,7 @@ def test_any_json(client: openai.OpenAI) -> None:
         assert text.startswith("{")
 
 
-def test_sessions_and_batches_hold_to_a_grammar_too(tiny_runtime: Callable[..., DashRuntime]) -> None:
-    runtime = tiny_runtime()
+def test_sessions_and_batches_hold_to_a_grammar_too(runtime: DashRuntime) -> None:
     sampling = Sampling(1.0, seed=5, grammar=json_grammar(SCHEMA))
     alone = runtime.generate("hello", 200, sampling).text
     check(alone)
@@ -114,31 +113,10 @@ def test_sessions_and_batches_hold_to_a_grammar_too(tiny_runtime: Callable[..., 
         runtime.generate("hello", 200, Sampling(grammar="start: " + " " * 70_000))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
-            "schema cannot be read",
-        ),
-        ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"tools": [TOOL]}, "takes no tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no such function"),
-        ({"tool_choice": "required"}, "no such function is among the 0 tools"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls.0.function"),
-    ],
-)
-def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=said):
-        client.chat.completions.create(**({"model": "tiny", "messages": MESSAGES} | changes))
-
-
 @pytest.fixture
-def with_tools(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[None]:
+def with_tools(runtime: DashRuntime) -> Iterator[None]:
     """The tiny model's template takes tools."""
-    text = tiny_runtime().text
+    text = runtime.text
     before, text.template = text.template, ChatTemplate(TEMPLATE, {})
     yield
     text.template = before
@@ -167,13 +145,13 @@ def test_a_call_that_is_wanted(client: openai.OpenAI, choice: Any, stream: bool)
 
 
 @pytest.mark.usefixtures("with_tools")
-def test_a_turn_after_a_call(tiny_runtime: Callable[..., DashRuntime], client: openai.OpenAI) -> None:
+def test_a_turn_after_a_call(runtime: DashRuntime, client: openai.OpenAI) -> None:
     """The template gets its arguments as they are, not as text."""
     call = {"id": "1", "type": "function", "function": {"name": "measure", "arguments": '{"kind": "lake"}'}}
     messages: Any = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]},
                      {"role": "tool", "tool_call_id": "1", "content": "12"}]  # fmt: skip
     reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, tools=[TOOL, OTHER])
-    text = tiny_runtime().text
+    text = runtime.text
     assert text.template is not None
     plain = [{"role": "user", "content": "hello there"},
              {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"kind": "lake"}}}]},
@@ -186,15 +164,13 @@ def test_a_turn_after_a_call(tiny_runtime: Callable[..., DashRuntime], client: o
     assert reply.usage.prompt_tokens == len(text.encode(shown, special=False))
 
 
-def test_a_grammar_that_costs_seconds_is_refused(
-    client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]
-) -> None:
+def test_a_grammar_that_costs_seconds_is_refused(client: openai.OpenAI, runtime: DashRuntime) -> None:
     """It is tried in a process of its own, where a few hundred letters can take minutes and gigabytes."""
     numbers = {f"n{place}": {"type": "integer", "multipleOf": 190_027 + place} for place in range(100)}
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": numbers}}}
     with pytest.raises(openai.BadRequestError, match="it takes over 1 s or 24 MB"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, timeout=10)
-    guides = tiny_runtime().text.guides
+    guides = runtime.text.guides
     guides.guide(json_grammar(SCHEMA))
     guides._tried[json_grammar(SCHEMA | {"title": "dear"})] = 0.2
     form["json_schema"]["schema"] = SCHEMA | {"title": "dear"}
@@ -206,10 +182,9 @@ def test_a_grammar_that_costs_seconds_is_refused(
     guides.guide(json_grammar(SCHEMA | {"title": "another"}))  # by a new process
 
 
-def test_what_an_answer_took_goes_with_it(tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_what_an_answer_took_goes_with_it(scheduler: MakeScheduler) -> None:
     """Though whoever asked keeps the ticket: a grammar has megabytes that Python does not see."""
-    made, told = Scheduler(tiny_runtime(), rows=2), SimpleQueue[Response]()
-    made.start()
+    made, told = scheduler(rows=2), SimpleQueue[Response]()
     ticket = made.submit(Request("hello", 200, Sampling(grammar=json_grammar(SCHEMA))), told.put)
     assert ticket.guide is not None
     while told.get(timeout=20).finish_reason is None:
@@ -218,9 +193,9 @@ def test_what_an_answer_took_goes_with_it(tiny_runtime: Callable[..., DashRuntim
     assert (ticket.guide, ticket.turn) == (None, None)
 
 
-def test_answers_that_break_their_grammar_break_no_other(tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_answers_that_break_their_grammar_break_no_other(runtime: DashRuntime) -> None:
     """Copies of a matcher share what it has learnt, and there is too much of that here: half of the copies break."""
-    text, logits = tiny_runtime().text, np.zeros(tiny_runtime().text.tokenizer.get_vocab_size(), np.float32)
+    text, logits = runtime.text, np.zeros(runtime.text.tokenizer.get_vocab_size(), np.float32)
     grammar = json_grammar({"type": "string", "pattern": r"(?i)^((\p{L}{1,9}|\w{2,7})\s?){1,300}$"})
     first, ids = text.guides.guide(grammar), text.encode('"hello you"')
 
@@ -271,9 +246,9 @@ def fits(grammar: str, text: Text, said: str) -> bool:
     return bool(np.isfinite(guide.allowed(logits)[min(text.eos_ids)]))
 
 
-def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_references_of_tools_are_to_themselves(runtime: DashRuntime) -> None:
     """And not to the grammar that they are put into, or to one another."""
-    text = tiny_runtime().text
+    text = runtime.text
     tools = [
         Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
         for name, parameters in (
@@ -328,12 +303,12 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Text:
     ],
 )
 def test_what_an_answer_may_be(
-    changes: dict[str, Any], calls: bool, answers: bool, marked: Text, tiny_runtime: Callable[..., DashRuntime]
+    changes: dict[str, Any], calls: bool, answers: bool, marked: Text, runtime: DashRuntime
 ) -> None:
     given = {"messages": MESSAGES, "tools": [TOOL]} | changes
     asked, arguments = ChatRequest.model_validate(given), '{"kind": "lake", "length": 7}'
     call = f'{BEGIN}\n{{"name": "measure", "arguments": {arguments}}}\n{END}'
-    for text in (marked, tiny_runtime().text):
+    for text in (marked, runtime.text):
         grammar = asked.grammar(text.tokenizer)
         assert grammar is not None
         assert fits(grammar, text, call) is calls
@@ -344,10 +319,10 @@ def test_what_an_answer_may_be(
     ) is None  # fmt: skip
 
 
-def test_a_long_text_of_a_bounded_length(tiny_runtime: Callable[..., DashRuntime]) -> None:
+def test_a_long_text_of_a_bounded_length(runtime: DashRuntime) -> None:
     """Each place in it costs states of the grammar, which are bounded."""
     schema = {"type": "object", "properties": {"t": {"type": "string", "maxLength": 12_000}}, "required": ["t"]}
-    assert fits(json_grammar(schema), tiny_runtime().text, json.dumps({"t": "a long text " * 990}))
+    assert fits(json_grammar(schema), runtime.text, json.dumps({"t": "a long text " * 990}))
 
 
 def test_calls_among_words() -> None:

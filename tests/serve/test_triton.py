@@ -38,8 +38,8 @@ def repository(tiny_root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def expected(tiny_runtime: Callable[..., DashRuntime]) -> str:
-    return tiny_runtime().generate(tiny_runtime().text.encode("hello"), 9, policy="static", skip=[2, 3]).text
+def expected(runtime: DashRuntime) -> str:
+    return runtime.generate(runtime.text.encode("hello"), 9, policy="static", skip=[2, 3]).text
 
 
 ASKED: dict[str, Any] = {"max_tokens": 9, "temperature": 0, "dash": {"skip": [2, 3]}}

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dash_export.reference.oracle import Oracle, Pass
+from dash_export.reference.oracle import Oracle
 
-__all__ = ["Oracle", "Pass"]
+__all__ = ["Oracle"]

@@ -86,16 +86,6 @@ class Oracle:
         logits = logits_of(self.model, decoder.norm(hidden)[0], self.spec.traits)
         return Pass(logits.numpy(), layer_actions(skipped, units, layers), damage.T)
 
-    def generate(
-        self, ids: npt.NDArray[np.int64], tokens: int, rule: DecisionRule | None = None
-    ) -> tuple[npt.NDArray[np.int64], Pass]:
-        """Generate `tokens` new ids greedily after the dense prompt. Return all ids and the last pass."""
-        prompt = len(ids)
-        for _ in range(tokens):
-            result = self.forward(ids, rule, prefix=prompt)
-            ids = np.append(ids, result.logits[-1].argmax())
-        return ids, result
-
     def damage(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
         """Run the policy network: state [tokens, hidden], the input of layer `read` -> damage [units, tokens]."""
         network = self.policy.network

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +14,9 @@ from dash_export import DashRuntime
 from dash_export.decision import Action, DecisionRule, decision_rule
 from dash_export.models import Checkpoint
 from dash_export.reference import Oracle
-from dash_export.reference import oracle as oracle_module
 from tests.tiny import TINY_UNITS, random_actions, random_ids
 
 IDS = random_ids(60)
-LoadRuntime = Callable[..., DashRuntime]
 
 
 def rule_of(runtime: DashRuntime, max_layers: int | None = None) -> DecisionRule:
@@ -54,102 +51,71 @@ def test_a_skip_reaches_later_tokens_only(tiny_oracle: Oracle) -> None:
     assert np.abs(skipped[31:] - dense[31:]).max() > 1e-4
 
 
-def test_prefix_and_first_positions_are_dense(tiny_oracle: Oracle, tiny_runtime: LoadRuntime) -> None:
-    rule = rule_of(tiny_runtime(), max_layers=3)
+def test_prefix_and_first_positions_are_dense(tiny_oracle: Oracle, runtime: DashRuntime) -> None:
+    rule = rule_of(runtime, max_layers=3)
     for prefix in (1, 2, 20):
         actions = tiny_oracle.forward(IDS, rule, prefix=prefix).actions
         assert not actions[: max(prefix, 2)].any()
         assert (actions[max(prefix, 2) :].sum(axis=1) == 3).all()
 
 
-def test_generate_repeats_forward(tiny_oracle: Oracle, tiny_runtime: LoadRuntime) -> None:
-    rule = rule_of(tiny_runtime())
-    ids, last = tiny_oracle.generate(IDS[:10], 12, rule)
-    again = tiny_oracle.forward(ids, rule, prefix=10)
-    np.testing.assert_array_equal(ids[10:], again.logits[9:-1].argmax(axis=-1))
-    np.testing.assert_array_equal(last.actions, again.actions[:-1])
+def differences(runtime: DashRuntime, oracle: Oracle) -> tuple[float, int]:
+    """Largest logit difference under random forced actions, and decisions that differ under a rule."""
+    actions = random_actions(60, 6, TINY_UNITS)
+    logits = runtime.session().logits(IDS, actions=actions) - oracle.forward(IDS, actions=actions).logits
+    rule = rule_of(runtime)
+    decided = runtime.session_under(rule).score(IDS).actions != oracle.forward(IDS, rule).actions
+    return float(np.abs(logits).max()), int(decided.sum())
 
 
-class TestBrokenOnPurpose:
-    """Each clause of the contract, broken in the oracle, must part it from the runtime."""
+def test_it_is_the_runtimes(runtime: DashRuntime, tiny_oracle: Oracle) -> None:
+    logits, decisions = differences(runtime, tiny_oracle)
+    assert logits < 2e-4
+    assert decisions == 0
 
-    @staticmethod
-    def differences(runtime: DashRuntime, oracle: Oracle) -> tuple[float, int]:
-        """Largest logit difference under random forced actions, and decisions that differ under a rule."""
-        actions = random_actions(60, 6, TINY_UNITS)
-        logits = runtime.session().logits(IDS, actions=actions) - oracle.forward(IDS, actions=actions).logits
-        rule = rule_of(runtime)
-        decided = runtime.session_under(rule).score(IDS).actions != oracle.forward(IDS, rule).actions
-        return float(np.abs(logits).max()), int(decided.sum())
 
-    def test_sound(self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle) -> None:
-        logits, decisions = self.differences(tiny_runtime(), tiny_oracle)
-        assert logits < 2e-4
-        assert decisions == 0
+@pytest.mark.parametrize(
+    ("broken", "least"),
+    [
+        (lambda update, rows: (update * 0, rows), 0.05),
+        (lambda update, _: (update, {}), 1e-3),
+        (lambda update, rows: (update, {name: row for name, row in rows.items() if ".3." not in name}), 1e-3),
+        (lambda update, rows: (update, dict(zip(rows, list(rows.values())[::-1], strict=True))), 1e-2),
+        (lambda update, rows: (update, {name: row.roll(1, dims=1) for name, row in rows.items()}), 1e-2),
+    ],
+    ids=["no update", "of the run", "none of the second layer", "keys for values", "of the position before"],
+)
+def test_a_broken_bypass(
+    broken: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]], least: float, runtime: DashRuntime,
+    tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each clause of the contract, broken in the oracle, must part it from the runtime: the update; keys and values."""
+    sound = Oracle.bypass
+    monkeypatch.setattr(Oracle, "bypass", lambda oracle, hidden, place: broken(*sound(oracle, hidden, place)))
+    assert differences(runtime, tiny_oracle)[0] > least
 
-    @pytest.mark.parametrize(
-        ("broken", "least"),
-        [
-            (lambda update, rows: (update * 0, rows), 0.05),
-            (lambda update, _: (update, {}), 1e-3),
-            (lambda update, rows: (update, {name: row for name, row in rows.items() if ".3." not in name}), 1e-3),
-            (lambda update, rows: (update, dict(zip(rows, list(rows.values())[::-1], strict=True))), 1e-2),
-        ],
-        ids=["no update", "keys and values of the run", "those of the second layer left out", "keys for values"],
-    )
-    def test_bypass(
-        self,
-        broken: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]],
-        least: float,
-        tiny_runtime: LoadRuntime,
-        tiny_oracle: Oracle,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        sound = Oracle.bypass
-        monkeypatch.setattr(Oracle, "bypass", lambda oracle, hidden, place: broken(*sound(oracle, hidden, place)))
-        assert self.differences(tiny_runtime(), tiny_oracle)[0] > least
 
-    def test_bypassed_keys_that_are_not_rotated(
-        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """They are put in before the rotation; put in after it, they would miss it."""
-        sound = oracle_module.instead
+@pytest.mark.parametrize("broken", [lambda damage: damage[::-1], np.negative], ids=["of the other unit", "negated"])
+def test_a_broken_damage(
+    broken: Callable[..., np.ndarray], runtime: DashRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Oracle.damage
+    monkeypatch.setattr(Oracle, "damage", lambda *given: broken(sound(*given)))
+    assert differences(runtime, tiny_oracle)[1] > 0
 
-        @contextmanager
-        def after(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-            with sound(module, skip, rows.roll(1, dims=1)):  # as if of another position
-                yield
 
-        monkeypatch.setattr(oracle_module, "instead", after)
-        assert self.differences(tiny_runtime(), tiny_oracle)[0] > 0.01
+def test_a_lag_off_by_one(runtime: DashRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading what enters the layer before."""
+    monkeypatch.setattr(tiny_oracle, "policy", replace(tiny_oracle.policy, read=tiny_oracle.policy.read - 1))
+    assert differences(runtime, tiny_oracle)[1] > 0
 
-    @pytest.mark.parametrize("broken", [lambda damage: damage[::-1], lambda damage: -damage], ids=["other", "negated"])
-    def test_damage(
-        self,
-        broken: Callable[[np.ndarray], np.ndarray],
-        tiny_runtime: LoadRuntime,
-        tiny_oracle: Oracle,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """Of a neighbour; with its sign flipped."""
-        sound = Oracle.damage
-        monkeypatch.setattr(Oracle, "damage", lambda *given: broken(sound(*given)))
-        assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0
 
-    def test_a_lag_off_by_one(
-        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Reading what enters the layer before."""
-        monkeypatch.setattr(tiny_oracle, "policy", replace(tiny_oracle.policy, read=tiny_oracle.policy.read - 1))
-        assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0
-
-    def test_a_cost_counted_per_layer(self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle) -> None:
-        """A unit of two layers saves twice as much as one: a limit that forgets it decides otherwise."""
-        runtime = tiny_runtime()
-        damage = runtime.session().score(IDS).damage
-        cost = (0.4, 0.2)
-        rule = decision_rule(TINY_UNITS, cost, float(np.median(damage / cost)))
-        expected = tiny_oracle.forward(IDS, rule).actions
-        np.testing.assert_array_equal(runtime.session_under(rule).score(IDS).actions, expected)
-        flat = decision_rule(TINY_UNITS, (0.2, 0.2), float(np.median(damage / cost)))
-        assert (runtime.session_under(flat).score(IDS).actions != expected).any()
+def test_a_cost_counted_per_layer(runtime: DashRuntime, tiny_oracle: Oracle) -> None:
+    """A unit of two layers saves twice as much as one: a limit that forgets it decides otherwise."""
+    damage = runtime.session().score(IDS).damage
+    cost = (0.4, 0.2)
+    rule = decision_rule(TINY_UNITS, cost, float(np.median(damage / cost)))
+    expected = tiny_oracle.forward(IDS, rule).actions
+    np.testing.assert_array_equal(runtime.session_under(rule).score(IDS).actions, expected)
+    flat = decision_rule(TINY_UNITS, (0.2, 0.2), float(np.median(damage / cost)))
+    assert (runtime.session_under(flat).score(IDS).actions != expected).any()

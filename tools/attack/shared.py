@@ -20,9 +20,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).parents[2]
 _PATHS = [str(ROOT), str(Path(__file__).parent)]
 sys.path[:0] = [path for path in _PATHS if path not in sys.path]
@@ -229,33 +226,28 @@ class Report:
 
     def finish(self) -> None:
         """Print the table, each kind of fault with its first trial, and one JSON line. Exits with 1 on faults."""
+        from dash_export.commands.tables import print_table
+
         columns = list(dict.fromkeys(name for notes in self.notes.values() for name in notes))
-        console = Console(highlight=False)
-        console.width = max(console.width, 120)
-        table = Table(self.name, "trials", "s each", *columns, "with faults")
-        for what, trials in self.trials.items():
-            bad = len({trial for trial, _ in self.faults[what]})
-            table.add_row(
-                what,
-                str(trials),
-                f"{self.seconds[what] / trials:.2f}",
-                *(str(self.notes[what][name]) for name in columns),
-                str(bad),
-            )
-        console.print(table)
+        bad = {what: sorted({trial for trial, _ in faults}) for what, faults in self.faults.items()}
+        rows = [
+            (what, trials, f"{self.seconds[what] / trials:.2f}", *(self.notes[what][name] for name in columns),
+             len(bad[what]))
+            for what, trials in self.trials.items()
+        ]  # fmt: skip
+        print_table(self.name, ("",), ("trials", "s each", *columns, "with faults"), rows)
         kinds = {what: Counter(fault.kind for _, fault in faults) for what, faults in self.faults.items()}
         for what, faults in self.faults.items():
             for kind, count in kinds[what].most_common():
                 trial, fault = next(item for item in faults if item[1].kind == kind)
-                console.print(f"{what}: {count} x {kind}", markup=False)
-                console.print(f"    trial {trial}: {fault.detail.strip()[-300:]}", markup=False)
+                print(f"{what}: {count} x {kind}\n    trial {trial}: {fault.detail.strip()[-300:]}")
         tried = {
             what: {
                 "trials": count,
                 "seconds": round(self.seconds[what] / count, 3),
                 **self.notes[what],
-                "faults": dict(kinds.get(what, {})),
-                "trials_with_faults": sorted({trial for trial, _ in self.faults[what]}),
+                "faults": dict(kinds[what]),
+                "trials_with_faults": bad[what],
             }
             for what, count in self.trials.items()
         }

@@ -30,10 +30,9 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dash_export import DashRuntime
+from dash_export.commands.tables import print_table
 from dash_export.decision import Setting
 from dash_export.errors import DashError, PolicyError, RequestError
 from dash_export.resources import resource_folder
@@ -345,14 +344,9 @@ def growth(samples: list[tuple[float, float]], minutes: float, flat: float) -> d
 
 def report(soak: Soak, samples: list[tuple[float, float]], minutes: float, threads: int) -> None:
     """Print the counts, the memory and one JSON line. Exits with 1 on faults."""
-    table = Table("task", "done", title=f"{threads} threads, {minutes:g} minutes")
-    for kind, count in sorted(soak.counts.items()):
-        table.add_row(kind, str(count))
-    console = Console(highlight=False)
-    console.print(table)
+    print_table(f"{threads} threads, {minutes:g} minutes", ("task",), ("done",), sorted(soak.counts.items()))
     figures = growth(samples, minutes, FLAT)
-    for fault in soak.faults[:10]:
-        console.print(fault, markup=False)
+    print(*soak.faults[:10], sep="\n")
     done = {"done": dict(soak.counts), "faults": len(soak.faults), "first_faults": soak.faults[:3]}
     print(json.dumps({"attack": "soak", "threads": threads, "minutes": minutes, **done, **figures}))
     if soak.faults or not figures["flat"]:

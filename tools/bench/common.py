@@ -32,7 +32,7 @@ from dash_export.evaluate.timing import in_turns
 from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
 from dash_export.runtime.cpus import cpu_name, physical_cores
-from dash_export.runtime.decode import BoundStep, EngineSet
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.ort_engine import OrtBackend
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
@@ -146,15 +146,6 @@ def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[
         step.decode(1, rule)
 
     return token
-
-
-def without_bypasses(step: BoundStep) -> None:
-    """A skipped unit is left out, update, K and V and all: the tokens are worthless, their time is the bound."""
-
-    def nothing() -> None:
-        pass
-
-    step.segments = [replace(item, bypass=None if item.bypass is None else nothing) for item in step.segments]
 
 
 def held_out(encode: Callable[[str], Sequence[int]], count: int) -> npt.NDArray[np.int64]:

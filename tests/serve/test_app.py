@@ -23,8 +23,8 @@ GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
 DENSE = {"dash": {"policy": "dense"}}
 
 
-def expected(runtime: DashRuntime, tokens: int, **setting: Any) -> str:
-    return "".join(step.text for step in runtime.chat(MESSAGES, tokens, **setting))
+def expected(runtime: DashRuntime, tokens: int, messages: Any = MESSAGES, **setting: Any) -> str:
+    return "".join(step.text for step in runtime.chat(messages, tokens, **setting))
 
 
 def test_a_chat(client: openai.OpenAI, runtime: DashRuntime) -> None:

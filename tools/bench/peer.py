@@ -21,29 +21,30 @@ import numpy as np
 
 
 class Peer:
-    """A runtime that shows the logits of the last token: `first` begins anew with a prompt, `then` takes a token."""
+    """A runtime that shows the logits of the last token."""
 
-    def first(self, prompt: list[int]) -> Any:
-        """Logits [vocab] after the prompt."""
+    def begin(self) -> None:
+        """Forget all tokens."""
         raise NotImplementedError
 
-    def then(self, token: int) -> Any:
-        """Logits [vocab] after one more token."""
+    def after(self, tokens: list[int]) -> Any:
+        """Logits [vocab] after these further tokens."""
         raise NotImplementedError
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         """Seconds of the prompt and of the tokens after its first one."""
         began = time.perf_counter()
-        token = int(np.argmax(self.first(prompt)))
+        self.begin()
+        token = int(np.argmax(self.after(prompt)))
         first = time.perf_counter()
         for _ in range(tokens - 1):
-            token = int(np.argmax(self.then(token)))
+            token = int(np.argmax(self.after([token])))
         return first - began, time.perf_counter() - first
 
     def nll(self, ids: list[int]) -> list[float] | None:
         """One token at a time: some runtimes show nothing of a prompt's other positions."""
-        found = [_nll(self.first(ids[:1]), ids[1])]
-        return found + [_nll(self.then(token), following) for token, following in pairwise(ids[1:])]
+        self.begin()
+        return [_nll(self.after([token]), following) for token, following in pairwise(ids)]
 
 
 class DashExport(Peer):
@@ -59,12 +60,13 @@ class DashExport(Peer):
         options: dict[str, Any] = {"policy": key} if not value else {"policy": "token", key: float(value)}
         self.session = DashRuntime.load(bundle, target).session(**options)
 
-    def first(self, prompt: list[int]) -> Any:
+    def begin(self) -> None:
         self.session.reset()
-        return self.session.prefill(np.array(prompt, np.int64))
 
-    def then(self, token: int) -> Any:
-        return self.session.decode_one(token)[0]
+    def after(self, tokens: list[int]) -> Any:
+        if len(tokens) > 1:
+            return self.session.prefill(np.array(tokens, np.int64))
+        return self.session.decode_one(tokens[0])[0]
 
     def nll(self, ids: list[int]) -> list[float]:
         return [float(-x) for x in self.session.score(ids).log_likelihoods]
@@ -95,13 +97,11 @@ class OnnxRuntimeGenai(Peer):
             generator.generate_next_token()
         return first - began, time.perf_counter() - first
 
-    def first(self, prompt: list[int]) -> Any:
+    def begin(self) -> None:
         self.generator = self._generator(1024)
-        self.generator.append_tokens(np.array(prompt, np.int32))
-        return np.asarray(self.generator.get_logits()).reshape(-1)
 
-    def then(self, token: int) -> Any:
-        self.generator.append_tokens(np.array([token], np.int32))
+    def after(self, tokens: list[int]) -> Any:
+        self.generator.append_tokens(np.array(tokens, np.int32))
         return np.asarray(self.generator.get_logits()).reshape(-1)
 
 
@@ -133,14 +133,10 @@ class LlamaCpp(Peer):
             model, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False
         )
 
-    def first(self, prompt: list[int]) -> Any:
+    def begin(self) -> None:
         self.llama.reset()
-        return self._after(prompt)
 
-    def then(self, token: int) -> Any:
-        return self._after([token])
-
-    def _after(self, tokens: list[int]) -> Any:
+    def after(self, tokens: list[int]) -> Any:
         self.llama.eval(tokens)
         return np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.llama.n_vocab(),))
 
@@ -155,14 +151,10 @@ class Transformers(Peer):
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def first(self, prompt: list[int]) -> Any:
+    def begin(self) -> None:
         self.past = None
-        return self._after(prompt)
 
-    def then(self, token: int) -> Any:
-        return self._after([token])
-
-    def _after(self, tokens: list[int]) -> Any:
+    def after(self, tokens: list[int]) -> Any:
         ids = self.torch.tensor([tokens])
         out = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
         self.past = out.past_key_values

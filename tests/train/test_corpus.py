@@ -22,14 +22,16 @@ def text(tmp_path: Path) -> Text:
 
 
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:
-    corpus = Corpus({"prose": [Passage(torch.arange(500))]})
+    corpus = Corpus({"prose": [Passage(torch.arange(100, 600), beginning=(7,))]})
     ids, dense, counted = (part.numpy() for part in corpus.batch(np.random.default_rng(0), 32, 64))
     prefixes = dense.sum(axis=1)
     assert (dense ^ counted).all()
     assert (np.diff(dense.astype(int), axis=1) <= 0).all()
     assert prefixes.min() == 2
     assert prefixes.max() > 8
-    assert (np.diff(ids, axis=1) == 1).all()
+    assert (ids[:, 0] == 7).all(), "as a fresh text begins"
+    assert (np.diff(ids[:, 1:], axis=1) == 1).all()
+    assert (ids[:, 1:] >= 100).all()
 
 
 @pytest.mark.parametrize(("length", "prompt", "first", "prefix", "last"), [(30, 20, 0, 20, 30), (100, 80, 64, 16, 32)])
@@ -53,14 +55,6 @@ def test_the_end_of_a_text_is_held_out(prose: Path, text: Text) -> None:
     (first,), (last,) = training.sources["prose"], held.sources["prose"]
     assert [*first.ids, *last.ids] == ids
     assert len(last.ids) == pytest.approx(0.1 * len(ids), abs=1)
-
-
-def test_windows_of_prose_begin_as_a_fresh_text_does() -> None:
-    corpus = Corpus({"prose": [Passage(torch.arange(100, 600), beginning=(7,))]})
-    ids = corpus.batch(np.random.default_rng(0), 32, 64).ids
-    assert (ids[:, 0] == 7).all()
-    assert (np.diff(ids[:, 1:].numpy(), axis=1) == 1).all()
-    assert (ids[:, 1:] >= 100).all()
 
 
 def test_the_beginning_is_that_of_the_model(prose: Path, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:

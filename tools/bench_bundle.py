@@ -15,16 +15,14 @@ from dash_export.commands.progress import progress_bar
 from dash_export.errors import DashError
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
-from dash_export.resources import resource_folder
 
-POLICY = "smollm2-135m-instruct.safetensors"
 RECIPES = Path(__file__).parent / "bench" / "recipes"
 
 
 def main() -> None:
     """Export and build."""
     checkpoint = open_checkpoint(fetched(SMOLLM2))
-    policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
+    policy = load_policy("smollm2-135m-instruct", checkpoint.spec)
     with progress_bar("export") as progress:
         bundle = export(checkpoint, CACHE / "bench.dash", policy, progress)
     builds = [("cpu", None), ("cpu", "fp32"), ("cpu", "int8"), *((str(path), None) for path in RECIPES.glob("*.toml"))]

@@ -54,19 +54,16 @@ if not console.is_terminal:
 
 @dataclass(frozen=True)
 class Shown:
-    """A model of the demo: its size in MB, its shipped policy, its bundle."""
+    """A model of the demo: its name (in small letters that of its shipped policy), its size in MB, its bundle."""
 
     name: str
     megabytes: int
-    policy: str
     bundle: Path
 
 
 SHOWN = {
-    "smollm2-135m": Shown("SmolLM2-135M-Instruct", 88, "smollm2-135m-instruct.safetensors", CACHE / "smollm2.dash"),
-    "qwen2.5-coder-0.5b": Shown(
-        "Qwen2.5-Coder-0.5B-Instruct", 400, "qwen2.5-coder-0.5b-instruct.safetensors", CACHE / "qwen.dash"
-    ),
+    "smollm2-135m": Shown("SmolLM2-135M-Instruct", 88, CACHE / "smollm2.dash"),
+    "qwen2.5-coder-0.5b": Shown("Qwen2.5-Coder-0.5B-Instruct", 400, CACHE / "qwen.dash"),
 }
 
 
@@ -102,7 +99,7 @@ def _prepare(name: str) -> tuple[Bundle, Build]:
     model = fetched(MODELS[name])
     console.print("[bold]2.[/] Export: one ONNX graph per layer, one for the bypass of each unit, the policy")
     checkpoint = open_checkpoint(model)
-    policy = load_policy(resource_folder("calibration") / shown.policy, checkpoint.spec)
+    policy = load_policy(shown.name.lower(), checkpoint.spec)
     with progress_bar("export") as progress:
         bundle = export(checkpoint, shown.bundle, policy, progress)
     console.print(
@@ -153,12 +150,9 @@ def _print_modes(name: str, bundle: Bundle, made: Build, modes: Sequence[Mode]) 
     for mode in modes:
         quality, timing = mode.point.quality, mode.point.timing
         assert timing is not None
-        speed, share = (
-            f"{1e3 / timing.milliseconds:.1f}",
-            with_bounds(Interval(timing.ratio, timing.low, timing.high), 2),
-        )
+        speed, ratio = f"{1e3 / timing.milliseconds:.1f}", Interval(timing.ratio, timing.low, timing.high)
         kl, over = f"{mode.point.kl.value:.3f}", with_bounds(quality.figures["perplexity_ratio"], 3)
-        rows.append((mode.name, speed, share, f"{quality.layers:.1f}", kl, over))
+        rows.append((mode.name, speed, with_bounds(ratio, 2), f"{quality.layers:.1f}", kl, over))
     print_table(f"{name}, {TARGET}, {made.device}", ("mode",), numbers, rows)
     console.print(
         f"All over {WINDOWS} windows of held-out prose; in brackets 95 % intervals. KL: divergence from the dense mode "

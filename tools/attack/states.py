@@ -82,7 +82,7 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
     """
     from dash_export.errors import DashError
     from dash_export.models import open_checkpoint
-    from dash_export.policy import card_path, load_policy
+    from dash_export.policy import load_policy
 
     path = folder / POLICY
     unfinished = path.with_name(f"{POLICY}.unfinished").exists()
@@ -99,7 +99,7 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
         card = _card(path)
     except (OSError, ValueError) as error:
         return "unfinished" if unfinished else Fault("a policy without its card", repr(error))
-    if card != _card(card_path(stage.policy(name)).with_suffix(".safetensors")):
+    if card != _card(stage.policy(name)):
         return "unfinished" if unfinished else Fault("a policy with the card of another", f"of {name}")
     return name
 

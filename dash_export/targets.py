@@ -84,8 +84,8 @@ class EngineRecipe:
     """Choices that a GPU engine fixes when it is compiled.
 
     `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
-    does not grow; the cost of attention depends on this capacity, not on the length. `profiles` 2: one profile for
-    decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits are stored once, not twice.
+    does not grow; before TensorRT 11 the cost of attention depends on this capacity, not on the length. `profiles` 2:
+    one profile for decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits are stored once.
     `sequences`: how many may decode together; more than one takes a cache for each, and a third profile (of `profiles`
     1: scratch memory for a chunk of each). `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
     """

@@ -47,6 +47,9 @@ def test_choices(runtime: DashRuntime) -> None:
                 found, actions = likelihood(Candidate(runtime, setting), whole, context)
                 assert found == pytest.approx(likelihoods[-1], rel=1e-4)
                 assert len(actions) == len(whole) - 1 - context
+                assert len(likelihood(Candidate(runtime, setting), whole, len(whole) - 1)[1]) == 0, (
+                    "a single one is dense"
+                )
             raw.append(np.argmax(likelihoods) == question.gold)
             lengths = [len(choice) for choice in question.choices]
             normalised.append(np.argmax(np.array(likelihoods) / lengths) == question.gold)

@@ -111,7 +111,9 @@ class Worker:
 @click.option("--peers", "only", multiple=True, help="Only peers with this in their name; repeatable.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", default=128, show_default=True, help="New tokens.")
-@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Interleaved rounds; the first is warm-up.")
+@click.option(
+    "--rounds", type=click.IntRange(2), default=7, show_default=True, help="Interleaved rounds; the first is warm-up."
+)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens for the perplexity.")
 @click.option("--text", default=HELD_OUT, show_default="calibration/heldout.txt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,6 +36,7 @@ def installed(card: Card) -> Iterator[None]:
         for name, module in (modules | {name: toolkit(card, name) for name in ("tensorrt", "tensorrt_rtx")}).items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(cuda_devices, "_driver", lambda: libcuda(card))
+        patch.setattr(trt_api, "_logger", cache(trt_api._logger.__wrapped__))  # else it would keep the card for good
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
         patch.setattr(kernels, "compile_kernels", lambda _: compile_ptx(kernels.KERNELS))
         for module in (manifest, targets):

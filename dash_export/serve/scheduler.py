@@ -1,6 +1,6 @@
-"""Continuous batching. Requests wait in a bounded queue. Between two decode steps of the running rows, one chunk of one
-prompt is prefilled. A row that ends makes room for the next request. One thread owns the engines; the public methods
-may be called from any thread.
+"""Continuous batching. Requests wait in a bounded queue. Between two decode steps of the running rows, one chunk of a
+long prompt is prefilled, or short ones that have as many tokens together. A row that ends makes room for the next
+request. One thread owns the engines; the public methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -242,19 +242,25 @@ class Scheduler:
             self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
-        """Prefill one chunk of the prompt under way, or of the next one if a row is free for it."""
+        """Prefill a chunk of tokens: of the prompt under way, then of the next ones for which rows are free."""
         self._drop_waiting()
-        if self._job is None and self._waiting and len(self._rows) < self.size:
-            with self._changed:
+        left = self._prompt.prefill_chunk
+        while left > 0 and (ticket := self._job or self._next_job()) is not None:
+            if ticket.cancelled or ticket.late:
+                self._job = None
+                self._end(ticket)
+            else:
+                left -= self._prefill_pass(ticket, left)
+
+    def _next_job(self) -> Ticket | None:
+        with self._changed:
+            if self._waiting and len(self._rows) < self.size:
                 self._job = self._waiting.popleft()
                 self._live[self._job] = None
-        ticket = self._job
-        if ticket is None:
-            return
-        if ticket.cancelled or ticket.late:
-            self._job = None
-            self._end(ticket)
-            return
+        return self._job
+
+    def _prefill_pass(self, ticket: Ticket, left: int) -> int:
+        """Prefill one pass of the job, unless it has more than `left` tokens. Return what is taken of `left`."""
         try:
             turn, session = ticket.turn, self._prompt
             if turn is None:
@@ -263,14 +269,19 @@ class Scheduler:
                 ticket.turn = turn
                 self.figures["known_tokens"] += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
-            logits = session.prefill(ticket.ids[done : done + session.next_pass_length(len(ticket.ids) - done)])
+            size = session.next_pass_length(len(ticket.ids) - done)
+            if size > left:
+                return left
+            logits = session.prefill(ticket.ids[done : done + size])
             if len(session.tokens) == len(ticket.ids):
                 self._begin(ticket, turn, logits)
                 self._job = None
+            return size
         except (DashError, MemoryError) as error:  # fails this request only: the rows are unchanged
             self._job = None
             self._prompt.reset()
             self._tell(ticket, self._rows.failed(error))
+            return 0
 
     def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
         rules = deepcopy(ticket.rules or self._alone)

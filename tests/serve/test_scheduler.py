@@ -17,7 +17,9 @@ from dash_export.runtime import Response, Sampling
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import Turn
+from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Sampler
+from dash_export.runtime.session import Session
 from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
 from tests.serve.conftest import MakeScheduler
 from tests.tiny import random_ids
@@ -90,6 +92,21 @@ def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRun
     assert (made.figures["finished"], made.figures["failed"], made.waiting, made.running) == (40, 0, 0, 0)
     assert made.figures["tokens"] == sum(map(len, found))
     assert made.figures["known_tokens"] > 0, "prompts come again"
+
+
+def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt, or several short prompts of no more tokens together."""
+    made, told = scheduler(start=False, rows=5), SimpleQueue[Response]()
+    made._prompt.prefill_chunk, done = 32, list[int | str]()
+    prefill, advance = Session.prefill, Rows.advance
+    monkeypatch.setattr(Session, "prefill", lambda session, ids: done.append(len(ids)) or prefill(session, ids))
+    monkeypatch.setattr(Rows, "advance", lambda rows, *some: done.append("step") or advance(rows, *some))
+    for place, size in enumerate((10, 11, 9, 40, 5)):
+        made.submit(Request(random_ids(size, seed=place), 8), told.put)
+    made.start()
+    while done.count("step") < 5:
+        told.get(timeout=20)
+    assert done[: done.index(5) + 3] == [10, 11, 9, "step", 32, "step", 8, 5, "step", "step"]
 
 
 def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None:

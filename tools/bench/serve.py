@@ -3,8 +3,10 @@ pace keeps.
 
     python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001]
 
-The server is a process of its own, its clients threads of this one. Variants take turns. `--beside` is another server
-of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf --interrupt_requests False`.
+Variants take turns. Batch and server share this process and its engines, because the same weights in another process
+lie elsewhere in memory and are read up to 5 % faster or slower; the clients are threads of a process of their own.
+`--beside` is another server of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf
+--interrupt_requests False`. With and without a pace, the servers are processes of their own.
 """
 
 from __future__ import annotations
@@ -15,22 +17,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
+from threading import Thread
 from typing import Any
 
 import click
 import httpx
 import numpy as np
+import uvicorn
 from common import held_out, print_json
 
 from dash_export.commands.tables import print_table
 from dash_export.runtime import DashRuntime
+from dash_export.serve.app import Server
+from dash_export.serve.scheduler import Scheduler
 
 PROMPT, TOKENS = 64, 96
 DENSE = {"dash": {"policy": "dense"}}
@@ -48,11 +55,30 @@ class Stream:
     model: str
 
 
-@contextmanager
-def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def server_here(runtime: DashRuntime, rows: int) -> Iterator[str]:
+    app = Server({runtime.bundle.name: Scheduler(runtime, rows=rows)}).app
+    running = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port := free_port(), log_level="warning"))
+    thread = Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.1)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]:
+    port = free_port()
     command = [sys.executable, "-m", "dash_export", "serve", *map(str, bundles), "--target", target]
     process = subprocess.Popen([*command, "--port", str(port), *options])
     address = f"http://127.0.0.1:{port}"
@@ -109,7 +135,8 @@ def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, A
 
 def joining(address: str, others: Sequence[list[int]], prompt: list[int]) -> tuple[float, int]:
     """Seconds to the first token of a prompt that comes while others decode, and how many still did then."""
-    before = 0.5  # their prompts are known: they decode at once, for seconds
+    together(address, others, {**DENSE, "max_tokens": 1})
+    before = 0.5  # their prompts are known now: they decode at once, for seconds
     with ThreadPoolExecutor(len(others)) as pool:
         running = [pool.submit(stream, address, other, DENSE) for other in others]
         time.sleep(before)
@@ -151,17 +178,22 @@ def main(
 ) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
-    most, width = max(counts), max(counts) + 2
+    most, width = max(counts), sum(counts) + 2
     texts = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT).tolist()
     rows, pressed, joined = [], [], []
-    with server([bundle], target, "--rows", str(most)) as address:
-        for count in counts:
+    spawned = ProcessPoolExecutor(1, get_context("spawn"))  # a forked one would share this one's threads' locks
+    with server_here(runtime, most) as address, spawned as clients:
+
+        def asked(where: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> Round:
+            return clients.submit(together, where, prompts, body).result()
+
+        for size, count in enumerate(counts):
             pairs, ours, others = [], list[Round](), list[Round]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
-                prompts = texts[number][:count]
+                prompts = texts[number][(before := sum(counts[:size])) : before + count]
                 alone = batched(runtime, prompts)
-                served = together(address, prompts, DENSE)
-                theirs = [together(beside, [*map(runtime.text.decode, prompts)], {})] if beside else []
+                served = asked(address, prompts, DENSE)
+                theirs = [asked(beside, [*map(runtime.text.decode, prompts)], {})] if beside else []
                 if number:
                     pairs.append(alone / served[0])
                     ours, others = [*ours, served], others + theirs
@@ -169,8 +201,8 @@ def main(
             if others:
                 rows.append(row("the other", count, "", others))
         for prompts in texts[1:] if most > 1 else ():
-            alone = stream(address, prompts[-1], DENSE).first
-            joined.append((alone, *joining(address, prompts[: most - 1], prompts[-2])))
+            alone = asked(address, prompts[-1:], DENSE)[1][0].first
+            joined.append((alone, *clients.submit(joining, address, prompts[: most - 1], prompts[-2]).result()))
     heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
     if joined:

@@ -68,6 +68,7 @@ def server_here(runtime: DashRuntime, rows: int) -> Iterator[str]:
     thread = Thread(target=running.run)
     thread.start()
     while not running.started:
+        assert thread.is_alive(), "the server has ended"
         time.sleep(0.1)
     try:
         yield f"http://127.0.0.1:{port}"

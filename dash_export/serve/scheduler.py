@@ -1,6 +1,6 @@
-"""Continuous batching. Requests wait in a bounded queue. Between two decode steps of the running rows, one chunk of a
-long prompt is prefilled, or short ones that have as many tokens together. A row that ends makes room for the next
-request. One thread owns the engines; the public methods may be called from any thread.
+"""Continuous batching. Requests wait in a bounded queue. Between two decode steps of the running rows, one chunk of one
+prompt is prefilled; where none runs, short prompts enter together. A row that ends makes room for the next request. One
+thread owns the engines; the public methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -242,15 +242,17 @@ class Scheduler:
             self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
-        """Prefill a chunk of tokens: of the prompt under way, then of the next ones for which rows are free."""
+        """Prefill one pass; where no row waits for it, further prompts too, up to a chunk of tokens in all."""
         self._drop_waiting()
-        left = self._prompt.prefill_chunk
+        left, waited_for = self._prompt.prefill_chunk, bool(self._rows)
         while left > 0 and (ticket := self._job or self._next_job()) is not None:
             if ticket.cancelled or ticket.late:
                 self._job = None
                 self._end(ticket)
             else:
                 left -= self._prefill_pass(ticket, left)
+                if waited_for:
+                    return
 
     def _next_job(self) -> Ticket | None:
         with self._changed:

@@ -95,7 +95,7 @@ def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRun
 
 
 def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a long prompt, or several short prompts of no more tokens together."""
+    """Of one prompt; several enter together where no row runs, with no more tokens than a chunk."""
     made, told = scheduler(start=False, rows=5), SimpleQueue[Response]()
     made._prompt.prefill_chunk, done = 32, list[int | str]()
     prefill, advance = Session.prefill, Rows.advance
@@ -106,7 +106,7 @@ def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest
     made.start()
     while done.count("step") < 5:
         told.get(timeout=20)
-    assert done[: done.index(5) + 3] == [10, 11, 9, "step", 32, "step", 8, 5, "step", "step"]
+    assert done[: done.index(5) + 3] == [10, 11, 9, "step", 32, "step", 8, "step", 5, "step", "step"]
 
 
 def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None:

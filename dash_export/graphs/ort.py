@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
-from dash_export.graphs.ort_products import CONTRIB, ProductWriter, quantize_block
+from dash_export.graphs.ort_products import CONTRIB, ProductWriter
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.manifest import Manifest
@@ -116,12 +116,12 @@ class OrtWriter(ProductWriter):
 
     def embedding_rows(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-        bits, block = BITS[self.recipe.embedding], self.recipe.block_size
-        if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % block:  # a row must be whole blocks
+        # A row must be whole blocks.
+        if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % self.recipe.block_size:
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
-        table = self.array(EMBED_WEIGHT)
+        table, bits = self.array(EMBED_WEIGHT), BITS[self.recipe.embedding]
         # The quantiser makes blocks along the first axis of [in, out], so the table's rows are passed as columns.
-        codes, scales, zeros = quantize_block(np.ascontiguousarray(table.T), bits, block, self.recipe.symmetric)
+        block, (codes, scales, zeros) = self.quantized(np.ascontiguousarray(table.T), bits)
         packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
         options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)

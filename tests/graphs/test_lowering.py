@@ -82,13 +82,12 @@ def test_quantise_block(bits: int, allowed: float, symmetric: bool) -> None:
     matrix = np.random.default_rng(0).standard_normal((128, 96)).astype(np.float32)
     packed, scales, zeros = quantize_block(matrix, bits, 32, symmetric)
     assert packed.shape == (96, 4, 32 * bits // 8)
+    assert (zeros is None) is symmetric
+    values, middle = packed, np.full((96, 4), 1 << (bits - 1)) if zeros is None else zeros
     if bits == 4:
         values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(96, 4, 32)
-        middle = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(96, -1)[:, :4]
-    else:
-        values, middle = packed, zeros
-    if symmetric:
-        middle = np.full((96, 4), 1 << (bits - 1))
+        if zeros is not None:
+            middle = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(96, -1)[:, :4]
     restored = (values.astype(np.float32) - middle[..., None]) * scales[..., None]
     error = np.abs(restored.reshape(96, 128).T - matrix).max()
     assert error < allowed * np.abs(matrix).max() * (2 if symmetric else 1)

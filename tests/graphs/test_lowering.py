@@ -54,6 +54,16 @@ def test_layers(built: tuple[str, Graphs, set[str]]) -> None:
     assert gives == ["layers_00-01"], "only what holds the layer that the policy reads"
 
 
+def test_codes_of_8_bits_are_symmetric(built: tuple[str, Graphs, set[str]]) -> None:
+    """Only those of 4 bits have zero points, which follow the inputs, codes and scales."""
+    products = [node for graph in built[1].values() for node in graph.node if node.op_type == "MatMulNBits"]
+    for node in products:
+        numbers = {item.name: item.i for item in node.attribute}
+        assert bool([*node.input, ""][3]) == (numbers["bits"] == 4)
+        assert numbers["block_size"] == (32 if numbers["bits"] == 8 and numbers["K"] % 64 else 64)
+    assert bool(products) == (built[0] != "fp32")
+
+
 def test_a_bypass_leaves_the_cache_to_the_host(built: tuple[str, Graphs, set[str]]) -> None:
     graph = built[1]["bypass_02-03"]
     assert not {"TensorScatter", "Transpose", "Reshape"} & set(operators(graph))

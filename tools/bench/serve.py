@@ -1,10 +1,11 @@
-"""A server under load: tokens per second of several streams beside a batch of this process, first tokens, and what a
-pace keeps.
+"""A server under load: tokens per second of several streams beside a batch of this process, by the scheduler alone and
+over HTTP, first tokens, and what a pace keeps.
 
     python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001]
 
-Variants take turns. Batch and server share this process and its engines, because the same weights in another process
-lie elsewhere in memory and are read up to 5 % faster or slower; the clients are threads of a process of their own.
+Variants take turns. Batch, scheduler and server share this process and its engines, because the same weights in another
+process lie elsewhere in memory and are read up to 5 % faster or slower; the clients are threads of a process of their
+own.
 `--beside` is another server of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf
 --interrupt_requests False`. With and without a pace, the servers are processes of their own.
 """
@@ -16,14 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean, median
 from threading import Thread
 from typing import Any
@@ -35,9 +38,12 @@ import uvicorn
 from common import held_out, print_json
 
 from dash_export.commands.tables import print_table
+from dash_export.decision import Setting
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.results import Response
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 
 PROMPT, TOKENS = 64, 96
 DENSE = {"dash": {"policy": "dense"}}
@@ -62,8 +68,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_here(runtime: DashRuntime, rows: int) -> Iterator[str]:
-    app = Server({runtime.bundle.name: Scheduler(runtime, rows=rows)}).app
+def server_here(scheduler: Scheduler) -> Iterator[str]:
+    app = Server({scheduler.runtime.bundle.name: scheduler}).app
     running = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port := free_port(), log_level="warning"))
     thread = Thread(target=running.run)
     thread.start()
@@ -153,17 +159,34 @@ def batched(runtime: DashRuntime, prompts: list[list[int]]) -> float:
     return time.perf_counter() - began
 
 
+def scheduled(scheduler: Scheduler, prompts: list[list[int]]) -> float:
+    began, ended = time.perf_counter(), SimpleQueue[Response]()
+    for prompt in prompts:
+        request = Request(prompt, TOKENS, setting=Setting())
+        scheduler.submit(request, lambda response: ended.put(response) if response.finish_reason else None)
+    assert all(ended.get().error is None for _ in prompts)
+    return time.perf_counter() - began
+
+
+def of_a_batch(number: int, batch: Callable[[], float], other: Callable[[], float]) -> float:
+    """Return the seconds of a batch over those of the other; they take turns in going first."""
+    if number % 2:
+        seconds = other()
+        return batch() / seconds
+    return batch() / other()
+
+
 def milliseconds(seconds: list[float], share: float) -> float:
     return round(1e3 * float(np.quantile(seconds, share)), 1)
 
 
-def row(server: str, count: int, of_batch: float | str, rounds: list[Round]) -> tuple[Any, ...]:
+def row(server: str, count: int, of_batch: Sequence[float | str], rounds: list[Round]) -> tuple[Any, ...]:
     """Return a row of the table. Tokens per second: those that came, by the clock of whole rounds, prompts included."""
     streams = [one for _, each in rounds for one in each]
     steps = [step for one in streams for step in one.steps]
     tokens = (len(streams) + len(steps)) / sum(seconds for seconds, _ in rounds)
     first = milliseconds([one.first for one in streams], 0.5)
-    return server, count, round(tokens, 1), of_batch, first, milliseconds(steps, 0.5), milliseconds(steps, 0.95)
+    return server, count, round(tokens, 1), *of_batch, first, milliseconds(steps, 0.5), milliseconds(steps, 0.95)
 
 
 @click.command()
@@ -179,38 +202,45 @@ def main(
 ) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
-    most, width = max(counts), sum(counts) + 2
+    most, width = max(counts), 2 * sum(counts) + 2
+    scheduler = Scheduler(runtime, rows=most)
     texts = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT).tolist()
     rows, pressed, joined = [], [], []
     spawned = ProcessPoolExecutor(1, get_context("spawn"))  # a forked one would share this one's threads' locks
-    with server_here(runtime, most) as address, spawned as clients:
+    with server_here(scheduler) as address, spawned as clients:
 
         def asked(where: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> Round:
             return clients.submit(together, where, prompts, body).result()
 
+        def over_http(prompts: Sequence[list[int] | str], rounds: list[Round]) -> float:
+            rounds.append(asked(address, prompts, DENSE))
+            return rounds[-1][0]
+
         for size, count in enumerate(counts):
             pairs, ours, others = [], list[Round](), list[Round]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
-                prompts = texts[number][(before := sum(counts[:size])) : before + count]
-                alone = batched(runtime, prompts)
-                served = asked(address, prompts, DENSE)
-                theirs = [asked(beside, [*map(runtime.text.decode, prompts)], {})] if beside else []
-                if number:
-                    pairs.append(alone / served[0])
-                    ours, others = [*ours, served], others + theirs
-            rows.append(row("dash-export", count, round(median(pairs), 3), ours))
+                before = 2 * sum(counts[:size])
+                prompts, more = (texts[number][at : at + count] for at in (before, before + count))
+
+                by_itself = of_a_batch(number, partial(batched, runtime, more), partial(scheduled, scheduler, more))
+                served = of_a_batch(number, partial(batched, runtime, prompts), partial(over_http, prompts, ours))
+                pairs.append((by_itself, served))
+                if beside:
+                    others.append(asked(beside, [*map(runtime.text.decode, prompts)], {}))
+            shares = [round(median(of), 3) for of in zip(*pairs[1:], strict=True)]
+            rows.append(row("dash-export", count, shares, ours[1:]))
             if others:
-                rows.append(row("the other", count, "", others))
+                rows.append(row("the other", count, ("", ""), others[1:]))
         for prompts in texts[1:] if most > 1 else ():
             alone = asked(address, prompts[-1:], DENSE)[1][0].first
             joined.append((alone, *clients.submit(joining, address, prompts[: most - 1], prompts[-2]).result()))
-    heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
+    heads = ("streams", "tokens/s", "scheduler, of a batch", "all, of a batch", "first token ms", "token ms", "p95")
     print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
     if joined:
         apart, late = (milliseconds([each[place] for each in joined], 0.5) for place in (0, 1))
         still = [others for _, _, others in joined]
         print(f"First token of a new prompt: alone {apart} ms, while {min(still)} to {max(still)} decode {late} ms.")
-    limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
+    limit = pace or 1.1 * next((row[6] for row in rows if row[1] == 4), rows[-1][6])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
     with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:
         for count in counts:

@@ -4,6 +4,9 @@ grown in steps. One block fits on huge pages: at 4,096 cached tokens a decoded t
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import numpy as np
 import numpy.typing as npt
 
@@ -45,12 +48,13 @@ class KVCache(Sequences):
     def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
         super().__init__(sequences)
         self._model, self._step = model, step
-        self.capacity = capacity
-        shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
-        self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
-        self.keys, self.values = self._block[:, 0], self._block[:, 1]
-        self.nbytes = self._block.nbytes
         self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim
+        shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
+        self._hold(np.zeros(shape, np.float32))
+
+    def _hold(self, block: npt.NDArray[np.float32]) -> None:
+        self._block, self.capacity, self.nbytes = block, block.shape[4], block.nbytes
+        self.keys, self.values = block[:, 0], block[:, 1]
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens of every sequence, rounded up to a multiple of the step. Where that is more than
@@ -66,8 +70,17 @@ class KVCache(Sequences):
         vars(self).update(vars(larger))
 
     def alone(self, index: int) -> KVCache:
-        """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length."""
-        twin = KVCache(self._model, self._step, capacity=self.lengths[index])
+        """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length. It is kept, not
+        computed with, in a mapping of its own: many sizes that come and go leave gaps between what `malloc` places.
+        Raises MemoryError.
+        """
+        twin, capacity = KVCache(self._model, self._step), self.lengths[index]
+        shape = (*self._block.shape[:2], 1, self._block.shape[3], capacity, self._block.shape[5])
+        try:
+            memory = mmap.mmap(-1, max(1, capacity * self.position_nbytes))
+        except OSError as error:
+            raise MemoryError(str(error)) from error
+        twin._hold(np.frombuffer(memory, np.float32, math.prod(shape)).reshape(shape))
         twin.take(0, self, index)
         return twin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,3 +111,24 @@ def test_over_long_caches_passes_are_shorter(runtime: DashRuntime, monkeypatch: 
     monkeypatch.setattr(decode, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
     np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
     assert sizes == [15, 15, 10]
+
+
+def test_a_kept_sequence_leaves_no_gap_in_the_heap(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It equals the sequence and has a mapping of its own, which the system takes back with the array."""
+    live = runtime.session()
+    live.prefill(random_ids(9))
+    kept = live.cache.alone(0)
+    np.testing.assert_array_equal(kept.keys, live.cache.keys[..., :9, :])
+    np.testing.assert_array_equal(kept.values, live.cache.values[..., :9, :])
+    assert (kept.length, kept.capacity, kept.nbytes) == (9, 9, 9 * live.cache.position_nbytes)
+    memory = kept.keys
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    assert isinstance(memory.obj if isinstance(memory, memoryview) else memory, mmap.mmap)
+
+    def full(*_: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(MemoryError):
+        live.cache.alone(0)

@@ -204,7 +204,9 @@ def main(
     counts = [int(size) for size in sizes.split(",")]
     most, width = max(counts), 2 * sum(counts) + 2
     scheduler = Scheduler(runtime, rows=most)
-    texts = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT).tolist()
+    ids = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT)
+    ids[..., 0] = 1000 + np.arange(ids[..., 0].size).reshape(ids.shape[:2])  # the text repeats: no prompt may be known
+    texts = ids.tolist()
     rows, pressed, joined = [], [], []
     spawned = ProcessPoolExecutor(1, get_context("spawn"))  # a forked one would share this one's threads' locks
     with server_here(scheduler) as address, spawned as clients:

@@ -2,15 +2,18 @@
 
     serve run dash_export.serve.ray:app bundle=/models/my.dash replicas=2
 
-Ray gives each request to the less busy of two random replicas. Each replica has a cache of prompt prefixes of its own.
+Each request goes to the less busy of two random replicas. Each replica has a cache of prompt prefixes of its own.
 """
 
 # No postponed annotations: Ray turns the command line's texts into AppArguments only where it sees the class itself.
 import os
+import random
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 from starlette.applications import Starlette
 
 from dash_export.runtime import DashRuntime
@@ -36,6 +39,20 @@ class AppArguments(BaseModel):
     deadline: float | None = Field(None, gt=0)
 
 
+class EveryNode(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is not there where this is checked
+    """Router of requests to the replicas of all nodes. Ray's own asks those of other nodes only when the replicas of
+    the address's own node refuse, and these have a long queue.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Return two of the replicas, of which Ray takes the less busy one."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # if both refuse, ask again a little later
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+
+
 def app(given: AppArguments) -> Application:
     """Build the Ray Serve application."""
     key, together = os.environ.get("DASH_EXPORT_API_KEY") or None, given.rows or ROWS
@@ -56,6 +73,7 @@ def app(given: AppArguments) -> Application:
         name="dash",
         max_ongoing_requests=together + given.waiting + 1,
         ray_actor_options={"num_cpus": given.cpus},
+        request_router_config=RequestRouterConfig(request_router_class=EveryNode),
         **many,
     )
     return deployment.bind()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -23,11 +24,13 @@ def on_ray(bundle: Path) -> Iterator[str]:
 
     assert signature(app).parameters["given"].annotation is AppArguments, "`serve run` would hand it a dict"
     port = free_port()
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few beside other work
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # one proxy: two would share the port here, and Ray ends that of a node that has no replica any more
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(app(AppArguments(bundle=str(bundle), target="cpu-fp32", replicas=2, rows=2)), name="dash")
         yield f"http://127.0.0.1:{port}"
     finally:

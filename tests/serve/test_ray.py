@@ -36,8 +36,12 @@ def test_answers(address: str, tiny_runtime: Callable[..., DashRuntime]) -> None
         reply = httpx.post(f"{address}/v1/completions", json=ASKED | DENSE, timeout=60)
         return str(reply.json()["choices"][0]["text"])
 
+    before = {replica: ticks(replica) for replica in replicas()}
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(ask, range(16))) == {expected}
+        assert set(pool.map(ask, range(64))) == {expected}
+    spent = [ticks(replica) - begun for replica, begun in before.items()]
+    assert len(spent) == 2
+    assert min(spent) > 0.3 * max(spent), "one replica did the work of both"
     with httpx.stream("POST", f"{address}/v1/completions", json=ASKED | DENSE | {"stream": True}, timeout=60) as reply:
         lines = [line for line in reply.iter_lines() if line]
     assert len(lines) > 30
@@ -120,3 +124,9 @@ def replicas() -> list[int]:
         except OSError:
             continue
     return found
+
+
+def ticks(process: int) -> int:
+    """Processor time that a process has used, in clock ticks (10 ms)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -28,7 +28,7 @@ class CpuBackend(Backend):
     """Engines that share the RoPE tables. ONNX Runtime packs weights for this machine's kernels at loading."""
 
     on_device = False
-    revision = 20
+    revision = 21
 
     def require(self) -> None:
         require_backend(self.recipe.backend)

@@ -121,7 +121,7 @@ class OrtWriter(ProductWriter):
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
         table, bits = self.array(EMBED_WEIGHT), BITS[self.recipe.embedding]
         # The quantiser makes blocks along the first axis of [in, out], so the table's rows are passed as columns.
-        block, (codes, scales, zeros) = self.quantized(np.ascontiguousarray(table.T), bits)
+        block, (codes, scales, zeros) = self.quantized("embed", np.ascontiguousarray(table.T), bits)
         packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
         options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)

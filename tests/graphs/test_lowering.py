@@ -14,7 +14,7 @@ from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
-from dash_export.graphs.ort_products import quantize_block
+from dash_export.graphs.ort_products import eight_bit_block, quantize_block
 from dash_export.graphs.rounded import weight_precision
 from dash_export.targets import WeightsRecipe
 from tests.tiny import random_ids, tiny_bundle, tiny_checkpoint, tiny_policy
@@ -55,13 +55,25 @@ def test_layers(built: tuple[str, Graphs, set[str]]) -> None:
 
 
 def test_codes_of_8_bits_are_symmetric(built: tuple[str, Graphs, set[str]]) -> None:
-    """Only those of 4 bits have zero points, which follow the inputs, codes and scales."""
+    """Only those of 4 bits have zero points, which follow the inputs, codes and scales. The others' blocks are as long
+    as divides the rows, but what enters `down_proj` is too uneven for 128.
+    """
     products = [node for graph in built[1].values() for node in graph.node if node.op_type == "MatMulNBits"]
     for node in products:
         numbers = {item.name: item.i for item in node.attribute}
         assert bool([*node.input, ""][3]) == (numbers["bits"] == 4)
-        assert numbers["block_size"] == (32 if numbers["bits"] == 8 and numbers["K"] % 64 else 64)
+        sizes = (64, 32) if "down_proj" in node.name else (128, 64, 32)
+        fitting = next(size for size in sizes if numbers["K"] % size == 0)
+        assert numbers["block_size"] == (64 if numbers["bits"] == 4 else fitting)
     assert bool(products) == (built[0] != "fp32")
+
+
+@pytest.mark.parametrize(
+    ("rows", "node", "block"),
+    [(896, "gate_proj+up_proj", 128), (4864, "down_proj", 64), (576, "o_proj", 64), (96, "logits", 32), (48, "p", 16)],
+)
+def test_blocks_of_8_bits(rows: int, node: str, block: int) -> None:
+    assert eight_bit_block(rows, f"layer_00/mlp/{node}") == block
 
 
 def test_a_bypass_leaves_the_cache_to_the_host(built: tuple[str, Graphs, set[str]]) -> None:

@@ -227,8 +227,7 @@ class Scheduler:
                 self._prefill()
                 if self._rows.rows:
                     self._decode(time.perf_counter() - began)
-                    weight = WEIGHT if self._seconds else 1.0
-                    self._seconds += weight * (time.perf_counter() - began - self._seconds)
+                    self._seconds += (WEIGHT if self._seconds else 1.0) * (time.perf_counter() - began - self._seconds)
             except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
@@ -267,8 +266,7 @@ class Scheduler:
             turn, session = ticket.turn, self._prompt
             if turn is None:
                 sampling, size = ticket.request.sampling, len(ticket.ids)
-                turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
-                ticket.turn = turn
+                turn = ticket.turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
                 self.figures["known_tokens"] += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
             size = session.next_pass_length(len(ticket.ids) - done)
@@ -348,5 +346,4 @@ class Scheduler:
             ticket.turn = ticket.guide = None  # free megabytes: the client may hold the ticket for long
 
     def _late(self) -> DeadlineError:
-        why = "The server is closing." if self._closing else "The time that this request had is over."
-        return DeadlineError(why)
+        return DeadlineError("The server is closing." if self._closing else "The time that this request had is over.")

@@ -25,7 +25,7 @@ Graphs = dict[str, onnx.GraphProto]
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Graphs, set[str]]:
     """The weights' precision; every engine's graph, without weights; the files of the build."""
-    bundle = Bundle.open(tiny_bundle(tmp_path_factory.mktemp("lowered"), form="linear"))
+    bundle = Bundle.open(tiny_bundle(tmp_path_factory.mktemp("lowered"), form="linear", intermediate_size=256))
     made = build(bundle, "cpu", weights=request.param)
     files = {name: bundle.path(engine.file) for name, engine in made.engines.items()}
     graphs = {name: onnx.load(file, load_external_data=False).graph for name, file in files.items()}
@@ -55,16 +55,13 @@ def test_layers(built: tuple[str, Graphs, set[str]]) -> None:
 
 
 def test_codes_of_8_bits_are_symmetric(built: tuple[str, Graphs, set[str]]) -> None:
-    """Only those of 4 bits have zero points, which follow the inputs, codes and scales. The others' blocks are as long
-    as divides the rows, but what enters `down_proj` is too uneven for 128.
-    """
+    """Only those of 4 bits have zero points, which follow the inputs, codes and scales."""
     products = [node for graph in built[1].values() for node in graph.node if node.op_type == "MatMulNBits"]
     for node in products:
         numbers = {item.name: item.i for item in node.attribute}
         assert bool([*node.input, ""][3]) == (numbers["bits"] == 4)
-        sizes = (64, 32) if "down_proj" in node.name else (128, 64, 32)
-        fitting = next(size for size in sizes if numbers["K"] % size == 0)
-        assert numbers["block_size"] == (64 if numbers["bits"] == 4 else fitting)
+        fitting = 64 if numbers["bits"] == 4 else eight_bit_block(numbers["K"], node.name)
+        assert numbers["block_size"] == fitting
     assert bool(products) == (built[0] != "fp32")
 
 

@@ -104,7 +104,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return OpenAI's usage of all answers to one prompt, which counts once, and in `dash` what was skipped."""
     prompt, tokens = answers[0].statistics.prompt_tokens, sum(answer.statistics.tokens for answer in answers)
     counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-    return counts | {"dash": dash(answers)}
+    return counts | {"prompt_tokens_details": {"cached_tokens": answers[0].ticket.known}, "dash": dash(answers)}
 
 
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class _Reply:
             said = usage(self.running.answers)
             known["usage"] = {
                 "input_tokens": said["prompt_tokens"],
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": said["prompt_tokens_details"],
                 "output_tokens": said["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": said["total_tokens"],

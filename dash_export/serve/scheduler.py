@@ -267,7 +267,8 @@ class Scheduler:
             if turn is None:
                 sampling, size = ticket.request.sampling, len(ticket.ids)
                 turn = ticket.turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
-                self.figures["known_tokens"] += self._prefixes.restore(session, ticket.ids)
+                ticket.known = self._prefixes.restore(session, ticket.ids)
+                self.figures["known_tokens"] += ticket.known
             done = len(session.tokens)
             size = session.next_pass_length(len(ticket.ids) - done)
             if size > left:

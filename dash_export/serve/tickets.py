@@ -54,6 +54,8 @@ class Ticket:
     turn: Turn | None = None
     alone: SessionRules | None = None
     """Rules for steps in which this is the only row, where its request has no setting."""
+    known: int = 0
+    """Tokens of the prompt that were not computed again."""
 
     @property
     def late(self) -> bool:

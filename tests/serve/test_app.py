@@ -90,6 +90,22 @@ def test_completions(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens or []] == whole.tokens
 
 
+def test_usage_says_what_was_known(client: openai.OpenAI) -> None:
+    """Whole tiles of 16 tokens of an earlier prompt are not computed again, in any form of the API."""
+    asked: dict[str, Any] = {"prompt": [*range(90, 30, -1)], "max_tokens": 2, "extra_body": DENSE} | GREEDY
+    for known in (0, 48):
+        usage = client.completions.create(**asked).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == known
+    said = [
+        client.responses.create(input="so it goes, " * 6, model="tiny", max_output_tokens=2, extra_body=DENSE).usage
+        for _ in range(2)
+    ]
+    cached, tokens = said[1].input_tokens_details.cached_tokens, said[1].input_tokens  # type: ignore[union-attr]
+    assert said[0].input_tokens_details.cached_tokens < cached == (tokens - 1) // 16 * 16  # type: ignore[union-attr]
+
+
 def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
     reply = client.chat.completions.create(
         messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=3, extra_body=DENSE, **GREEDY

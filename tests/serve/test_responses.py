@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -139,8 +140,7 @@ def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.Mo
         return [json.loads(event.partition("data: ")[2]) async for event in responses._events(reply)]
 
     monkeypatch.setattr(responses, "answer_tokens", merged)
-    monkeypatch.setattr(responses, "usage", lambda _: dict.fromkeys(
-        ("prompt_tokens", "completion_tokens", "total_tokens", "dash")))  # fmt: skip
+    monkeypatch.setattr(responses, "usage", lambda _: defaultdict(int))
     request = responses.ResponsesRequest.model_validate({"input": "x", "tools": [TOOL_FLAT]})
     begun: Any = SimpleNamespace(
         common={"created": 1, "model": "m"}, answers=[SimpleNamespace(text=text, finish_reason="stop")]

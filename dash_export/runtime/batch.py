@@ -104,7 +104,7 @@ class Batch:
         try:
             ids = self.checked(prompt, max_tokens)
             max_tokens = answer_length(len(ids), max_tokens, self.engines.model.max_positions)
-            turn = Turn(session.text, sampling, max_tokens, len(ids))
+            turn = Turn(session.text, sampling, max_tokens, len(ids), after=int(ids[-1]))
             logits = session.restart(ids)
             return self.rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
         except (DashError, MemoryError) as error:

@@ -109,12 +109,12 @@ class Score:
         return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
 
 
-def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
-    """Return how many tokens an answer to `prompt` tokens may have. `max_tokens` None: MAX_TOKENS, or what the `free`
+def answer_length(prompt: int, max_tokens: int | None, free: int, most: int = MAX_TOKENS) -> int:
+    """Return how many tokens an answer to `prompt` tokens may have. `max_tokens` None: `most`, or what the `free`
     positions allow. Raises RequestError, and ContextLengthError where prompt and answer do not fit together.
     """
     if max_tokens is None:
-        max_tokens = max(1, min(MAX_TOKENS, free - prompt))
+        max_tokens = max(1, min(most, free - prompt))
     if max_tokens < 1:
         raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
     check_room(prompt, max_tokens, free)
@@ -154,12 +154,20 @@ class Turn:
     """Sampler, text and figures of one answer. Its clock starts when it is made."""
 
     def __init__(
-        self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int, guide: Guide | None = None
+        self,
+        text: Text,
+        sampling: Sampling,
+        max_tokens: int,
+        prompt_tokens: int,
+        guide: Guide | None = None,
+        after: int | None = None,
     ) -> None:
-        """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already."""
+        """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already.
+        `after`: the prompt's last token, where the answer goes on with its text.
+        """
         self._text, self._max_tokens = text, max_tokens
         self._logprobs = sampling.logprobs
-        self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
+        self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop, after)
         self._guide = guide
         if guide is None and sampling.grammar is not None:
             self._guide = text.guides.guide(sampling.grammar)

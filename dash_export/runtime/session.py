@@ -108,7 +108,7 @@ class Session:
         ids = self.text.chat(messages, self.engines.model.max_positions)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refuse before the cache is rewound
         self.rewind_to(ids)
-        return self._begin(ids[len(self.tokens) :], max_tokens, sampling)
+        return self._begin(ids[len(self.tokens) :], max_tokens, sampling, continues=False)
 
     @check_arguments
     def stream(
@@ -120,15 +120,20 @@ class Session:
         self._cancelled = False
         return self._begin(prompt, max_tokens, sampling)
 
-    def _begin(self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None) -> Iterator[Response]:
+    def _begin(
+        self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None, continues: bool = True
+    ) -> Iterator[Response]:
         ids = np.concatenate([np.array(self._pending, np.int64), self.checked_ids(prompt)])
         max_tokens = answer_length(len(ids), max_tokens, self.context_left)
         self._streams += 1
-        return self._stream(self._streams, ids, max_tokens, sampling or Sampling())
+        after = int(ids[-1]) if continues else None
+        return self._stream(self._streams, ids, max_tokens, sampling or Sampling(), after)
 
-    def _stream(self, number: int, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
+    def _stream(
+        self, number: int, ids: TokenIds, max_tokens: int, sampling: Sampling, after: int | None
+    ) -> Iterator[Response]:
         self._check_newest(number)
-        turn = Turn(self.text, sampling, max_tokens, len(ids))
+        turn = Turn(self.text, sampling, max_tokens, len(ids), after=after)
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
         actions = np.zeros(self.engines.model.num_layers, np.int8)
         while True:

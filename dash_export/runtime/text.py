@@ -143,9 +143,12 @@ def _check_letters(letters: int, limit: int) -> None:
 class TextStream:
     """Stream of token ids -> text that is certain: whole characters, and nothing that may begin a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: int | None = None) -> None:
+        """`after`: the token that the text goes on from. SentencePiece's decoders drop the space of a first token."""
         self._tokenizer = tokenizer
         self._decode = DecodeStream(skip_special_tokens=True)
+        if after is not None and "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode([after]):  # part of a character
+            self._decode.step(tokenizer, after)
         self._stop = tuple(stop)
         self._held = ""
         self._last: int | None = None

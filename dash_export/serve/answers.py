@@ -72,13 +72,14 @@ class Answer:
         inbox: Inbox,
         guide: Guide | None,
         ended: Callable[[Answer], None],
+        began: float,
     ) -> None:
-        """Submit the request. Raises what `Scheduler.submit` raises."""
+        """Submit the request, which came at `began` of `time.perf_counter`. Raises what `Scheduler.submit` raises."""
         self.scheduler, self._ended = scheduler, ended
         self.text, self.finish_reason, self.error_type, self.statistics = "", "", "", Statistics()
         self.actions = list[Any]()
         """Skip map of the decoded tokens. The first token is not in it: it comes from the prefill."""
-        self.began = self.first = self.last = time.perf_counter()
+        self.began = self.first = self.last = began
         self.ticket = scheduler.submit(request, partial(inbox.put, self), guide)
 
     def record(self, response: Response, seconds: float) -> None:
@@ -96,6 +97,8 @@ class Answer:
 
     def close(self) -> None:
         """Cancel what is left of the answer."""
+        if not self.finish_reason and not self.error_type:
+            self.error_type, self.last = "cancelled", time.perf_counter()
         self.scheduler.cancel(self.ticket)
         self._ended(self)
 
@@ -110,9 +113,9 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return layers and times of the answers; `time_of_dense` is a fraction of dense by the build's cost table."""
     runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
-    steps, seconds = sum(each.decode_steps for each in said), said[0].decode_seconds
-    if len(answers) > 1:  # answers may have waited for others: take the time of all
-        seconds = max(answer.last for answer in answers) - min(answer.first for answer in answers)
+    steps = sum(each.decode_steps for each in said)
+    # On the clock: answers wait for each other, and for prompts of others.
+    seconds = max(answer.last for answer in answers) - min(answer.first for answer in answers)
     told: dict[str, Any] = {
         "layers_per_token": round(sum(each.layers for each in said) / steps, 3) if steps else 0.0,
         "tokens_per_second": round(steps / seconds, 2) if seconds else 0.0,

@@ -35,6 +35,7 @@ from dash_export.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).with_name("page.html")
 _PORTS = {"http": 80, "https": 443}
+_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 AUTO = "auto"
 """Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
@@ -100,7 +101,7 @@ class Server:
             except HttpError as error:
                 return _error(error)
             except DashError as error:
-                return _error(http_error(error))
+                return _error(http_error(error, _PROMPTS.get(http.url.path, "messages")))
             except ClientDisconnect:
                 return Response(status_code=499)
 

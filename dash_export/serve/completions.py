@@ -37,11 +37,11 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     async with parsed_request(server, ChatRequest, http) as (request, size):
         running = await begin_chat(server, request, size)
 
+    def chances(each: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        return {"content": [entries[0] | {"top_logprobs": entries[1:]} for entries in each if entries]}
+
     def chance(token: Token) -> dict[str, Any] | None:
-        if not request.logprobs:
-            return None
-        entries = running.logprobs(token)
-        return {"content": [entries[0] | {"top_logprobs": entries[1:]}] if entries else []}
+        return chances([running.logprobs(token)]) if request.logprobs else None
 
     if request.stream:
         begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -52,11 +52,10 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            content = [entry for token in tokens for entry in (chance(token) or {}).get("content", [])]
-            words, calls = split_calls(answer.text) if request.given_tools() else (answer.text, [])
+            words, calls = split_calls(answer.text, request.parallel) if request.given_tools() else (answer.text, [])
             message = {"role": "assistant", "content": words or (None if calls else "")}
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
-            choice |= {"logprobs": {"content": content} if request.logprobs else None}
+            choice |= {"logprobs": chances(running.likelihoods(answer, tokens)) if request.logprobs else None}
             choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
         return JSONResponse(running.common | {"object": "chat.completion", "choices": choices} | _figures(running))
 
@@ -74,14 +73,16 @@ def _ended(reason: str, calls: list[Any]) -> str:
 
 def _chat_chunks(running: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]) -> Chunks:
     words = [TextBeforeCalls() for _ in running.answers]
-    tools = isinstance(running.asked, ChatRequest) and bool(running.asked.given_tools())
+    asked = running.asked
+    tools = isinstance(asked, ChatRequest) and bool(asked.given_tools())
+    parallel = isinstance(asked, ChatRequest) and asked.parallel
 
     def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         skips = running.skips(token)
         if token.finish_reason is not None:
-            rest, calls = split_calls(words[index].held)
+            rest, calls = split_calls(words[index].held, parallel)
             if text + rest or choice["logprobs"]:
                 yield {"choices": [choice | {"delta": {"content": text + rest}}], **skips}
                 skips = {}
@@ -103,7 +104,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
 
         def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
             reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
-            logprobs = None if request.logprobs is None else _likelihoods(running, [token])
+            logprobs = None if request.logprobs is None else _likelihoods([running.logprobs(token)])
             choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
             yield {"choices": [choice], **running.skips(token)}
 
@@ -113,7 +114,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            likely = None if request.logprobs is None else _likelihoods(running, tokens)
+            likely = None if request.logprobs is None else _likelihoods(running.likelihoods(answer, tokens))
             reason = _FINISH[answer.finish_reason]
             choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
         return JSONResponse(running.common | {"object": "text_completion", "choices": choices} | _figures(running))
@@ -121,12 +122,13 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     return await asyncio.to_thread(whole)
 
 
-def _likelihoods(running: RunningAnswers, tokens: list[Token]) -> dict[str, Any]:
-    each = [entries for token in tokens if (entries := running.logprobs(token))]
+def _likelihoods(found: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    each = [entries for entries in found if entries]
     return {
         "tokens": [entries[0]["token"] for entries in each],
         "token_logprobs": [entries[0]["logprob"] for entries in each],
-        "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
+        # Of entries with the same text, parts of a character, the likeliest stays.
+        "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[:0:-1]} for entries in each],
     }
 
 

@@ -81,12 +81,12 @@ class HttpError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def http_error(error: DashError) -> HttpError:
-    """Return the error that a client gets for `error`. An error that is not the client's is logged, and the client gets
-    MISTAKE instead of its text, unless the text is NO_MEMORY or NOT_NUMBERS.
+def http_error(error: DashError, prompt: str = "messages") -> HttpError:
+    """Return the error that a client gets for `error`; `prompt`: the field that has the prompt. An error that is not
+    the client's is logged, and the client gets MISTAKE instead of its text, unless that is NO_MEMORY or NOT_NUMBERS.
     """
     if isinstance(error, ContextLengthError):
-        return HttpError(400, str(error), "messages", "context_length_exceeded")
+        return HttpError(400, str(error), prompt, "context_length_exceeded")
     for kind, status in ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400)):
         if isinstance(error, kind):
             return HttpError(status, str(error))
@@ -130,7 +130,7 @@ class Dash(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ContentPart(BaseModel):
@@ -229,13 +229,13 @@ class Generation(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = None
     stop: str | Annotated[list[str], Few] | None = None
-    n: int = Field(1, ge=1, le=16)
-    stream: bool = False
+    n: int | None = Field(1, ge=1, le=16)
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     suffix: None = None
-    best_of: Literal[1] = 1
+    best_of: Literal[1] | None = 1
     functions: None = None
     function_call: None = None
     dash: Dash = Field(default_factory=Dash)
@@ -266,12 +266,12 @@ class ChatRequest(Generation):
     operation: ClassVar[str] = "chat"
     messages: Annotated[list[Message], Few] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Few] = Field(default_factory=list)
     tool_choice: Choice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = True
 
     @field_validator("messages")
     @classmethod
@@ -286,11 +286,16 @@ class ChatRequest(Generation):
     def grammar(self, tokenizer: Tokenizer) -> str | None:
         schema = None if self.response_format is None else self.response_format.wanted()
         marked = None not in map(tokenizer.token_to_id, (BEGIN, END))
-        return calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls, marked, schema)
+        return calls_grammar(self.tools, self.tool_choice, self.parallel, marked, schema)
 
     def given_tools(self) -> list[dict[str, Any]]:
         """Return the tools as chat templates expect them."""
         return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether an answer may have several calls."""
+        return self.parallel_tool_calls is not False
 
     @property
     def most_tokens(self) -> int | None:
@@ -302,7 +307,7 @@ class CompletionRequest(Generation):
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt), WithJsonSchema(_PROMPT)]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] = False
+    echo: Literal[False] | None = False
     response_format: None = None
     tools: None = None
     max_tokens: int | None = Field(16, ge=1, le=MOST)

@@ -37,22 +37,26 @@ class InputItem(BaseModel):
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | None = None
+    output: str | Annotated[list[ContentPart], Few] | None = None
 
     def message(self) -> dict[str, Any]:
         """Return the item as a message of a chat. Raises RequestError."""
         if self.type == "function_call_output":
-            return {"role": "tool", "tool_call_id": self.call_id, "content": self.output or ""}
+            return {"role": "tool", "tool_call_id": self.call_id, "content": _texts(self.output) or ""}
         if self.type == "function_call":
             function = {"name": self.name or "", "arguments": self.arguments or "{}"}
             call = {"id": self.call_id or "", "type": "function", "function": function}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         if self.role is None:
             raise RequestError("input: a message has a role.")
-        content: Any = self.content
-        if isinstance(content, list):  # texts have other types here: input_text, output_text
-            content = [{"type": part.type if part.text is None else "text", "text": part.text} for part in content]
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": _texts(self.content)}
+
+
+def _texts(content: str | list[ContentPart] | None) -> Any:
+    """Return content with its texts as chats have them; here their types are input_text and output_text."""
+    if isinstance(content, list):
+        return [{"type": part.type if part.text is None else "text", "text": part.text} for part in content]
+    return content
 
 
 class FlatTool(Function):
@@ -82,16 +86,17 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stream: bool = False
+    stream: bool | None = False
     text: TextOptions = Field(default_factory=TextOptions)
     tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = True
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
-    background: Literal[False] = False
-    top_logprobs: Literal[0] = 0
+    background: Literal[False] | None = False
+    top_logprobs: Literal[0] | None = 0
     dash: Dash = Field(default_factory=Dash)
 
     def chat(self) -> ChatRequest:
@@ -156,8 +161,8 @@ class _Reply:
             "error": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "metadata": {},
-            "parallel_tool_calls": request.parallel_tool_calls,
+            "metadata": request.metadata or {},
+            "parallel_tool_calls": chat.parallel,
             "previous_response_id": None,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -191,7 +196,7 @@ class _Reply:
 
     def output(self, text: str) -> list[dict[str, Any]]:
         """Return the output items: a message, unless the answer consists of calls only, and then the calls."""
-        words, calls = split_calls(text) if self._tools else (text, [])
+        words, calls = split_calls(text, self._common["parallel_tool_calls"]) if self._tools else (text, [])
         items = [] if calls and not words else [self.item(self.ended(), words)]
         for call in calls:
             known = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "status": "completed"}

@@ -74,11 +74,21 @@ class RunningAnswers:
         found = []
         for one, logprob in token.logprobs:
             if one not in self._pieces:
-                self._pieces[one] = text.tokenizer.decode([one], skip_special_tokens=False)
+                first = text.encode("a", special=False)[-1:]  # SentencePiece's decoders drop the space of a first token
+                before, both = (text.tokenizer.decode(ids, skip_special_tokens=False) for ids in (first, [*first, one]))
+                self._pieces[one] = both.removeprefix(before)
             piece = self._pieces[one]
             whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is part of a character
             found.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode()) if whole else None})
         return found
+
+    def likelihoods(self, answer: Answer, tokens: list[Token]) -> list[list[dict[str, Any]]]:
+        """Return the logprobs of a whole answer's tokens, without those of a stop string, which is no part of it."""
+        text, ids = self.scheduler.runtime.text, [token.token for token in tokens]
+        stopped = self.asked.stop and answer.finish_reason == "stop"
+        while stopped and ids and len(text.decode(ids[:-1])) >= len(answer.text):
+            ids.pop()
+        return [entries for token in tokens[: len(ids)] if (entries := self.logprobs(token))]
 
 
 async def begin(
@@ -92,10 +102,11 @@ async def begin(
     """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; `size` of the body
     in bytes says how long that may take. Raises HttpError and DashError.
     """
+    began = time.perf_counter()
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
     sampling = asked.sampling(logprobs)
-    guides: list[Guide | None] = [None] * asked.n
+    guides: list[Guide | None] = [None] * (asked.n or 1)
     scheduler.check_queue()
 
     def prepare() -> tuple[TokenIds, Sampling]:
@@ -108,13 +119,16 @@ async def begin(
 
     threads = server.long if size > LONG_BYTES else server.guided if asked.guided() else None
     ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
-    answers, inbox = list[Answer](), Inbox(asked.stream)
+    answers, inbox = list[Answer](), Inbox(bool(asked.stream))
+    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - began)
+    if max_tokens is None and logprobs is not None:
+        max_tokens = max(1, min(LIKELY // ((logprobs + 1) * len(guides)), scheduler.context - len(ids)))
     try:
         for place, guide in enumerate(guides):
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
-            request = Request(ids, max_tokens, own, setting, server.deadline)
+            request = Request(ids, max_tokens, own, setting, deadline, asked.operation != "chat")
             ended = partial(server.metrics.answered, asked.operation, name)
-            answers.append(Answer(scheduler, request, inbox, guide, ended))
+            answers.append(Answer(scheduler, request, inbox, guide, ended, began))
         guides.clear()
         likely = 0 if logprobs is None else (logprobs + 1) * sum(answer.ticket.max_tokens for answer in answers)
         if likely > LIKELY:

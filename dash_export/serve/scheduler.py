@@ -134,7 +134,7 @@ class Scheduler:
         runtime = self.runtime
         ids = self.ids(request.prompt)
         try:
-            max_tokens = answer_length(len(ids), request.max_tokens, self.context)
+            max_tokens = answer_length(len(ids), request.max_tokens, self.context, self.context)
         except ContextLengthError as error:
             if self.context == runtime.engines.model.max_positions:
                 raise
@@ -238,7 +238,7 @@ class Scheduler:
         self._rows.clear()
         self._prompt.reset()
         for ticket in [*self._live]:
-            self._tell(ticket, self._rows.failed(error))
+            self._tell(ticket, self._rows.failed(error, None if ticket.turn is None else ticket.turn.statistics))
 
     def _prefill(self) -> None:
         """Prefill one pass; where no row waits for it, further prompts too, up to a chunk of tokens in all."""
@@ -265,8 +265,9 @@ class Scheduler:
         try:
             turn, session = ticket.turn, self._prompt
             if turn is None:
-                sampling, size = ticket.request.sampling, len(ticket.ids)
-                turn = ticket.turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
+                asked, text, size = ticket.request, self.runtime.text, len(ticket.ids)
+                after = int(ticket.ids[-1]) if asked.continues else None
+                turn = ticket.turn = Turn(text, asked.sampling, ticket.max_tokens, size, ticket.guide, after)
                 ticket.known = self._prefixes.restore(session, ticket.ids)
                 self.figures["known_tokens"] += ticket.known
             done = len(session.tokens)
@@ -333,10 +334,9 @@ class Scheduler:
     def _tell(self, ticket: Ticket, response: Response) -> None:
         if response.finish_reason is not None:
             self._live.pop(ticket, None)
-            statistics = response.statistics
-            self.figures["prompt_tokens"] += statistics.prompt_tokens
-            self.figures["tokens"] += statistics.tokens
-            self.figures["finished" if response.error is None else "failed"] += 1
+            said, ended = response.statistics, "finished" if response.error is None else "failed"
+            ended = "cancelled" if ticket.cancelled else ended
+            self.figures.update({"prompt_tokens": said.prompt_tokens, "tokens": said.tokens, ended: 1})
         try:
             ticket.tell(response)
         except Exception:  # an error of the client must not end other answers

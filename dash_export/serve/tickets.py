@@ -27,8 +27,9 @@ class DeadlineError(RequestError):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how to answer it. `setting` None: the scheduler chooses one at every step. `deadline`: seconds from
-    `submit` on.
+    """A prompt, and how to answer it. `max_tokens` None: as many as there is room for. `setting` None: the scheduler
+    chooses one at every step. `deadline`: seconds from `submit` on. `continues`: the answer goes on with the prompt's
+    text, as that of a chat does not.
     """
 
     prompt: Prompt
@@ -36,6 +37,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     setting: Setting | None = None
     deadline: float | None = None
+    continues: bool = True
 
 
 @dataclass(eq=False)

@@ -95,8 +95,10 @@ def _arguments(function: Function, place: int) -> dict[str, Any]:
     return given | {"$id": f"tool:{place}"}
 
 
-def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return an answer's text without its calls, and the calls as OpenAI has them. A broken call stays in the text."""
+def split_calls(text: str, parallel: bool = True) -> tuple[str, list[dict[str, Any]]]:
+    """Return an answer's text without its calls, and the calls as OpenAI has them; only the first one unless
+    `parallel`. A broken call stays in the text.
+    """
     calls: list[dict[str, Any]] = []
     words, at = "", 0
     while (start := text.find(BEGIN, at)) >= 0:
@@ -106,7 +108,7 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         calls += [] if call is None else [call]
         at = begun + size
     words += text[at:]
-    return (words.strip() if calls else words), calls
+    return (words.strip() if calls else words), calls if parallel else calls[:1]
 
 
 def _no_number(said: str) -> None:

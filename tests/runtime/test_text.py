@@ -6,21 +6,25 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from dash_export import DashRuntime
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import BundleError, ContextLengthError, RequestError
+from dash_export.runtime import results
 from dash_export.runtime import text as text_module
 from dash_export.runtime.text import Text, TextStream
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 from tests.models.helpers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -59,6 +63,40 @@ def test_bytes_that_are_no_text_end_no_answer() -> None:
     out = TextStream(tokenizer)
     pieces = [out.push(token) for token in (2, 0, 1, 2, 2, 0, 2)]
     assert "".join([*pieces, out.finish()]) == "a\n\ufffdaa\na"
+
+
+def sentence_pieces() -> Tokenizer:
+    """Tokens "a", " it", " goes" as SentencePiece has them; a first token's space is not told."""
+    tokenizer = Tokenizer(BPE({"a": 0, "▁it": 1, "▁goes": 2}, []))
+    tokenizer.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def test_a_text_that_goes_on_keeps_its_space() -> None:
+    assert TextStream(sentence_pieces()).push(2) == "goes"
+    assert TextStream(sentence_pieces(), after=1).push(2) == " goes"
+    (*_, byte), (letter,) = TOKENIZER.encode("é").ids, TOKENIZER.encode("a").ids
+    assert TextStream(TOKENIZER, after=byte).push(letter) == "a", "a part of a character is no text"
+
+
+def test_only_a_chat_begins_a_text(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = list[int | None]()
+
+    class Noted(TextStream):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            after.append(given[2])
+
+    monkeypatch.setattr(results, "TextStream", Noted)
+    session, scheduler = runtime.session("dense"), Scheduler(runtime, rows=1)
+    session.generate([5, 7], 2)
+    list(session.chat([{"role": "user", "content": "x"}], 2))
+    list(runtime.batch(1).stream([[5, 8]], 2))
+    scheduler.start()
+    list(scheduler.stream(Request([5, 9], 2)))
+    list(scheduler.stream(Request([5, 9], 2, continues=False)))
+    scheduler.close()
+    assert after == [7, None, 8, 9, None]
 
 
 @given(st.text("ab<>é", max_size=30), st.text("ab<>é", min_size=1, max_size=5))

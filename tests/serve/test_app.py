@@ -119,6 +119,38 @@ def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert len(content) == 5
 
 
+def test_logprobs_are_of_the_answer(client: openai.OpenAI) -> None:
+    """Not of the stop string after it."""
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "extra_body": DENSE} | GREEDY
+
+    def said(**more: Any) -> tuple[list[str], str]:
+        (choice,) = client.chat.completions.create(**asked, **more).choices
+        assert choice.logprobs is not None
+        return [entry.token for entry in choice.logprobs.content or []], choice.message.content or ""
+
+    pieces, text = said()
+    place = next(at for at, piece in enumerate(pieces) if at and piece.isascii() and piece not in pieces[:at])
+    assert said(stop=[pieces[place]]) == (pieces[:place], text[: text.index(pieces[place])])
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "names"),
+    [
+        ("chat/completions", "messages", ("n", "stream", "logprobs", "parallel_tool_calls")),
+        ("completions", "prompt", ("n", "stream", "best_of", "echo", "stream_options")),
+        ("responses", "input", ("stream", "parallel_tool_calls", "background", "top_logprobs")),
+    ],
+)
+def test_null_is_nothing(path: str, field: str, names: tuple[str, ...], http: httpx.Client) -> None:
+    """As some clients send what they leave open. What is too long is in the field that has the prompt."""
+    limit = {"max_output_tokens" if path == "responses" else "max_tokens": 3}
+    for prompt, status in (("x", 200), ("x" * 600, 400)):
+        given = [{"role": "user", "content": prompt}] if field == "messages" else prompt
+        reply = http.post(f"/v1/{path}", json=dict.fromkeys(names) | limit | {field: given})
+        assert reply.status_code == status, reply.text
+    assert reply.json()["error"]["param"] == field
+
+
 def test_a_streamed_chat_tells_every_token_once(client: openai.OpenAI) -> None:
     """Also of a last one that is half a letter."""
     asked: dict[str, Any] = {
@@ -314,13 +346,18 @@ def test_a_client_that_goes_away(
     until = time.monotonic() + 10
     while 'dash_export_running{model="tiny"} 0.0' not in (text := httpx.get(f"{address}/metrics").text):
         assert time.monotonic() < until, text
-    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(told['dash_export_tokens_total{model="tiny"}']) < 300
     assert (
         httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
     )
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+    assert told['dash_export_tokens_total{model="tiny"}'] < 300
     logged = [json.loads(record.message)["ended"] for record in caplog.records if record.name == metrics.log.name]
     assert logged == ["cancelled", "length"]
+    ended = [told[f'dash_export_{name}_total{{model="tiny"}}'] for name in ("finished", "failed", "cancelled")]
+    assert ended == [1, 0, 1]
+    asked = 'error_type="cancelled",gen_ai_operation_name="chat",gen_ai_request_model="tiny"'
+    assert told[f"gen_ai_server_request_duration_seconds_sum{{{asked}}}"] > 0
 
 
 def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:

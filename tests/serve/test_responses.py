@@ -29,7 +29,10 @@ ASKED: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": DENSE}
 def test_a_response(client: openai.OpenAI, runtime: DashRuntime) -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
     wanted = expected(runtime, 12, messages)
-    reply = client.responses.create(input="hello there", instructions="be kind", max_output_tokens=12, **ASKED)
+    reply = client.responses.create(
+        input="hello there", instructions="be kind", max_output_tokens=12, metadata={"of": "me"}, **ASKED
+    )
+    assert reply.metadata == {"of": "me"}
     assert reply.output_text == wanted
     assert (reply.status, reply.incomplete_details and reply.incomplete_details.reason) == (
         "incomplete",
@@ -99,13 +102,14 @@ def test_a_turn_is_one_message() -> None:
         {"role": "assistant", "content": "Let me see."},
         call | {"call_id": "a"},
         call | {"call_id": "b"},
-        {"type": "function_call_output", "call_id": "a", "output": "1"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "1"}]},
         call | {"call_id": "c"},
     ]
     messages = ResponsesRequest.model_validate({"input": items}).chat().messages
     assert [one.role for one in messages] == ["user", "assistant", "tool", "assistant"]
     assert [len(one.tool_calls or ()) for one in messages] == [0, 2, 0, 1]
     assert messages[1].content == "Let me see."
+    assert messages[2].plain()["content"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from starlette.requests import ClientDisconnect
 
 from dash_export import DashRuntime
 from dash_export.serve.app import Server
+from dash_export.serve.running import RunningAnswers
 from dash_export.serve.scheduler import Scheduler
+from tests.runtime.test_text import sentence_pieces
+
+
+def test_pieces_of_logprobs_keep_their_space() -> None:
+    tokenizer = sentence_pieces()
+    text: Any = SimpleNamespace(tokenizer=tokenizer, eos_ids=(), encode=lambda *_, **__: [0])
+    scheduler: Any = SimpleNamespace(runtime=SimpleNamespace(text=text))
+    running = RunningAnswers("x", scheduler, [], Mock(), Mock())
+    said = running.logprobs(Mock(token=1, logprobs=[(1, -0.5), (0, -1.0)]))
+    assert [entry["token"] for entry in said] == [" it", "a"]
 
 
 @pytest.mark.parametrize(

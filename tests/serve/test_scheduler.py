@@ -175,6 +175,12 @@ def test_cancelled(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
     request = Request(random_ids(6), 9, setting=DENSE)
     assert [step.token for step in made.stream(request)] == alone(runtime, request)
     assert made.running == 0
+    assert (made.figures["finished"], made.figures["failed"], made.figures["cancelled"]) == (1, 0, 2)
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(scheduler: MakeScheduler) -> None:
+    made = scheduler(start=False, rows=1)
+    assert made.submit(Request(random_ids(4)), lambda _: None).max_tokens == made.context - 4 > 256
 
 
 def test_a_row_that_fails_ends_alone(
@@ -208,7 +214,7 @@ def test_a_step_that_fails_ends_all_rows_and_the_server_goes_on(
         sound(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BoundStep, "decode_batch", failing)
-    stream = made.stream(Request(random_ids(4), 50))
+    stream = made.stream(Request(random_ids(4), 400))
     next(stream)
     broken.set()
     with pytest.raises(BackendError, match="out of order"):

@@ -322,6 +322,7 @@ def test_calls_among_words() -> None:
     assert [call["function"] for call in calls] == [{"name": "a", "arguments": '{"x": {"y": 1}}'}]
     odd = '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call><tool_call>[1]</tool_call></tool_call>'
     assert split_calls(odd) == (odd, [])
+    assert [len(split_calls(text * 2, parallel)[1]) for parallel in (True, False)] == [2, 1]
     half = split_calls('<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>')[1][0]["function"][
         "arguments"
     ]

@@ -18,7 +18,7 @@ from dash_export.errors import BackendError
 from dash_export.names import TIMING_CACHE
 from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.runtime.device.cuda import require_bindings
-from dash_export.runtime.device.trt_api import PORTABLE_SINCE, Settings, Shapes, load_toolkit
+from dash_export.runtime.device.trt_api import PORTABLE_SINCE, Shapes, load_toolkit
 from dash_export.targets import EngineRecipe
 
 if TYPE_CHECKING:
@@ -88,12 +88,16 @@ class RtxBackend(GpuBackend):
 
     def details(self) -> dict[str, Any]:
         """Return the compiler, and all settings that it was given beside the graphs."""
-        told = asdict(self.settings(None)) | {
-            "capabilities": list(self.engine.capabilities),
+        engine = self.engine
+        return {
+            "compiler": load_toolkit(self.recipe.backend).describe(),
             "profiles": [*self._profiles()],
+            "capabilities": list(engine.capabilities),
+            "optimization_level": engine.optimization_level,
+            "aux_streams": engine.aux_streams,
+            "workspace_bytes": engine.workspace_mib << 20,
             "strongly_typed": True,
         }
-        return {"compiler": load_toolkit(self.recipe.backend).describe(), **told}
 
     def key(self) -> Any:
         """Return what all engines depend on. Raises BackendError where this TensorRT cannot compile the dialect."""
@@ -106,27 +110,16 @@ class RtxBackend(GpuBackend):
     def save(self, model: ir.Model, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Compile the lowered graph. TensorRT's timing cache (kernel times of the device) is kept in `folder`."""
         toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
-        settings = self.settings(model)
+        profiles = [_shapes(model, each) for each in self._profiles().values()]
         graph, path = super().save(model, folder, out, extended)[0], out.with_name(f"{out.name}.engine")
         known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
-        engine, learnt = toolkit.compile(graph, settings, known)
+        engine, learnt = toolkit.compile(graph, self.engine, profiles, known)
         with path.open("wb") as file:
             file.write(memoryview(engine))
         if learnt and learnt != known:
             out.with_name(timing.name).write_bytes(learnt)
             out.with_name(timing.name).replace(timing)
         return [path]
-
-    def settings(self, model: ir.Model | None) -> Settings:
-        """Return the compiler's settings for a lowered graph; without a graph, those that all graphs share."""
-        engine = self.engine
-        return Settings(
-            profiles=tuple(_shapes(model, each) for each in self._profiles().values()) if model is not None else (),
-            capabilities=engine.capabilities,
-            optimization_level=engine.optimization_level,
-            aux_streams=engine.aux_streams,
-            workspace_bytes=engine.workspace_mib << 20,
-        )
 
     def _profiles(self) -> dict[str, tuple[Sizes, Sizes, Sizes]]:
         """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the

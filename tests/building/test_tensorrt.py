@@ -30,7 +30,7 @@ from dash_export.models import open_checkpoint
 from dash_export.models.bypasses import pruned
 from dash_export.policy import no_policy
 from dash_export.runtime.device import trt_api
-from dash_export.targets import Recipe, load_recipe
+from dash_export.targets import EngineRecipe, Recipe, load_recipe
 from tests.commands.helpers import DISK_FULL, refused
 from tests.tiny import TINY_UNITS, tiny_bundle, tiny_checkpoint, tiny_policy
 
@@ -265,9 +265,8 @@ def test_a_compiler_without_lengths(
 
 def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:
     (tmp_path / "odd.onnx").write_bytes(b"this is no graph")
-    settings = trt_api.Settings((), ("8.9",), 3, 0, 1 << 20)
     with pytest.raises(BackendError, match=r"cannot (read|compile) odd"):
-        trt_api.load_toolkit("tensorrt_rtx").compile(tmp_path / "odd.onnx", settings)
+        trt_api.load_toolkit("tensorrt_rtx").compile(tmp_path / "odd.onnx", EngineRecipe(("8.9",)), ())
 
 
 def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import atexit
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.errors import BackendError, OutputError
 from dash_export.names import cache_folder
 from dash_export.runtime.backends import BACKENDS
+from dash_export.targets import EngineRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,6 @@ PORTABLE_SINCE = (10, 15)
 _LARGEST_KERNELS = 1 << 30
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """One optimisation profile: input -> (smallest, best, largest) shape."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a builder beside the graph. `capabilities`: for TensorRT-RTX only, which compiles ahead of time."""
-
-    profiles: tuple[Shapes, ...]
-    capabilities: tuple[str, ...]
-    optimization_level: int
-    aux_streams: int
-    workspace_bytes: int
 
 
 class Toolkit:
@@ -63,7 +52,9 @@ class Toolkit:
     def describe(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
-    def compile(self, graph: Path, settings: Settings, timing: bytes = b"", bounded: bool = True) -> tuple[Any, bytes]:
+    def compile(
+        self, graph: Path, settings: EngineRecipe, profiles: Sequence[Shapes], timing: bytes = b"", bounded: bool = True
+    ) -> tuple[Any, bytes]:
         """Compile an ONNX file to (serialized engine as a buffer, timing cache). `bounded`: attention reads only the
         rows in use, where TensorRT compiles that. Raises BackendError with TensorRT's own words.
         """
@@ -80,7 +71,7 @@ class Toolkit:
             bounded = bounded and self._bound_attention(network)
             config = builder.create_builder_config()
             self._configure(config, settings)
-            for shapes in settings.profiles:
+            for shapes in profiles:
                 profile = builder.create_optimization_profile()
                 for tensor in (network.get_input(index) for index in range(network.num_inputs)):
                     if -1 in tuple(tensor.shape):
@@ -94,7 +85,7 @@ class Toolkit:
             if engine is None and bounded:
                 reason = f"{self.describe()} has no attention with lengths for it ({last_reason(complaints)})"
                 logger.warning("%s: %s. It will read all rows of the cache.", graph.stem, reason)
-                return self.compile(graph, settings, timing, bounded=False)
+                return self.compile(graph, settings, profiles, timing, bounded=False)
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
@@ -157,9 +148,9 @@ class Toolkit:
         runtime_config.set_runtime_cache(self._kernels)
         return engine.create_execution_context(runtime_config)
 
-    def _configure(self, config: Any, settings: Settings) -> None:
+    def _configure(self, config: Any, settings: EngineRecipe) -> None:
         trt = self.trt
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
         config.builder_optimization_level = settings.optimization_level
         config.max_aux_streams = settings.aux_streams
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

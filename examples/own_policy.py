@@ -20,5 +20,6 @@ class EveryOther:
         self.cost = np.array(cost.cost)[:, None]
 
     def skips(self, state: State) -> Any:
-        per_time = state.damage / self.cost
-        return np.logical_and(per_time <= np.median(per_time, axis=0), state.positions % 2 == 1)
+        per_time = state.damage / np.maximum(self.cost, 1e-9)
+        rank = per_time.argsort(axis=0).argsort(axis=0)
+        return np.logical_and(rank < len(rank) / 2, state.positions % 2 == 1)

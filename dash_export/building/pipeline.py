@@ -24,7 +24,7 @@ from dash_export.targets import Recipe, load_recipe, with_weights
 
 TRIALS, PAUSE = 3, 2.0
 """How often costs are measured, at most, while the machine is busy, and the seconds between."""
-MEASURING_REVISION = 2
+MEASURING_REVISION = 3
 """Increased when costs are measured differently or a trade-off changes its meaning: an earlier dial is wrong then."""
 
 logger = logging.getLogger(__name__)

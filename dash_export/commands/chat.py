@@ -40,6 +40,7 @@ class AnswerPrinter:
         self._show_skips = show_skips
         self._num_layers = session.engines.model.num_layers
         self._units, self._cost = session.engines.units, session.engines.build.cost
+        self._asked = session.rules.calibrated.asks
         self._gated = sum(len(unit.layers) for unit in self._units)
 
     def print(self, stream: Iterator[Response]) -> str:
@@ -81,7 +82,7 @@ class AnswerPrinter:
             parts.append(f"{statistics.tokens_per_second:.1f} tokens/s")
             parts.append(f"{statistics.layers_per_token:.1f} of {self._num_layers} layers/token")
             if self._cost.segment_us:
-                time = float(self._cost.token_time(unit_skips(actions, self._units)).mean())
+                time = float(self._cost.token_time(unit_skips(actions, self._units), self._asked).mean())
                 parts.append(f"{time:.3f} of dense time by the cost table")
                 slower = 1e6 * statistics.decode_seconds / (statistics.decode_steps * self._cost.dense_us * time)
                 if slower > SLOWER:

@@ -24,7 +24,7 @@ from dash_export.cli import EXTRAS, printable
 from dash_export.commands.tables import print_table, size
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS
-from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.runtime.cpus import allowed_processors, available_memory, cpu_name, physical_cores
 from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.targets import load_recipe, recipe_names
 
@@ -148,7 +148,7 @@ def system() -> dict[str, Any]:
         "l4t": _read("etc/nv_tegra_release").partition(", GCID")[0].removeprefix("# "),
         "cpu": cpu_name(),
         "physical_cores": physical_cores(),
-        "logical_cores": os.cpu_count() or 1,
+        "logical_cores": len(allowed_processors()),
         "memory_available": available_memory(),
     }
 

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -109,7 +109,8 @@ def command(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
     if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
-        setting = runtime.recommended
+        recommended = runtime.recommended
+        setting = recommended if recommended.budget is None else replace(recommended, hold=setting.hold)
         if setting.budget is not None:
             told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"
             click.echo(told, err=True)
@@ -117,9 +118,15 @@ def command(
     if chat:
         converse(options, show_skips, prompt)
     elif many:
-        answer_all(runtime.batch_with(setting, min(batch or BATCH, len(many))), many, options, as_json)
+        size = batch or min(BATCH, runtime.engines.sequences)
+        answer_all(runtime.batch_with(setting, min(size, len(many))), many, options, as_json)
     else:
-        stream = options.session.stream(options.encode(prompt or ""), max_tokens, options.sampling)
+        session, asked = options.session, prompt or ""
+        stream = (
+            session.chat(options.messages(asked), max_tokens, options.sampling)
+            if templated
+            else session.stream(options.encode(asked), max_tokens, options.sampling)
+        )
         if as_json:
             click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
         else:
@@ -187,7 +194,8 @@ def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: b
         except DashError as error:
             refuse(index, error)
     indices, began, count, answered = list(encoded), time.perf_counter(), 0, 0
-    for position, response in batch.stream(encoded.values(), options.max_tokens, options.sampling):
+    told = batch.stream(encoded.values(), options.max_tokens, options.sampling, continues=not options.templated)
+    for position, response in told:
         index = indices[position]
         if response.error is not None:
             refuse(index, response.error)

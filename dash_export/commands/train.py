@@ -113,5 +113,6 @@ def _summary(model: str, output: Path) -> None:
             for row in card["held_out"]["figures"]
         ),
     )  # fmt: skip
-    click.echo(f"{output} (card: {output.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
+    took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
+    click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
     click.echo(f"Next: dash-export build {model} --policy {output} --target cpu")

@@ -41,22 +41,26 @@ class Point:
 
     @property
     def exchange_rate(self) -> Interval | None:
-        """Per cent of perplexity paid per per cent of decode time saved, both measured. Its bounds follow from the
-        bounds of the two, which are independent. None where the interval of the time does not tell whether any was
-        saved or lost.
+        """Per cent of perplexity paid per per cent of decode time saved, both measured. Its bounds are the rates at the
+        bounds of the two, which are independent: their distances are added as squares (the method of variance
+        estimates recovery). None where the interval of the time does not tell whether any was saved or lost.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
-        ratio, saved = self.quality.figures["perplexity_ratio"], 1 - self.timing.ratio
-        rate = (ratio.value - 1) / saved
-        dear, cheap = ratio.high - ratio.value, ratio.value - ratio.low
-        slow, fast = self.timing.high - self.timing.ratio, self.timing.ratio - self.timing.low
-        if saved < 0:
-            dear, cheap, slow, fast = cheap, dear, fast, slow
-        if rate < 0:
-            slow, fast = fast, slow
-        up, down = hypot(dear / saved, rate * slow / saved), hypot(cheap / saved, rate * fast / saved)
-        return Interval(rate, rate - down, rate + up)
+        paid, time = self.quality.figures["perplexity_ratio"], self.timing
+
+        def rate(ratio: float, of_dense: float) -> float:
+            return (ratio - 1) / (1 - of_dense)
+
+        value = rate(paid.value, time.ratio)
+        by_paid, by_time = (
+            sorted(bound - value for bound in bounds)
+            for bounds in (
+                (rate(paid.low, time.ratio), rate(paid.high, time.ratio)),
+                (rate(paid.value, time.low), rate(paid.value, time.high)),
+            )
+        )
+        return Interval(value, value - hypot(by_paid[0], by_time[0]), value + hypot(by_paid[1], by_time[1]))
 
 
 def frontier(

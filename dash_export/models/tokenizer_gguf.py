@@ -24,8 +24,10 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = "".join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}|" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
-_TEKKEN += r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = tuple(rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = "|".join(_WORDS) + r"|\p{N}" + _REST
+_GPT4O = "".join(rf"{word}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|" for word in _WORDS) + r"\p{N}{1,3}" + _REST
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
@@ -40,11 +42,13 @@ _PRE_TOKENIZERS = {
     "smollm": _DIGITS,
     "refact": _DIGITS,  # of Granite 3
     "qwen2": _split(_QWEN2),
+    "deepseek-r1-qwen": _split(_QWEN2),
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
     "smaug-bpe": _split(_LLAMA3),  # of SmolLM3
     "dbrx": _split(_LLAMA3),  # of OLMo 2
     "tekken": _split(_TEKKEN),  # of Mistral Nemo
+    "gpt-4o": _split(_GPT4O),  # of Phi 4 mini
     "gpt-2": _BYTES,
     "default": _split(*_LLAMA_CPP_DEFAULT),
 }
@@ -54,7 +58,8 @@ _IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
 
 _ENDS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
-    *("<EOT>", "<eos>", "<end_of_utterance>", "[EOS]", "[EOT]", "<|return|>", "<|call|>"),
+    *("<EOT>", "_<EOT>", "<eos>", "<end_of_utterance>", "[EOS]", "[EOT]", "<|return|>", "<|call|>"),
+    *("<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>"),  # between files of code
 }
 """Names of the tokens at which llama.cpp ends an answer. `</s>` is one only as a control token: else it may be HTML."""
 _SPM_IDS = 1, 2

@@ -54,25 +54,33 @@ class Batch:
         prompts: Iterable[Prompt | None],
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
+        continues: bool = True,
     ) -> Iterator[tuple[int, Response]]:
         """Yield (index of the prompt, its next response) as tokens are decoded.
 
         The next prompt is taken from `prompts` whenever there is room, so `prompts` may be a generator that waits for
         requests. It should yield None when no request has come: while it blocks, all sequences wait. An exception that
-        it raises ends the stream unchanged. `max_tokens` None: 256, or what the context has left.
+        it raises ends the stream unchanged. `max_tokens` None: 256, or what the context has left. `continues`: answers
+        go on with the texts of their prompts, as those of chats do not.
 
         A prompt that cannot be answered (see `checked`), or whose answer fails, ends alone: its last response has
-        `finish_reason` "error" and the `error`. Raises BackendError where a step for all sequences fails, and
-        RequestError where this stream is continued after another stream of this batch has begun.
+        `finish_reason` "error" and the `error`. Raises BackendError where a step for all sequences fails, PolicyError
+        where a policy of the user's does, and RequestError where this stream is continued after another stream of this
+        batch has begun.
         """
         if max_tokens is not None:  # refuse a bad value once, for all prompts
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
         self.rows.clear()
-        return self._stream(this, iter(prompts), max_tokens, sampling or Sampling())
+        return self._stream(this, iter(prompts), max_tokens, sampling or Sampling(), continues)
 
     def _stream(
-        self, this: object, prompts: Iterator[Prompt | None], max_tokens: int | None, sampling: Sampling
+        self,
+        this: object,
+        prompts: Iterator[Prompt | None],
+        max_tokens: int | None,
+        sampling: Sampling,
+        continues: bool,
     ) -> Iterator[tuple[int, Response]]:
         rows, index, more = self.rows, 0, True
         while more or rows:
@@ -84,7 +92,7 @@ class Batch:
                     break
                 if prompt is not None:
                     self._check_newest(this)  # the generator of prompts may itself have begun another stream
-                    yield index, self._admit(index, prompt, max_tokens, sampling)
+                    yield index, self._admit(index, prompt, max_tokens, sampling, continues)
                     index += 1
                 elif rows:
                     break
@@ -98,13 +106,15 @@ class Batch:
         if self._stream_now is not this:
             raise RequestError("Another stream of this batch has begun: make a batch for each.")
 
-    def _admit(self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling) -> Response:
+    def _admit(
+        self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling, continues: bool
+    ) -> Response:
         """Prefill a prompt and append it to the rows, unless its first token is also its last."""
         session = self.prompts
         try:
             ids = self.checked(prompt, max_tokens)
             max_tokens = answer_length(len(ids), max_tokens, self.engines.model.max_positions)
-            turn = Turn(session.text, sampling, max_tokens, len(ids), after=int(ids[-1]))
+            turn = Turn(session.text, sampling, max_tokens, len(ids), after=int(ids[-1]) if continues else None)
             logits = session.restart(ids)
             return self.rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
         except (DashError, MemoryError) as error:

@@ -7,12 +7,16 @@ import time
 from pathlib import Path
 
 
+def allowed_processors() -> set[int]:
+    """Return the processors that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def physical_cores() -> int:
-    """Return the number of physical cores among the processors this process may run on (hyper-threads share the
-    multipliers that decode needs).
+    """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
+    needs).
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
+    allowed, cores = allowed_processors(), set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:

@@ -63,6 +63,8 @@ class Session:
         """The tokens in the cache; NO_TOKEN for an embedding."""
         self.prefilled = 0
         """Tokens that went through prefill so far."""
+        self._first_decoded: int | None = None
+        """Place of the conversation's first decoded token; None before it."""
 
     @property
     def context_left(self) -> int:
@@ -83,6 +85,7 @@ class Session:
         self.cache.length = len(self.tokens)  # as in `reserve`
         twin.cache.take(0, self.cache)
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
+        twin._first_decoded = self._first_decoded
         twin._hidden = None if self._hidden is None else self._hidden.copy()  # the next step overwrites it
         return twin
 
@@ -290,6 +293,8 @@ class Session:
         """
         self.reserve(1)
         step = self.bound(1)
+        if self._first_decoded is None:
+            self._first_decoded = len(self.tokens)
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
         step.decode(token, rule, draw)
@@ -307,7 +312,8 @@ class Session:
         self.cache.length = length
         self._hidden = None
         self._streams += 1
-        if length == 0:
+        if length <= (self._first_decoded or 0):  # nothing of an answer is left: another conversation begins
+            self._first_decoded = None
             self.rules.restart()
 
     def reserve(self, more: int) -> None:

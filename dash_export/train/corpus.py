@@ -81,12 +81,22 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
         start = int(rng.integers(len(passage.ids) - window + 1))
         # Half of the windows stand for text after a short prompt, half for text after a longer one.
         prefix = DENSE_POSITIONS if rng.random() < 0.5 else int(rng.integers(DENSE_POSITIONS, window // 2))
-    else:
-        # Of a long prompt only the end is kept, so that half of the window is left to the continuation.
-        start = max(0, passage.prefix - window // 2)
-        prefix = max(passage.prefix - start, DENSE_POSITIONS)
-    first = torch.tensor(passage.beginning, dtype=torch.int64)
-    return torch.cat([first, passage.ids[start : start + window - len(first)]]), prefix
+        first = torch.tensor(passage.beginning, dtype=torch.int64)
+        return torch.cat([first, passage.ids[start : start + window - len(first)]]), prefix
+    # A long prompt is shortened, so that half of the window is left to the continuation.
+    prompt = kept_places(passage.prefix, window // 2)
+    places = [*prompt, *range(passage.prefix, len(passage.ids))]
+    return passage.ids[places[:window]], max(len(prompt), DENSE_POSITIONS)
+
+
+def kept_places(tokens: int, most: int) -> list[int]:
+    """Return the places of a prompt's tokens that are kept, at most `most`: a quarter from its beginning (a BOS, the
+    head of the chat template), the others from its end.
+    """
+    if tokens <= most:
+        return [*range(tokens)]
+    first = most // 4
+    return [*range(first), *range(tokens - most + first, tokens)]
 
 
 def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float) -> tuple[Corpus, Corpus]:
@@ -169,7 +179,8 @@ def self_generated(
     for places, seed in ((chosen, settings.seed), (judged, JUDGED_SEED)):
         torch.manual_seed(seed)
         # Prompts of like length share a batch.
-        prompts = sorted((text.chat(chats[place])[-settings.window :] for place in places), key=len)
+        asked = (text.chat(chats[place]) for place in places)
+        prompts = sorted(([ids[at] for at in kept_places(len(ids), settings.window)] for ids in asked), key=len)
         if not all(prompts):
             raise RequestError("The model's chat template makes nothing of a prompt: learn from text (--text) alone.")
         made.append([])

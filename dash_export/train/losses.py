@@ -9,8 +9,9 @@ Thresholding the result is the one-step greedy policy of the Markov decision pro
 bypasses and network together: for a window at trade-off λ a rollout costs KL + λ * time. The bypasses follow the
 gradient of the KL. A decision has no gradient; the network follows the straight-through one (Bengio et al. 2013, arXiv
 1308.3432): the forward pass takes the decision, the backward pass its softened form, sigmoid((limit - damage) /
-(SOFTNESS * limit)). So every decision of a token gets the gradient of its effect on this token and, through the KV
-cache, on later ones.
+(SOFTNESS * limit)). So every decision of a token gets the gradient of its effect on this token and, through what later
+layers write to the KV cache, on later ones; not of what the unit's own K and V do, which are chosen without a gradient.
+The roots make the damage learnt the mean KL less the variance of sqrt(KL + SOFTENING): a little low.
 """
 
 from __future__ import annotations

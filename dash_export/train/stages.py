@@ -136,13 +136,16 @@ class Run:
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(stage.encode()), step])
         return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
 
-    def share(self, stage: str, step: int) -> tuple[Batch, np.random.Generator]:
-        """Return this process's share of `batch`, and a generator of its own."""
+    def share(self, stage: str, step: int) -> tuple[Batch, np.random.Generator, float]:
+        """Return this process's share of `batch`, a generator of its own, and the weight of the share's mean loss among
+        those of all processes: their tokens differ in number.
+        """
         (batch, rng), processes = self.batch(stage, step), self.processes
-        if processes.count > 1:
-            batch = Batch(*(processes.share(part) for part in batch))
-            rng = rng.spawn(processes.count)[processes.rank]
-        return batch, rng
+        if processes.count == 1:
+            return batch, rng, 1.0
+        own = Batch(*(processes.share(part) for part in batch))
+        weight = processes.count * float(own.counted.sum() / batch.counted.sum())
+        return own, rng.spawn(processes.count)[processes.rank], weight
 
 
 def trained_policy(
@@ -270,7 +273,7 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
     for step in range(done, steps):
-        batch, rng = run.share(stage, step)
+        batch, rng, weight = run.share(stage, step)
         factor = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -281,7 +284,7 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
                 f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step "
                 f"{step - step % SAVE_EVERY}. Try --precision float32, or other text."
             )
-        value.backward()  # type: ignore[no-untyped-call]
+        (weight * value).backward()  # type: ignore[no-untyped-call]
         run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)

@@ -103,6 +103,7 @@ def train(
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
         chats = [messages for file in prompts for messages in read_prompts(file)]
         work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
+        resumed = any(work.folder.glob("*-state.pt"))
         gated = GatedModel(checkpoint, place, getattr(torch, precision))
         checkpoint.check_same()
         passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
@@ -119,7 +120,7 @@ def train(
         if processes.rank:
             return policy
         card = policy_card(checkpoint, policy, run, held, chosen, {"kind": kind, "from": origin, "data": data})
-        card["seconds"] = round(time.perf_counter() - began, 1)
+        card["seconds"] = None if resumed else round(time.perf_counter() - began, 1)
         save_policy(output, policy, spec, card)  # raises if a file has appeared there meanwhile; the work folder stays
         remove_own(work.folder)
         return policy

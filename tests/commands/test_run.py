@@ -89,6 +89,11 @@ def test_without_an_amount_the_recommended_budget_is_taken(
     found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 40)
     assert found["actions"] == run_json(tiny_root, "hello", *FP32, "--budget", budget, "--max-tokens", 40)["actions"]
     assert any(found["actions"])  # type: ignore[arg-type]
+    loose = [
+        run_json(tiny_root, "hello", *FP32, *amount, "--no-hold", "--max-tokens", 40)["actions"]
+        for amount in ((), ("--budget", budget))
+    ]
+    assert loose[0] == loose[1] != found["actions"]
 
 
 def test_policies(tiny_root: Path) -> None:

@@ -45,6 +45,12 @@ def test_exchange_rate() -> None:
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
 
 
+def test_little_that_is_surely_saved_makes_a_rate_that_may_be_high() -> None:
+    paid = replace(point("token", 0.896, more=0.018), timing=Timing(0.896, 0.85, 0.964, 5.0, 0.9)).exchange_rate
+    assert paid is not None
+    assert (paid.low, paid.high) == pytest.approx((0.018 / 0.15, 0.018 / 0.036))
+
+
 @pytest.mark.parametrize(("time", "more"), [(0.9, 0.05), (1.2, -0.05), (0.9, -0.05), (1.2, 0.05)])
 def test_bounds_of_an_exchange_rate_cover_it(time: float, more: float) -> None:
     """Of draws with these errors, about 95 % lie inside."""

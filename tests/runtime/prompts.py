@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from dash_export import DashRuntime
-from dash_export.resources import resource_folder
 
 CHATS = [
     [{"role": "user", "content": "What is gravity? Answer in two sentences."}],
@@ -27,6 +28,6 @@ PROSE_TOKENS = 48
 
 def prompts(runtime: DashRuntime) -> list[np.ndarray]:
     """Token ids of every prompt."""
-    prose = runtime.text.encode((resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8"))
+    prose = runtime.text.encode((Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8"))
     pieces = [prose[start : start + PROSE_TOKENS] for start in (0, 1200, 2600)]
     return [np.array(ids, np.int64) for ids in [*map(runtime.text.chat, CHATS), *pieces]]

@@ -211,6 +211,30 @@ def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf
     assert [twin.prefilled for twin in twins] == [12, 9]
 
 
+def test_another_conversation_begins_anew(runtime: DashRuntime) -> None:
+    """Also where it has its beginning in common with the last one; one that goes on does not begin."""
+
+    class Counts:
+        begun = 0
+
+        def begin(self, *_: object) -> None:
+            self.begun += 1
+
+        def skips(self, state: Any) -> np.ndarray:
+            return np.zeros((2, len(state.tokens)), np.bool_)
+
+    policy = Counts()
+    live = runtime.session_under(policy)
+    for number in range(3):
+        begun = policy.begun
+        list(live.chat([{"role": "user", "content": "x" * 30 + str(number)}], 40))
+        assert policy.begun == begun + 1
+        assert len(live.tokens) > 60
+    live.fork().rewind_to([*live.tokens[:-2], 5, 6, 7])
+    live.rewind_to([*live.tokens[:-2], 5, 6, 7])
+    assert policy.begun == begun + 1
+
+
 def test_a_reset_that_breaks_off(runtime: DashRuntime) -> None:
     """Whatever is left, a fork is what its parent is."""
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,10 +69,13 @@ def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, t
         Run(model, corpus, SETTINGS, Work(tmp_path, "key", processes))
         for processes in (ALONE, Processes(3, 0), Processes(3, 1), Processes(3, 2))
     ]
-    (whole, rng), *shares = (run.share("sums", 7) for run in runs)
+    (whole, rng, alone), *shares = (run.share("sums", 7) for run in runs)
     assert torch.equal(whole.ids, runs[1].batch("sums", 7)[0].ids)
-    assert [len(share.ids) for share, _ in shares] == [2, 1, 1]
-    assert len({rng.random(), *(own.random() for _, own in shares)}) == 4
+    assert [len(share.ids) for share, *_ in shares] == [2, 1, 1]
+    assert len({rng.random(), *(own.random() for _, own, _ in shares)}) == 4
+    counted = [int(share.counted.sum()) for share, *_ in shares]
+    assert [weight / 3 for *_, weight in shares] == pytest.approx(np.array(counted) / sum(counted))
+    assert alone == 1
 
     def summed(batches: list[Batch]) -> list[torch.Tensor]:
         sums = Sums(model, TINY_UNITS)
@@ -79,7 +83,7 @@ def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, t
             sums.add(batch)
         return [*sums.tensors]
 
-    for one, other in zip(summed([whole]), summed([share for share, _ in shares]), strict=True):
+    for one, other in zip(summed([whole]), summed([share for share, *_ in shares]), strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -63,8 +63,7 @@ class Session:
         """The tokens in the cache; NO_TOKEN for an embedding."""
         self.prefilled = 0
         """Tokens that went through prefill so far."""
-        self._first_decoded: int | None = None
-        """Place of the conversation's first decoded token; None before it."""
+        self._first_decoded: int | None = None  # place of the conversation's first decoded token
 
     @property
     def context_left(self) -> int:

@@ -224,6 +224,8 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
     text = dash("run", *options, "--prompts", "-", "--raw", input="hello\nbye\n")
     assert text.stdout.startswith("0: hello\n")
     assert "1: bye\n" in text.stdout
+    assert "up to 1 at a time" in done("run", *options[:1], "--target", "portable", "--skip", "4", "--max-tokens", 2,
+                                       "--prompts", "-", input="a\nb\n").stderr  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -90,22 +90,6 @@ def test_completions(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens or []] == whole.tokens
 
 
-def test_usage_says_what_was_known(client: openai.OpenAI) -> None:
-    """Whole tiles of 16 tokens of an earlier prompt are not computed again, in any form of the API."""
-    asked: dict[str, Any] = {"prompt": [*range(90, 30, -1)], "max_tokens": 2, "extra_body": DENSE} | GREEDY
-    for known in (0, 48):
-        usage = client.completions.create(**asked).usage
-        assert usage is not None
-        assert usage.prompt_tokens_details is not None
-        assert usage.prompt_tokens_details.cached_tokens == known
-    said = [
-        client.responses.create(input="so it goes, " * 6, model="tiny", max_output_tokens=2, extra_body=DENSE).usage
-        for _ in range(2)
-    ]
-    cached, tokens = said[1].input_tokens_details.cached_tokens, said[1].input_tokens  # type: ignore[union-attr]
-    assert said[0].input_tokens_details.cached_tokens < cached == (tokens - 1) // 16 * 16  # type: ignore[union-attr]
-
-
 def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
     reply = client.chat.completions.create(
         messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=3, extra_body=DENSE, **GREEDY
@@ -117,38 +101,6 @@ def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
     np.testing.assert_allclose([entry.logprob for entry in content[0].top_logprobs], best, atol=1e-4)
     assert content[0].logprob == content[0].top_logprobs[0].logprob
     assert len(content) == 5
-
-
-def test_logprobs_are_of_the_answer(client: openai.OpenAI) -> None:
-    """Not of the stop string after it."""
-    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "extra_body": DENSE} | GREEDY
-
-    def said(**more: Any) -> tuple[list[str], str]:
-        (choice,) = client.chat.completions.create(**asked, **more).choices
-        assert choice.logprobs is not None
-        return [entry.token for entry in choice.logprobs.content or []], choice.message.content or ""
-
-    pieces, text = said()
-    place = next(at for at, piece in enumerate(pieces) if at and piece.isascii() and piece not in pieces[:at])
-    assert said(stop=[pieces[place]]) == (pieces[:place], text[: text.index(pieces[place])])
-
-
-@pytest.mark.parametrize(
-    ("path", "field", "names"),
-    [
-        ("chat/completions", "messages", ("n", "stream", "logprobs", "parallel_tool_calls")),
-        ("completions", "prompt", ("n", "stream", "best_of", "echo", "stream_options")),
-        ("responses", "input", ("stream", "parallel_tool_calls", "background", "top_logprobs")),
-    ],
-)
-def test_null_is_nothing(path: str, field: str, names: tuple[str, ...], http: httpx.Client) -> None:
-    """As some clients send what they leave open. What is too long is in the field that has the prompt."""
-    limit = {"max_output_tokens" if path == "responses" else "max_tokens": 3}
-    for prompt, status in (("x", 200), ("x" * 600, 400)):
-        given = [{"role": "user", "content": prompt}] if field == "messages" else prompt
-        reply = http.post(f"/v1/{path}", json=dict.fromkeys(names) | limit | {field: given})
-        assert reply.status_code == status, reply.text
-    assert reply.json()["error"]["param"] == field
 
 
 def test_a_streamed_chat_tells_every_token_once(client: openai.OpenAI) -> None:

@@ -18,7 +18,7 @@ from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, read_corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.processes import ALONE, Processes, joined
-from dash_export.train.stages import Run, Work
+from dash_export.train.stages import Run, Work, _optimise
 from dash_export.train.training import _text, train
 from tests.tiny import TINY_UNITS
 
@@ -85,6 +85,19 @@ def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, t
 
     for one, other in zip(summed([whole]), summed([share for share, *_ in shares]), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_share_teaches_by_its_weight(
+    weight: float, checkpoint: Checkpoint, model: GatedModel, prose: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    corpus, _ = read_corpus([prose], _text(checkpoint), 32, 0.1)
+    run, learnt, share = Run(model, corpus, SETTINGS, Work(tmp_path, "key")), torch.nn.Linear(2, 1), Run.share
+    monkeypatch.setattr(Run, "share", lambda *given: (*share(*given)[:2], weight))
+    before = learnt.weight.detach().clone()
+    _optimise(run, "tuning", learnt, 1, [(learnt, 1.0)], lambda *_: learnt.weight.sum())  # type: ignore[arg-type]
+    assert torch.equal(learnt.weight, before) == (weight == 0)
 
 
 def test_more_processes_than_windows(monkeypatch: pytest.MonkeyPatch) -> None:

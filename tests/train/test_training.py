@@ -204,6 +204,7 @@ def test_a_killed_training_goes_on_where_it_stopped(
     assert not output.exists()
     resumed = learn(units=None, progress=lambda *told: seen.append(told))
     assert same(resumed, searched[1])
+    assert json.loads(output.with_suffix(".json").read_text())["seconds"] is None, "those of one process are not all"
     assert {own: sum(name.startswith(own) for name, _, _ in seen) for own in FULL} == left
     (_, *dones), (_, *totals) = zip(*(told[1:] for told in seen), strict=True)  # after "reading the text"
     assert dones == sorted(dones)

@@ -160,7 +160,7 @@ def rotary_embedding(
     CheckpointError for another scaling.
 
     A `dynamic` model has plain frequencies within its context, a `longrope` model its short ones within its original
-    context: the model is exported with that context.
+    context: the model is exported with that context. A `yarn` model's context is `factor` times its original one.
     """
     # transformers lets an old-style rope_scaling win over rope_parameters; so do we.
     rope = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -194,9 +194,10 @@ def rotary_embedding(
                 raise CheckpointError(f"config 'high_freq_factor' is {high:g}; expected above low_freq_factor, {low:g}")
             scaled = llama3_frequencies(scaled, factor, low, high, original)
         elif kind == "yarn":
-            scaled, scale = _yarn(
-                rope, scaled, theta, positive(rope, "factor", MAX_FACTOR, max_positions / original), original
-            )
+            factor = positive(rope, "factor", MAX_FACTOR, max_positions / original)
+            scaled, scale = _yarn(rope, scaled, theta, factor, original)
+            # Where the folder was given a scaling by hand (Qwen 2.5's cards say how), its context is still the old one.
+            max_positions = min(LARGEST_CONTEXT, max(max_positions, int(factor * original)))
         elif kind == "longrope":
             divisors = rope.get("short_factor")
             if not isinstance(divisors, list) or len(divisors) != len(scaled):

@@ -37,11 +37,16 @@ _SIZES = {
 }
 _HEAD_DIMS = ("attention.value_length", "rope.dimension_count")
 _ATTENTION_FACTOR = "rope.scaling.attn_factor"
+_YARN = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 _CONTEXT, _EPSILON, _CAUSAL = "context_length", "attention.layer_norm_rms_epsilon", "attention.causal"
 _KNOWN = {
     *(*_SIZES.values(), *_HEAD_DIMS, _CONTEXT, _EPSILON, _CAUSAL, "vocab_size", "tensor_data_layout"),
-    *("rope.freq_base", "rope.scale_linear"),
-    *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")),
+    *("rope.freq_base", "rope.scale_linear", *_YARN.values()),
+    *(f"rope.scaling.{name}" for name in ("type", "factor", "finetuned")),
 }
 """Keys of an architecture, without its prefix, that are read or that change nothing."""
 
@@ -145,8 +150,12 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
     kind = own.get("rope.scaling.type", "none" if factor is None else "linear")
-    if kind not in ("none", "linear", "llama3"):  # "none" is config.json's "default": a factor is ignored
-        raise CheckpointError(f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3")
+    if kind not in ("none", "linear", "llama3", "yarn"):  # "none" is config.json's "default": a factor is ignored
+        raise CheckpointError(
+            f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3, yarn"
+        )
+    if kind == "yarn":
+        rope |= {name: own[key] for name, key in _YARN.items() if key in own}
     if divisors is None:
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}
     if kind not in ("none", "llama3"):

@@ -81,7 +81,12 @@ def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]
 def _granite(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
     if own.get("rope.scaling.finetuned", True) is not True:  # llama.cpp then applies no RoPE
         raise CheckpointError("granite.rope.scaling.finetuned is false: a model without RoPE is not supported")
-    return {"attention_multiplier": own.get("attention.scale") or config["head_dim"] ** -0.5}
+    given = {"attention_multiplier": own.get("attention.scale") or config["head_dim"] ** -0.5}
+    # Granite 4's dense models come from the converter of its hybrid ones: a number of K/V heads for each layer.
+    heads = own.get("attention.head_count_kv")
+    if isinstance(heads, list) and heads and heads == heads[:1] * len(heads):
+        given["num_key_value_heads"] = heads[0]
+    return given
 
 
 ARCHITECTURES = {
@@ -114,7 +119,11 @@ ARCHITECTURES = {
             "residual_multiplier": "residual_scale",
             "logits_scaling": "logit_scale",
         },
-        known=("attention.scale",),
+        known=(
+            "attention.scale",
+            "expert_shared_feed_forward_length",
+            *(f"ssm.{name}" for name in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")),
+        ),
         more=_granite,
     ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),

@@ -37,6 +37,31 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+}
+YARN_KEYS = {
+    "qwen2.rope.scaling.type": "yarn",
+    "qwen2.rope.scaling.factor": 4.0,
+    "qwen2.rope.scaling.original_context_length": 64,
+    "qwen2.rope.scaling.yarn_beta_fast": 16.0,
+}
+GRANITE_4 = {
+    "granite.attention.head_count_kv": [2, 2],
+    "granite.expert_shared_feed_forward_length": 96,
+    "granite.rope.scaling.finetuned": True,
+    "granite.ssm.conv_kernel": 4,
+    "granite.ssm.state_size": 256,
+    "granite.ssm.group_count": 1,
+    "granite.ssm.inner_size": 128,
+    "granite.ssm.time_step_rank": 128,
+}
+"""A dense model, from the converter of the hybrid ones."""
+
 
 @pytest.mark.parametrize(
     ("family", "options", "metadata"),
@@ -74,6 +99,8 @@ ROPES = {
             {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
         ),
         ("granite", GRANITE, {"granite.rope.scaling.finetuned": True}),
+        ("granite", GRANITE, GRANITE_4),
+        ("qwen2", {"rope_parameters": YARN}, YARN_KEYS),
         ("smollm3", {"num_hidden_layers": 6}, {}),
         ("olmo2", {"rms_norm_eps": 1e-5}, {}),
     ],
@@ -170,7 +197,14 @@ METADATA = [
     ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
     ({"llama.attention.value_length": 8}, "length"),
     ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
-    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.freq_base": 1.0}, "rope_theta"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_attn_factor": 1.2}, "yarn_attn_factor"),
+    (
+        {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
+        "supported: none, linear, llama3, yarn",
+    ),
+    ({"granite.attention.head_count_kv": [2, 0]}, "num_key_value_heads"),
+    ({"granite.expert_count": 2}, "granite.expert_count, which is not supported"),
     ({"llama.rope.scaling.type": "linear"}, "factor"),
     ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
     ({"llama.attention.causal": "false"}, "attention.causal"),

@@ -187,6 +187,14 @@ def test_two_configs_of_one_model(config: dict[str, Any], other: dict[str, Any],
     assert decoder_spec(config) == decoder_spec(config | other) != decoder_spec(config | another)
 
 
+@pytest.mark.parametrize(("written", "context"), [(32_768, 131_072), (131_072, 131_072), (262_144, 262_144)])
+def test_yarn_lengthens_the_context(written: int, context: int) -> None:
+    """Cards say to add the scaling and nothing else, and some models have the context that follows in their config."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    spec = decoder_spec(CONFIG | {"rope_scaling": yarn, "max_position_embeddings": written})
+    assert spec.max_positions == context
+
+
 def test_the_facts_of_a_runtime_are_counted_and_named() -> None:
     spec = decoder_spec(CONFIG, "a \x1b[31mred\u202e one")
     assert spec.name == "a [31mred one"

@@ -42,8 +42,8 @@ class BackendError(DashError):
 
 
 NOT_NUMBERS = (
-    "The engines gave logits that are not numbers: activations may have overflowed. Build with "
-    'activations = "bf16" in a recipe of your own, or with other --weights.'
+    "The engines gave logits that are not numbers: activations may have overflowed. Build with other --weights, or a "
+    'recipe of your own with activations = "bf16" and "bf16" for every "fp16" of its [weights].'
 )
 
 

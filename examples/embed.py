@@ -10,7 +10,7 @@ from dash_export import DashRuntime
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--target", help="default: cpu, or the only one that is built")
     parser.add_argument("--budget", type=float, help="mean decode time wanted, as a fraction of dense")
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()

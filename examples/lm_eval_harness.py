@@ -1,6 +1,6 @@
 """Score a bundle on the tasks of EleutherAI's lm-eval, under any policy.
 
-    pip install 'dash-export[cpu]' lm-eval
+    pip install -e '.[cpu]' lm-eval
     python examples/lm_eval_harness.py --model dash \\
         --model_args bundle=my.dash,policy=token,budget=0.85 --tasks arc_easy,piqa --limit 200
 
@@ -38,7 +38,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         bundle: str,
-        target: str = "cpu",
+        target: str | None = None,
         threads: int | None = None,
         batch_size: int | str | None = None,  # noqa: ARG002
         max_batch_size: int | None = None,  # noqa: ARG002

@@ -12,7 +12,7 @@ PROMPTS = ["One day", "The sea is", "In the beginning", "My dear friend"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--target", help="default: cpu, or the only one that is built")
     parser.add_argument("--size", type=int, default=2, help="sequences decoded together")
     options = parser.parse_args()
 

@@ -11,7 +11,7 @@ from dash_export import DashRuntime
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--target", help="default: cpu, or the only one that is built")
     parser.add_argument("--trade-off", type=float, default=0.7, help="higher skips more")
     parser.add_argument("--seconds", type=float, default=10, help="the answer is cancelled after so long")
     options = parser.parse_args()

@@ -20,7 +20,7 @@ from polygraphy.tools.script import make_invocable
 from dash_export.bundle import Bundle
 from dash_export.decision import parse_layers
 from dash_export.errors import PolicyError
-from dash_export.names import DEFAULT_TARGET, MANIFEST
+from dash_export.names import MANIFEST
 from dash_export.polygraphy import polygraphy_errors
 
 RUNNERS = "dash_export.polygraphy.runners"
@@ -73,8 +73,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         def add(name: str, **options: Any) -> None:
             self.group.add_argument(f"--dash-{name}", **options)
 
-        target = f"The build to run, like cpu or cpu-fp32. Default: {DEFAULT_TARGET}."
-        add("target", help=target, default=DEFAULT_TARGET)
+        add("target", help="The build to run, like cpu or cpu-fp32. Default: cpu, or the only one that is built.")
         segment = (
             "Run one engine of the build, like layers_05-07, bypass_05-07 or layers_00-04, with the inputs and outputs "
             "of its portable graph; --onnxrt then runs that graph."
@@ -92,9 +91,11 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         runners = set(self.arg_groups[RunnerSelectArgs].runners.keys())
         if "dash" not in runners:
             return
-        others, target = runners - {"dash"}, args.dash_target
+        others = runners - {"dash"}
         self.options = {name: value for name in _SETTING if (value := getattr(args, f"dash_{name}")) is not None}
         root, graph = _bundle_of(self.arg_groups[ModelArgs].path)
+        with polygraphy_errors():
+            target = Bundle.open(root).resolve_target(args.dash_target)
         engine, steps = args.dash_segment or graph, [args.dash_tokens, args.dash_context]
         if engine is not None:
             self.kind, self.place = "DashEngineRunner", [str(root), target, engine]

@@ -21,7 +21,7 @@ from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
-from dash_export.runtime import DashRuntime, Session, ort_engine
+from dash_export.runtime import DashRuntime, Session
 from dash_export.runtime.runtime import loaded_files
 from dash_export.signing import check_trusted
 
@@ -62,6 +62,10 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         """Verify the build's files and load the engine."""
         from onnxruntime import SessionOptions
 
+        from dash_export.runtime.ort_engine import (
+            OrtEngine,
+        )  # not above: where TensorRT runs steps there is no ONNX Runtime
+
         root, target, name = self._place
         with polygraphy_errors():
             self.bundle = Bundle.open(root)
@@ -77,7 +81,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
             # cannot have the shared pool of the runtime.
             path = self.bundle.path(build.engines[name].file)
-            self.engine = ort_engine.OrtEngine(path, SessionOptions())
+            self.engine = OrtEngine(path, SessionOptions())
             self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:

@@ -211,6 +211,8 @@ def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int, ends: 
         top_k=0,
         eos_token_id=sorted(ends) or None,
         pad_token_id=0,
+        cache_implementation="static",  # one that grows leaves holes in malloc's heap: 10 GB where a 0.5B needs 2
+        disable_compile=True,
     ).cpu()
     passages = []
     for prompt, row in zip(prompts, made[:, width:], strict=True):

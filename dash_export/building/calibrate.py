@@ -34,6 +34,7 @@ from dash_export.graphs.rounded import Rounded, block_of, roundings_key, weight_
 from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.names import ROUNDINGS, past_names
 from dash_export.resources import resource_folder
+from dash_export.runtime.cpus import available_memory
 from dash_export.runtime.text import Text
 from dash_export.targets import CALIBRATED, Precision, Recipe
 
@@ -80,15 +81,17 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
                 "Run: pip install 'dash-export[cpu,export]'; or build from a kit that a machine with it writes "
                 "(--kit), or with --rounding nearest."
             )
-        write_roundings(out / ROUNDINGS, key, calibrate_matrices(bundle, recipe, progress))
+        write_roundings(out / ROUNDINGS, key, calibrate_matrices(bundle, recipe, out, progress))
         return [out / ROUNDINGS]
 
     return Artifact("roundings", key, write, role="aside")
 
 
-def calibrate_matrices(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded | float]]:
+def calibrate_matrices(
+    bundle: Bundle, recipe: Recipe, scratch: Path, progress: Progress
+) -> Iterator[tuple[str, Rounded | float]]:
     """Yield (node, rounding) for every matrix that the recipe rounds to int4, and (node, largest absolute input) for
-    every fp8 matrix: layer by layer, the head last.
+    every fp8 matrix: layer by layer, the head last. `scratch`: folder for one layer's float32 weights.
     """
     model, gated = bundle.manifest.model, bundle.manifest.policy.layers
     embed = graph_run(bundle.graph("embed"))
@@ -104,8 +107,8 @@ def calibrate_matrices(bundle: Bundle, recipe: Recipe, progress: Progress) -> It
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
         if layer in begins and recipe.weights.bypass == "fp8":
             yield f"{begins[layer].bypass}/product", max(map(_largest, states))
-        yield from _round_layer(graph, name, precisions, recipe, states, own_feeds)
-        states = [found["hidden_out"] for found in _outputs(graph, name, states, own_feeds)]
+        yield from _round_layer(graph, scratch / f"{name}.onnx", precisions, recipe, states, own_feeds)
+        states = [found["hidden_out"] for found in _outputs(graph, scratch / f"{name}.onnx", states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
     if recipe.weights.head in CALIBRATED:
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
@@ -128,7 +131,7 @@ def _layers(bundle: Bundle) -> list[str]:
 
 def _round_layer(
     model: ir.Model,
-    name: str,
+    scratch: Path,
     precisions: dict[ir.Node, Precision],
     recipe: Recipe,
     states: list[Floats],
@@ -149,7 +152,7 @@ def _round_layer(
         source.type = ir.TensorType(ir.DataType.FLOAT)
     outputs = list(model.graph.outputs)
     model.graph.outputs[:] = list(readers)
-    for found in _outputs(model, name, states, feeds) if readers else ():
+    for found in _outputs(model, scratch, states, feeds) if readers else ():
         for source in readers:
             largest[source] = max(largest[source], _largest(found[str(source.name)]))
             if source in moments:
@@ -168,10 +171,10 @@ def _round_layer(
             yield str(node.name), rounded
 
 
-def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """Run a layer on each batch of states, and yield its outputs."""
-    with tempfile.TemporaryDirectory(prefix="dash-calibrate-") as folder:
-        run = graph_run(write_whole(model.clone(), Path(folder) / f"{name}.onnx"))
+def _outputs(model: ir.Model, scratch: Path, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
+    """Run a layer, through a graph in a folder beside `scratch`, on each batch of states, and yield its outputs."""
+    with tempfile.TemporaryDirectory(dir=scratch.parent) as folder:
+        run = graph_run(write_whole(model.clone(), Path(folder) / scratch.name))
         for state in states:
             yield run(feeds | {"hidden": state})
 
@@ -219,7 +222,10 @@ DAMPING = 0.01
 """Share of the mean squared input that is added to every input's own: it bounds the effect of inputs never seen."""
 TOP, MIDDLE = 15, 8
 """The largest code of 4 bits, and the code of zero on a symmetric grid."""
-_COLUMNS = 4096
+_COLUMNS, _SYSTEM_BYTES = 4096, 1 << 30
+"""Columns that are rounded together: at most so many, with so much memory for the systems that refine their scales."""
+_INVERSE_BYTES = 40
+"""Memory for each pair of inputs: moments, and what their inverse takes (float64)."""
 _STRIDE = 32
 
 
@@ -236,18 +242,26 @@ def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Round
     squares = np.diag(moments).copy()
     mean = squares.mean() if squares.any() else 1.0
     order = np.argsort(-squares, kind="stable")
-    damped = moments[np.ix_(order, order)] + np.eye(rows) * (DAMPING * mean)
-    curvature = damped.astype(np.float32)
-    felt = (curvature / np.diag(curvature)).astype(np.float32)
+    if (needed := _INVERSE_BYTES * rows**2) > (free := available_memory()):
+        raise BackendError(
+            f"Calibrating a matrix of {rows} inputs takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            "free. Keep the 4 bits of a GGUF file (--target cpu-gguf), or round to the nearest (--rounding nearest)."
+        )
+    damped = moments[np.ix_(order, order)]
+    damped[np.diag_indices(rows)] += DAMPING * mean
     # Each row of the inverse's Cholesky factor says how an input's error is shared out among the inputs after it.
     shares = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
     shares /= np.diag(shares)[:, None].copy()
+    curvature = damped.astype(np.float32)
+    del damped
+    felt = (curvature / np.diag(curvature)).astype(np.float32)
     weights = (squares / mean + 1e-6).astype(np.float32)
     blocks = -(-rows // block)
     codes = np.empty((rows, columns), np.uint8)
     scales, zeros = np.empty((blocks, columns), np.float32), np.empty((blocks, columns), np.uint8)
-    for start in range(0, columns, _COLUMNS):  # the head of a large vocabulary would need gigabytes at once
-        part = slice(start, start + _COLUMNS)
+    step = min(_COLUMNS, max(1, _SYSTEM_BYTES // (8 * blocks**2)))
+    for start in range(0, columns, step):  # the head of a large vocabulary would need gigabytes at once
+        part = slice(start, start + step)
         for index in range(blocks):
             inside = slice(index * block, (index + 1) * block)
             scales[index, part], zeros[index, part] = _grid(matrix[inside, part], weights[inside], symmetric)

@@ -137,9 +137,9 @@ def _remeasure(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     seal = bundle.verify([*known.files, *texts])
     backend = backend_of(known.recipe)
     device = known.device if backend.on_device else backend.device()  # GPU engines keep the device they are for
-    measured = _with_measurements(
-        bundle, replace(known, device=device, measuring=MEASURING_REVISION), known.recipe, progress
-    )
+    cost = known.cost if known.device == device else uniform_cost(bundle.manifest)  # another machine's are not kept
+    draft = replace(known, device=device, cost=cost, measuring=MEASURING_REVISION)
+    measured = _with_measurements(bundle, draft, known.recipe, progress)
     bundle.check_same(seal)
     bundle.save_build(measured)
     return measured
@@ -194,6 +194,8 @@ def _make_engines(
         _check_savable(bundle)
         # Without its record the build counts as unfinished, from here to the end.
         (folder / BUILD).unlink(missing_ok=True)
+        # After a kill nothing else tells the next run that an engine, whose key is the same, is of an earlier making.
+        store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
         backend.start()
     for done, job in enumerate(jobs, 1):
         try:

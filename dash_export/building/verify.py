@@ -6,6 +6,7 @@ the portable graphs before it, so errors are each segment's own and do not add u
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import Progress, no_progress
+from dash_export.artifacts import TEMPORARY, Progress, no_progress
 from dash_export.building.backend import backend_of
 from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower_graph, portable, write_whole
 from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
@@ -72,7 +73,8 @@ def verify_engines(
     walk = _Walk(bundle)
     errors: dict[str, dict[str, float]] = {}
     for done, graph in enumerate(graphs, 1):
-        with tempfile.TemporaryDirectory(prefix="dash-verify-") as name:
+        # Beside the engines: /tmp may be memory. What a kill leaves there, the next build takes away.
+        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=folder) as name:
             path = engines.get(graph.name)
             if path is None:
                 path = write_whole(lower_graph(bundle, graph, recipe, roundings), Path(name) / "lowered.onnx")

@@ -1,10 +1,15 @@
-"""Facts of the processor: cores this process may use, memory, load."""
+"""Facts of the processor: cores and memory that this process may use, load. A container's limits are those of its
+control groups (Linux, version 2).
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def allowed_processors() -> set[int]:
@@ -14,8 +19,13 @@ def allowed_processors() -> set[int]:
 
 def physical_cores() -> int:
     """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
-    needs).
+    needs), or what a container may use of them: more threads than that would be stopped for a part of the time.
     """
+    quotas = [int(told[0]) // int(told[1]) for _, told in _limits("cpu.max")]
+    return max(1, min([_physical_cores(), *quotas]))
+
+
+def _physical_cores() -> int:
     allowed, cores = allowed_processors(), set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -23,7 +33,22 @@ def physical_cores() -> int:
             cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
         except OSError:
             return len(allowed)
-    return max(1, len(cores))
+    return len(cores)
+
+
+def _limits(name: str) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (control group, the words of its file `name`) for this process's own group and those around it that have a
+    limit there.
+    """
+    own = _GROUPS / (_proc("self/cgroup", "0") or "").lstrip(":/")
+    for group in (own, *own.parents):
+        file = group / name
+        if (
+            _GROUPS in file.parents
+            and file.is_file()
+            and (words := file.read_text(encoding="ascii").split())[0] != "max"
+        ):
+            yield group, words
 
 
 def _proc(name: str, *keys: str) -> str | None:
@@ -50,9 +75,14 @@ def has_bfloat16() -> bool:
 
 
 def available_memory() -> int:
-    """Return the bytes this machine can still give without swapping (on Linux; elsewhere assume one GiB)."""
+    """Return the bytes that machine and container can still give without swapping (off Linux assume one GiB)."""
     found = _proc("meminfo", "MemAvailable")
-    return int(found.split()[0]) * 1024 if found else 1 << 30
+    free = [int(found.split()[0]) * 1024 if found else 1 << 30]
+    for group, (most,) in _limits("memory.max"):
+        cached = (group / "memory.stat").read_text(encoding="ascii").partition("\ninactive_file ")[2].split()[0]
+        used = int((group / "memory.current").read_text(encoding="ascii")) - int(cached)
+        free.append(max(0, int(most) - used))
+    return min(free)
 
 
 def peak_memory() -> int:

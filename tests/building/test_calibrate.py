@@ -71,6 +71,17 @@ def test_the_product_is_closer_than_with_nearest_weights(case: Arrays, symmetric
     assert not symmetric or (rounded.zeros == 8).all()
 
 
+def test_memory_is_bounded(case: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns at a time give the same; and what cannot be inverted in memory is refused before."""
+    inputs, matrix = case
+    whole = gptq(matrix, moments(inputs), BLOCK, False)
+    monkeypatch.setattr(calibrate, "_SYSTEM_BYTES", 8 * 3**2 * 7)
+    np.testing.assert_array_equal(gptq(matrix, moments(inputs), BLOCK, False).codes, whole.codes)
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * ROWS**2 - 1)
+    with pytest.raises(BackendError, match=r"96 inputs takes 0\.0 GB of memory.*--rounding nearest"):
+        gptq(matrix, moments(inputs), BLOCK, False)
+
+
 def test_odd_matrices(case: Arrays) -> None:
     """Columns of zeros, inputs of which nothing is known, a last short block."""
     inputs, matrix = case[0], case[1].copy()
@@ -337,7 +348,7 @@ def test_the_range_of_a_bypass_that_reads_the_state_itself(family: str, tmp_path
     """OLMo 2's Q projection reads that state, too; what other families' bypasses read is normed."""
     bundle = Bundle.open(tiny_bundle(tmp_path, form="linear", family=family, pad_token_id=0))
     recipe = with_weights(load_recipe("h100"), weights="fp8", rounding="gptq")
-    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, no_progress))
+    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, tmp_path, no_progress))
     assert isinstance(ranges["layer_02/attention/q_proj"], float)
     for unit, layer in (("02-03", "02"), ("04-04", "04")):
         wanted = ranges[f"layer_{layer}/attention/q_proj"] if family == "olmo2" else None

@@ -127,6 +127,17 @@ def test_costs_measured_beside_other_load(
     assert "0.6 processors work for others, 0.0 are withheld by the host: the costs and the dial" in caplog.text
 
 
+def test_costs_of_another_machine_are_not_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even beside load, where a copy without graphs is measured: the processor's name does not tell its cores."""
+    known = bundle.load_build("cpu-fp32")
+    bundle.save_build(replace(known, device="the same, 64 cores", cost=replace(known.cost, others=0.0)))
+    shutil.rmtree(bundle.path("onnx"))
+    monkeypatch.setattr(pipeline, "measure_cost", lambda *_: replace(known.cost, dense_us=7.0, others=0.9))
+    monkeypatch.setattr(pipeline, "PAUSE", 0.0)
+    made = build(bundle, "cpu", weights="fp32", measure=True)
+    assert (made.device, made.cost.dense_us) == (known.device, 7.0)
+
+
 def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backend, "run_obstacle", lambda _: "there is no such device.")
     with pytest.raises(BackendError, match="Nothing can be measured here: there is no such device"):
@@ -170,6 +181,20 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     build(bundle, "cpu", weights="fp32")
     assert made == ["bypass_02-03", "mixed_02-03"], "and what takes up its weights"
     assert path.read_bytes() == sound
+
+
+def test_a_kill_before_what_takes_up_the_weights_of_an_engine_made_again(bundle: Bundle, made: list[str]) -> None:
+    """The next run finds the engine as it should be, and must not take what was made of an earlier one."""
+    bundle.path("engines/cpu-fp32/bypass_02-03.onnx").write_bytes(b"damaged")
+
+    def kill(name: str, *_: object) -> None:
+        if name == "bypass_02-03":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, "cpu", weights="fp32", progress=kill)
+    build(bundle, "cpu", weights="fp32")
+    assert made == ["bypass_02-03", "mixed_02-03"]
 
 
 def test_fewer_units_leave_no_orphans(bundle: Bundle, tiny_model: Checkpoint) -> None:

@@ -63,6 +63,16 @@ class GpuBackend(Backend):
 class CudaBackend(GpuBackend):
     """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
 
+    def run_obstacle(self) -> str | None:
+        if (reason := super().run_obstacle()) is None:
+            import onnxruntime
+
+            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+                return (
+                    f"the installed onnxruntime has no CUDA ({self.how_to_install()}, after pip uninstall onnxruntime)."
+                )
+        return reason
+
     def version(self) -> str:
         return f"dash-export {__version__}"
 

@@ -125,8 +125,8 @@ def write_kit(
 
 def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) -> Verification:
     """Calibrate into `engines` where the recipe does, lower each graph once, and compare it with its portable graph."""
-    engines.mkdir(parents=True)
     if calibration_key(bundle, recipe):
+        engines.mkdir(parents=True)
         rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
     segments = backend_of(recipe).segments(bundle.manifest)
     return verify_engines(bundle, recipe, segments, {}, engines, progress)

@@ -73,8 +73,9 @@ def verify_engines(
     walk = _Walk(bundle)
     errors: dict[str, dict[str, float]] = {}
     for done, graph in enumerate(graphs, 1):
-        # Beside the engines: /tmp may be memory. What a kill leaves there, the next build takes away.
-        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=folder) as name:
+        # Where the engines are or will be: /tmp may be memory. What a kill leaves there, the next build takes away.
+        place = next(each for each in (folder, *folder.parents) if each.is_dir())
+        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=place) as name:
             path = engines.get(graph.name)
             if path is None:
                 path = write_whole(lower_graph(bundle, graph, recipe, roundings), Path(name) / "lowered.onnx")

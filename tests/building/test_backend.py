@@ -91,6 +91,13 @@ def test_without_cuda_bindings_it_compiles_but_does_not_measure(monkeypatch: pyt
     assert "cuda-bindings is missing" in str(backend.run_obstacle())
 
 
+def test_an_onnxruntime_without_cuda_builds_and_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: [H100])
+    backend = backend_of(load_recipe("cuda"))
+    assert backend.build_obstacle() is None
+    assert "has no CUDA (pip install 'dash-export[gpu]', after" in str(backend.run_obstacle())
+
+
 def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_backends, "find_spec", lambda _name: None)
     message = refused("build", own_bundle, "--target", "rtx")

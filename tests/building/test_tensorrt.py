@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -197,16 +198,24 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
         lowered(bundle, recipe)
 
 
-def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 attention, which TensorRT does not have: what went wrong is in the message and no record is left."""
+def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(
+    own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fp32 attention, which TensorRT does not have: what went wrong is in the message and no record is left. It has a
+    product, a softmax and a product.
+    """
     monkeypatch.setattr(trt, "set_activation_type", lambda *_args: None)
     text = (own / "mine.toml").read_text().replace("kv_capacity = 64", "kv_capacity = 48")
     (own / "mine.toml").write_text(text)
-    with pytest.raises(BackendError, match=r"TensorRT-RTX 1\..* cannot compile layer_00: .*\w+"):
-        build(own / "tiny.dash", str(own / "mine.toml"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trt_api.Toolkit, "_type", lambda *_: None)
+        with pytest.raises(BackendError, match=r"TensorRT-RTX 1\..* cannot compile layer_00: .*\w+"):
+            build(own / "tiny.dash", str(own / "mine.toml"))
     with pytest.raises(BundleError, match="is unfinished"):
         loaded(own)
     assert not list((own / "tiny.dash" / "engines" / "mine").glob(".tmp-*"))
+    build(own / "tiny.dash", str(own / "mine.toml"))
+    assert re.search(r"layer_00: TensorRT-RTX 1\..* has no fused attention .* It will read all rows", caplog.text)
 
 
 def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) -> None:
@@ -244,16 +253,15 @@ def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) 
 def test_a_compiler_without_lengths(
     own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Compiles what its parser made, and it is told."""
+    """Compiles what its parser made, of more than one kernel if need be, and it is told."""
     sound = trt_api.Toolkit._bound_attention
 
-    def refused(toolkit: trt_api.Toolkit, network: Any) -> bool:
-        bounded = sound(toolkit, network)
-        if bounded:  # fp32 attention, which TensorRT does not have
-            wide = network.add_cast(network.get_output(1), rtx.float32).get_output(0)
-            softmax, unmasked = rtx.AttentionNormalizationOp.SOFTMAX, rtx.CausalMaskKind.NONE
-            network.mark_output(network.add_attention_v2(wide, wide, wide, softmax, unmasked).get_output(0))
-        return bounded
+    def refused(toolkit: trt_api.Toolkit, network: Any) -> None:
+        sound(toolkit, network)
+        wide = network.add_cast(network.get_output(1), rtx.float32).get_output(0)
+        softmax, unmasked = rtx.AttentionNormalizationOp.SOFTMAX, rtx.CausalMaskKind.NONE
+        # fp32 attention, which TensorRT does not have
+        network.mark_output(network.add_attention_v2(wide, wide, wide, softmax, unmasked).get_output(0))
 
     monkeypatch.setattr(trt_api.Toolkit, "_bound_attention", refused)
     (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()

@@ -28,7 +28,7 @@ GPU_TARGETS = [name for name in recipe_names() if load_recipe(name).engine is no
 
 def checked(bundle: Bundle, recipe: Recipe) -> Verification:
     segments = backend_of(recipe).segments(bundle.manifest)
-    return verify.verify_engines(bundle, recipe, segments, {}, bundle.root)
+    return verify.verify_engines(bundle, recipe, segments, {}, bundle.root / "none")
 
 
 def errors(bundle: Bundle, recipe: Recipe) -> dict[str, float]:
@@ -133,7 +133,7 @@ def test_a_damaged_cpu_engine_is_refused(name: str, own_bundle: Path) -> None:
     ir.save(graph, files[name])
     recipe = with_weights(load_recipe("cpu"), "fp32")
     with pytest.raises(BackendError, match=name):
-        verify.verify_engines(bundle, recipe, made.segments, files, bundle.root)
+        verify.verify_engines(bundle, recipe, made.segments, files, bundle.root / "none")
 
 
 def test_bf16_graphs_are_bf16(tiny_root: Path) -> None:

@@ -34,6 +34,13 @@ def tolerance(runtime: DashRuntime) -> float:
     return max(TOLERANCE[precision] for precision in (weights.layers, weights.qkv, weights.ungated, weights.head))
 
 
+def recorded(runtime: DashRuntime) -> DashRuntime:
+    """Skips where no token can be a graph: ONNX Runtime's runs cannot be recorded."""
+    if runtime.build.backend == "onnxruntime_cuda":
+        pytest.skip("ONNX Runtime's runs cannot be recorded")
+    return runtime
+
+
 def prose(runtime: DashRuntime, count: int) -> np.ndarray:
     text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
     return np.array(runtime.text.encode(text)[:count], np.int64)
@@ -68,7 +75,7 @@ def test_modes_give_the_same_tokens(dispatch: str, gpu_runtime: LoadGpu) -> None
 
 def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     """Not what `device` falls back to."""
-    runtime = gpu_runtime("device")
+    runtime = recorded(gpu_runtime("device"))
     session = runtime.session("token", skipped=5)
     session.generate(list(range(5, 25)), 8)
     assert runtime.dispatch == "device", "see the log for what cannot be recorded here"
@@ -81,7 +88,7 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
 def test_tokens_launched_ahead_are_those_waited_for(dispatch: str, gpu_runtime: LoadGpu) -> None:
-    runtime = gpu_runtime(dispatch)
+    runtime = recorded(gpu_runtime(dispatch))
     assert runtime.engines.launches_ahead, "see the log for why not"  # type: ignore[union-attr]
     for setting in ({"policy": "dense"}, {"policy": "static", "skipped": 4}, {"policy": "token", "skipped": 5}):
         for ids in prompts(runtime):
@@ -99,7 +106,7 @@ def test_a_token_that_is_drawn_ahead_is_the_host_s(
     sampling: Sampling, gpu_runtime: LoadGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nearly always the device draws it, too: then nothing is decoded twice."""
-    runtime, drew = gpu_runtime("device"), list[bool]()
+    runtime, drew = recorded(gpu_runtime("device")), list[bool]()
     ids, sound = prompts(runtime)[0], DeviceStep._drew
     monkeypatch.setattr(DeviceStep, "_drew", lambda *given: drew.append(sound(*given)) or drew[-1])
     answer = [one.token for one in runtime.session("dense").stream(ids.tolist(), 96, sampling)]
@@ -120,7 +127,7 @@ def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:
     expected = one.prefill(ids)
     for token in ids:
         found = other.decode_one(int(token))[0]
-    np.testing.assert_allclose(found, expected, atol=0.1)
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < tolerance(runtime)
 
 
 def test_several_sequences(target: str, smollm2_bundle: Path, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ SCRATCH = 512
 
 
 class Network:
+    num_layers = 0
+
     def __init__(self) -> None:
         self.name, self.model = "", b""
         self.inputs: list[Any] = []
@@ -147,7 +149,8 @@ class Context:
         self.places: dict[str, int] = {}
         self.scratch = 0
 
-    def set_optimization_profile_async(self, profile: int, _stream: int) -> bool:
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        rule(not self.engine.card.recording(stream), "what a profile copies becomes part of a recording")
         self.profile, self.shapes, self.launched = profile, {}, False
         return profile < self.engine.num_optimization_profiles
 
@@ -235,9 +238,10 @@ def toolkit(card: Card, name: str) -> Any:
         ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"),
         BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="REQUIRE_USER_ALLOCATION"),
         ComputeCapability=SimpleNamespace(SM120="SM120"),
+        LayerType=SimpleNamespace(),
         TensorIOMode=SimpleNamespace(INPUT="INPUT"),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
-        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="EAGER"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="EAGER", LAZY="LAZY"),
     )
     module.Runtime = lambda _: SimpleNamespace(
         deserialize_cuda_engine=lambda plan: (

@@ -50,7 +50,7 @@ def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
     """Write the layers and the head as the recipe's engines have them."""
     known: dict[str, Any] = {}
     if recipe.weights.calibrates:
-        known = dict(calibrate_matrices(bundle, recipe, lambda *_: None))
+        known = dict(calibrate_matrices(bundle, recipe, folder, lambda *_: None))
     names = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     for name in (*names, "head"):
         model = load_graph(bundle.graph(name))

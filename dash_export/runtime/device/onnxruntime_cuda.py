@@ -45,7 +45,8 @@ class OrtCudaEngine:
         """Load the file. Raises BackendError when ONNX Runtime refuses it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        cuda = {"device_id": device, "user_compute_stream": str(stream)}
+        options.intra_op_num_threads = 1  # the host only works out shapes, and every engine has threads of its own
+        cuda = {"device_id": device, "user_compute_stream": str(stream), "use_tf32": "0"}  # fp32 is fp32
         with ort_errors(path.name):
             self._session = ort.InferenceSession(
                 str(path), options, providers=[(PROVIDER, cuda), "CPUExecutionProvider"]

@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 GRAPHS = 12
 """How many graphs a step keeps; decoding ahead takes three for a set of known actions, or for a rule."""
-DECIDED, ENDED = "decided", "ended"
-"""Events: the policy's damage is there; the token that the host waits for has ended."""
+DECIDED, ENDED, AHEAD = "decided", "ended", "ended ahead"
+"""Events: the policy's damage is there; the token that the host waits for has ended, and so has the one after it."""
 Actions = bytes | tuple[tuple[float, ...], ...]
 """What a graph does: the units that it skips, a byte each; or the limits of each sequence by which it decides."""
 
@@ -158,7 +158,7 @@ class DeviceStep(BoundEngines):
     def _end_in_vain(self) -> None:
         """Wait for a step that was launched ahead and is not wanted: it may still read what is written now."""
         if self._ahead is not None:
-            self.device.synchronize(MAIN)
+            self.device.wait_for_event(AHEAD)  # not for the stream: another thread may be recording it
             self._ahead = None
 
     def _launched_ahead(self, actions: Actions | None, side: int, draws: Sequence[Draw]) -> Ahead | None:
@@ -173,6 +173,7 @@ class DeviceStep(BoundEngines):
         self._draws.hosts[side][:] = draws
         self.device.record(MAIN, ENDED)
         graph.launch(MAIN)
+        self.device.record(MAIN, AHEAD)
         return Ahead(actions, positions, side)
 
     def _take_results(self, actions: Actions | None, side: int) -> None:

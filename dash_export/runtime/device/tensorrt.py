@@ -79,13 +79,14 @@ class TensorRTEngine:
             for profile in range(engine.num_optimization_profiles)
         )
         self._engine = engine
-        # Contexts that dropped launches leave, per profile: making a context takes milliseconds, and every prompt
-        # length needs its own binding.
-        self._free: defaultdict[int, list[Any]] = defaultdict(list)
+        # Contexts that dropped launches leave, per profile, and whether they are recorded: making a context takes
+        # milliseconds, and every prompt length needs its own binding.
+        self._free: defaultdict[tuple[int, bool], list[Any]] = defaultdict(list)
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
-        device, free = self._device, self._free[profile]
-        context = free.pop() if free else self._new_context(profile)
+        recorded = shapes.get("hidden", shapes.get("input_ids", (1, 1)))[1] == 1  # prompts are not
+        device, free = self._device, self._free[profile, recorded]
+        context = free.pop() if free else self._new_context(profile, recorded)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise BackendError(f"{self._name} does not take {name} {list(shape)}: build it again.")
@@ -97,18 +98,25 @@ class TensorRTEngine:
 
         def launch(stream: str) -> None:
             if not context.execute_async_v3(device.stream(stream)):
-                raise BackendError(f"TensorRT could not launch {self._name}.")
+                raise BackendError(f"TensorRT could not launch {self._name}; it has logged why.")
 
         launch.memory = (memory, scratch)  # type: ignore[attr-defined]  # the context holds bare addresses
         weakref.finalize(launch, free.append, context).atexit = False
         return launch
 
-    def _new_context(self, profile: int) -> Any:
-        context = self._device.toolkit.context(self._engine, self._device.device.capability)
-        if context is None:
-            raise BackendError(f"{self._name}: TensorRT made no context (out of device memory?).")
-        if profile and not context.set_optimization_profile_async(profile, self._device.stream(self._stream)):
-            raise BackendError(f"{self._name} has no profile {profile}: build it again.")
+    def _new_context(self, profile: int, recorded: bool) -> Any:
+        device = self._device
+        with device.toolkit.logger.collected() as complaints:
+            context = device.toolkit.context(self._engine, device.device.capability, recorded)
+            if context is None:
+                raise BackendError(f"TensorRT made no context of {self._name}: {last_reason(complaints)}.")
+            try:
+                # Not in the engine's stream, which another thread may be recording: this may copy something.
+                if profile and not context.set_optimization_profile_async(profile, device.stream("setup")):
+                    raise RuntimeError(last_reason(complaints))
+            except RuntimeError as error:  # newer bindings raise it themselves
+                raise BackendError(f"{self._name} has no profile {profile} ({error}): build it again.") from error
+        device.synchronize("setup")
         return context
 
 

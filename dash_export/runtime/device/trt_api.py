@@ -53,10 +53,11 @@ class Toolkit:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
     def compile(
-        self, graph: Path, settings: EngineRecipe, profiles: Sequence[Shapes], timing: bytes = b"", bounded: bool = True
+        self, graph: Path, settings: EngineRecipe, profiles: Sequence[Shapes], timing: bytes = b"", fused: bool = True
     ) -> tuple[Any, bytes]:
-        """Compile an ONNX file to (serialized engine as a buffer, timing cache). `bounded`: attention reads only the
-        rows in use, where TensorRT compiles that. Raises BackendError with TensorRT's own words.
+        """Compile an ONNX file to (serialized engine as a buffer, timing cache). `fused`: each attention is one kernel
+        and reads only the rows in use. Where TensorRT has none, attentions are compiled as it likes. Raises
+        BackendError with TensorRT's own words.
         """
         trt = self.trt
         with self.logger.collected() as complaints:
@@ -68,7 +69,14 @@ class Toolkit:
             if not parser.parse_from_file(str(graph)):
                 complaints += [parser.get_error(index).desc() for index in range(parser.num_errors)]
                 raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last_reason(complaints)}")
-            bounded = bounded and self._bound_attention(network)
+            attentions = [layer for layer in _layers(network) if layer.type == self._type("ATTENTION_INPUT")]
+            if fused:
+                self._bound_attention(network)
+            else:
+                for begin in attentions:
+                    begin.__class__ = trt.IAttentionInputLayer  # as TensorRT's own samples do: it is a mere ILayer
+                    attention = begin.attention
+                    attention.decomposable = True
             config = builder.create_builder_config()
             self._configure(config, settings)
             for shapes in profiles:
@@ -79,32 +87,34 @@ class Toolkit:
                 config.add_optimization_profile(profile)
             cached = None
             if not self.is_rtx:  # TensorRT-RTX times nothing: its timing cache is a deprecated no-op
-                cached = config.create_timing_cache(timing)
+                cached = config.create_timing_cache(timing) or config.create_timing_cache(b"")
                 config.set_timing_cache(cached, ignore_mismatch=False)
+                complaints.clear()  # those about times of another version or card stop nothing
             engine = builder.build_serialized_network(network, config)
-            if engine is None and bounded:
-                reason = f"{self.describe()} has no attention with lengths for it ({last_reason(complaints)})"
+            if engine is None and fused and attentions:
+                reason = f"{self.describe()} has no fused attention with lengths for it ({last_reason(complaints)})"
                 logger.warning("%s: %s. It will read all rows of the cache.", graph.stem, reason)
-                return self.compile(graph, settings, profiles, timing, bounded=False)
+                return self.compile(graph, settings, profiles, timing, fused=False)
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
-    def _bound_attention(self, network: Any) -> bool:
-        """Tell each Attention how many rows of its cache are in use, so that it need not read the others. Return
-        whether there is one, and TensorRT knows lengths (from 11 on). The parser drops ONNX's own input for this
-        (`nonpad_kv_seqlen`) and makes attentions that take no lengths, so each is replaced by one that does, with the
-        same queries and mask. Its keys are the cache itself: the parser's are all rows of it times the scale, which
-        is 1.
+    def _type(self, name: str) -> Any:
+        """Return a type of layers; None where this TensorRT has none of that name."""
+        return getattr(self.trt.LayerType, name, None)
+
+    def _bound_attention(self, network: Any) -> None:
+        """Tell each Attention how many rows of its cache are in use, so that it need not read the others, where
+        TensorRT knows lengths (from 11 on). The parser drops ONNX's own input for this (`nonpad_kv_seqlen`) and makes
+        attentions that take no lengths, so each is replaced by one that does, with the same queries and mask. Its keys
+        are the cache itself: the parser's are all rows of it times the scale, which is 1.
         """
-        trt = self.trt
-        if not hasattr(network, "add_attention_v2"):
-            return False
-        layers = [network.get_layer(index) for index in range(network.num_layers)]
-        begins = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-        ends = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_OUTPUT]
-        if not begins:
-            return False
+        trt, layers = self.trt, _layers(network)
+        begins, ends = (
+            [layer for layer in layers if layer.type == self._type(f"ATTENTION_{side}")] for side in ("INPUT", "OUTPUT")
+        )
+        if not begins or not hasattr(network, "add_attention_v2"):
+            return
         inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
         outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
         positions = network.add_cast(inputs["position_ids"], trt.int32).get_output(0)
@@ -124,12 +134,12 @@ class Toolkit:
                 tensor = layer.get_input(index)
                 if tensor is not None and tensor.name in replaced:
                     layer.set_input(index, replaced[tensor.name])
-        return True
 
-    def context(self, engine: Any, capability: str) -> Any:
+    def context(self, engine: Any, capability: str, recorded: bool) -> Any:
         """Return an engine's execution context whose scratch memory the caller gives; None where there is no memory for
-        it. TensorRT-RTX compiles kernels for its shapes at once, because fallback kernels would be recorded for good,
-        and keeps them for the next process on a card of this compute capability.
+        it. TensorRT-RTX compiles kernels for the shapes of what is `recorded` at once, because fallback kernels would
+        be recorded for good; of others, whose lengths are many, beside the work. It keeps kernels for the next process
+        on a card of this compute capability.
         """
         trt = self.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -137,8 +147,8 @@ class Toolkit:
             return engine.create_execution_context(strategy)
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
-        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if recorded else strategies.LAZY
         if self._kernels is None:
             self._kernels = runtime_config.create_runtime_cache()
             file = cache_folder() / f"{self.backend}-{self.version}-{capability}.kernels"
@@ -163,6 +173,10 @@ class Toolkit:
                     raise BackendError(f"{self.describe()} does not compile for compute capability {capability}.")
 
 
+def _layers(network: Any) -> list[Any]:
+    return [network.get_layer(index) for index in range(network.num_layers)]
+
+
 def _keep(kernels: Any, file: Path) -> None:
     """Write a runtime cache at the end of a process, unless the file already has the same size."""
     with suppress(OSError, OutputError):
@@ -183,7 +197,9 @@ load_toolkit = cache(Toolkit)
 
 @cache
 def _logger(trt: Any) -> Any:
-    """Return the one logger of this process, because TensorRT keeps the first for good. It keeps errors only."""
+    """Return the one logger of this process, because TensorRT keeps the first for good. It keeps errors only, and logs
+    those that come while nobody collects them.
+    """
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -194,6 +210,8 @@ def _logger(trt: Any) -> Any:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 for complaints in list(self._open.values()):
                     complaints.append(message)
+                if not self._open:  # from a launch, whose caller knows only that it failed
+                    logger.error("%s", message)
 
         @contextmanager
         def collected(self) -> Iterator[list[str]]:

@@ -248,7 +248,7 @@ def memory_that_is_not_pinned(_sound: Any, _device: Cuda, nbytes: int) -> Any:
     return np.zeros(nbytes, np.uint8)
 
 
-def kernels_that_stand_in(_sound: Any, _toolkit: Toolkit, engine: Any, _capability: str) -> Any:
+def kernels_that_stand_in(_sound: Any, _toolkit: Toolkit, engine: Any, *_: Any) -> Any:
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy("USER_MANAGED")
     return engine.create_execution_context(config)

@@ -157,6 +157,26 @@ def test_sessions_in_threads_take_turns(on_card: MakeOnCard, host: Host, monkeyp
     np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
 
 
+def test_kernels_for_prompts_are_compiled_beside_the_work(on_card: MakeOnCard) -> None:
+    """Every prompt has another length, and the first one would wait; what is recorded keeps the kernels it had."""
+    made = on_card("rtx", "device")
+    session = made.runtime.session()
+    session.prefill(IDS[:20])
+    prompts = {context for _, context in made.card.ran}
+    session.decode_one(5)
+    tokens = {context for _, context in made.card.ran} - prompts
+    assert [{context.captures for context in each} for each in (prompts, tokens)] == [{False}, {True}]
+
+
+def test_what_a_context_does_not_take_is_told(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: Any) -> bool:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(Context, "set_optimization_profile_async", odd)
+    with pytest.raises(BackendError, match=r"has no profile 1 \(odd\): build it again"):
+        on_card("trt10").runtime.session().prefill(IDS[:20])
+
+
 def test_a_step_that_cannot_be_recorded(on_card: MakeOnCard, host: Host, caplog: pytest.LogCaptureFixture) -> None:
     """One line that says why, not one a session, and `overlapped`."""
     made = on_card("trt10", "device")

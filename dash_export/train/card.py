@@ -17,7 +17,7 @@ from dash_export.decision import units_text
 from dash_export.models import Checkpoint
 from dash_export.policy import SkipPolicy
 from dash_export.train.corpus import JUDGED_SEED, Batch, Corpus
-from dash_export.train.losses import divergence
+from dash_export.train.losses import dense_logits, divergence
 from dash_export.train.model import Decide, SkipModules, always, below
 from dash_export.train.partition import Candidate
 from dash_export.train.stages import Run
@@ -80,7 +80,7 @@ def held_out_figures(
     for done, (ids, dense, counted) in enumerate(batches):
         # A token counts where the one after it is text too.
         judged = counted[:, :-1] & counted[:, 1:]
-        following, final = ids[:, 1:][judged], model.dense(ids)[:, :-1][judged]
+        following, final = ids[:, 1:][judged], dense_logits(model.head, model.dense(ids)[:, :-1][judged])
         count += len(following)
         for index, (_, decide) in enumerate(runs):
             rollout = model.rollout(ids, modules, decide, dense)

@@ -26,7 +26,7 @@ from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel, Head, SkipModules, below
 
 ROWS = 64
-"""Number of tokens whose logits, those of both models, are in memory at once."""
+"""Number of tokens whose logits, those of both models, are in memory in float32 at once."""
 SOFTENING = 0.02
 """Nats. The square root evens out errors of small and large divergences; SOFTENING keeps its slope finite at zero."""
 LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
@@ -47,8 +47,18 @@ class Divergence(NamedTuple):
 
 
 @torch.no_grad()
+def dense_logits(head: Head, states: torch.Tensor) -> torch.Tensor:
+    """Return logits [n, vocab], before the cap and in the dtype of `states` [n, hidden], to be compared with others.
+    They are computed in blocks as those are, for otherwise their last bits would differ where no state does.
+    """
+    return torch.cat([block @ head.weight.T for block in torch.split(states, ROWS)])
+
+
+@torch.no_grad()
 def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
-    """Compare dense and skipped final states [n, hidden]; targets [n] are the tokens that follow."""
+    """Compare dense logits [n, vocab], as `dense_logits` gives them, with those of the skipped final states
+    [n, hidden]; targets [n] are the tokens that follow.
+    """
     parts = []
     for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
         chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
@@ -60,8 +70,8 @@ def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: 
 
 
 def summed_divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: states [n, hidden],
-    weight [n] -> scalar. The gradient is made in the same pass, d KL / d logits = q - p; no logits stay.
+    """Return the sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: dense logits [n, vocab],
+    states [n, hidden], weight [n] -> scalar. The gradient is made in the same pass, d KL / d logits = q - p.
     """
     total = torch.zeros((), device=skipped.device)
     gradient = torch.empty_like(skipped)
@@ -82,7 +92,8 @@ def _logits(head: Head, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[
     """Yield (rows, logits of both [rows, vocab], their logsumexp [rows]), ROWS tokens at a time."""
     for start in range(0, len(dense), ROWS):
         rows = slice(start, start + ROWS)
-        p, q = ((states[rows] @ head.weight.T).float() for states in (dense, skipped))
+        p = dense[rows].to(torch.float32, copy=True)  # what takes it may write over it
+        q = (skipped[rows] @ head.weight.T).float()
         if head.cap:
             p, q = (head.cap * torch.tanh(each / head.cap) for each in (p, q))
         yield rows, p, q, p.logsumexp(-1), q.logsumexp(-1)
@@ -111,9 +122,10 @@ def regression_loss(
     free = torch.from_numpy(drawn[0] < rates).to(model.device)
     replaced = torch.from_numpy((drawn[1] < EXPLORATION) | at_random).to(model.device)
     with torch.no_grad():
-        final = model.dense(batch.ids)[batch.counted]
+        final = dense_logits(model.head, model.dense(batch.ids)[batch.counted])
         rollout = model.rollout(ids, modules, lambda damage: torch.where(replaced, free, damage < limits), dense)
-        kl = divergence(model.head, final.repeat(MASKS, 1), rollout.final[counted], ids[counted]).kl
+        masked, targets = rollout.final[counted].chunk(MASKS), batch.ids[batch.counted]
+        kl = torch.cat([divergence(model.head, final, skipped, targets).kl for skipped in masked])
     predicted = (modules.damage(rollout.state) * rollout.skipped).sum(-1)[counted]
     return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
 
@@ -136,7 +148,7 @@ def tuning_loss(
 
     rollout = model.rollout(ids, modules, below(limits), dense, soften)
     weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
-    loss = summed_divergence(model.head, final, rollout.final[counted], weight)
+    loss = summed_divergence(model.head, dense_logits(model.head, final), rollout.final[counted], weight)
     return loss - (rollout.taken[counted] @ cost).mean()
 
 
@@ -155,7 +167,7 @@ def static_loss(
         final = model.dense(ids)[counted]
     rollout = model.rollout(ids, modules, lambda damage: skipped.expand(damage.shape), dense)
     weight = torch.full((len(final),), 1 / len(final), device=model.device)
-    return summed_divergence(model.head, final, rollout.final[counted], weight)
+    return summed_divergence(model.head, dense_logits(model.head, final), rollout.final[counted], weight)
 
 
 def _drawn(rng: np.random.Generator, count: int, bounds: tuple[float, float]) -> torch.Tensor:

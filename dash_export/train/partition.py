@@ -19,7 +19,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
 from dash_export.train.corpus import Batch
-from dash_export.train.losses import divergence
+from dash_export.train.losses import dense_logits, divergence
 from dash_export.train.model import GatedModel, SkipModules, always
 
 LENGTHS = (1, 2, 3, 4, 6)
@@ -36,7 +36,7 @@ search goes over its text once for each such group.
 """
 
 Windows = Sequence[tuple[Batch, torch.Tensor]]
-"""Batches, each with the dense model's normed last states at the counted positions."""
+"""Batches, each with the dense model's logits at the counted positions."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def units_that_pay(units: Sequence[Unit], gains: Sequence[float]) -> tuple[int, 
 @torch.no_grad()
 def with_dense(model: GatedModel, batches: Iterable[Batch]) -> Windows:
     """Run the dense pass over each batch, once for all sets of units that are tried on it."""
-    return [(batch, model.dense(batch.ids)[batch.counted]) for batch in batches]
+    return [(batch, dense_logits(model.head, model.dense(batch.ids)[batch.counted])) for batch in batches]
 
 
 @torch.no_grad()

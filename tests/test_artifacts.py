@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,18 @@ def test_content_key_tells_parts_apart() -> None:
     keys = {content_key("a", "b"), content_key("ab"), content_key("b", "a"), content_key(["a", "b"]), content_key()}
     assert len(keys) == 5
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_syncs_files_only(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network and shared folders do."""
+    sound = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, "odd")
+        sound(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if code == errno.EINVAL else pytest.raises(OSError, match="odd"):
+        write_atomic(tmp_path / "a", "text")

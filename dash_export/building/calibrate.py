@@ -107,8 +107,8 @@ def calibrate_matrices(
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
         if layer in begins and recipe.weights.bypass == "fp8":
             yield f"{begins[layer].bypass}/product", max(map(_largest, states))
-        yield from _round_layer(graph, scratch / f"{name}.onnx", precisions, recipe, states, own_feeds)
-        states = [found["hidden_out"] for found in _outputs(graph, scratch / f"{name}.onnx", states, own_feeds)]
+        yield from _round_layer(graph, scratch, precisions, recipe, states, own_feeds)
+        states = [found["hidden_out"] for found in _outputs(graph, scratch, states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
     if recipe.weights.head in CALIBRATED:
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
@@ -146,6 +146,21 @@ def _round_layer(
         if precision in CALIBRATED:
             readers[node.inputs[0]].append(node)
     rounded_sources = {source for source, group in readers.items() if "int4" in map(precisions.get, group)}
+    rows = max(
+        (
+            len(matrix)
+            for node in precisions
+            if precisions[node] == "int4"
+            if (matrix := constant_value(node.inputs[1])) is not None
+        ),
+        default=0,
+    )
+    if (needed := _INVERSE_BYTES * rows**2) > (free := available_memory()):
+        kept = "keep the 4 bits of a GGUF file (--target cpu-gguf), or " * (recipe.engine is None)
+        raise BackendError(
+            f"Calibrating a matrix of {rows} inputs takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            f"free: {kept}round to the nearest (--rounding nearest)."
+        )
     moments: dict[ir.Value, Any] = dict.fromkeys(rounded_sources, 0.0)
     largest = dict.fromkeys(readers, 0.0)
     for source in readers:
@@ -172,9 +187,9 @@ def _round_layer(
 
 
 def _outputs(model: ir.Model, scratch: Path, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """Run a layer, through a graph in a folder beside `scratch`, on each batch of states, and yield its outputs."""
-    with tempfile.TemporaryDirectory(dir=scratch.parent) as folder:
-        run = graph_run(write_whole(model.clone(), Path(folder) / scratch.name))
+    """Run a layer, through a file in `scratch`, on each batch of states, and yield its outputs."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        run = graph_run(write_whole(model.clone(), Path(folder) / "layer.onnx"))
         for state in states:
             yield run(feeds | {"hidden": state})
 
@@ -225,7 +240,7 @@ TOP, MIDDLE = 15, 8
 _COLUMNS, _SYSTEM_BYTES = 4096, 1 << 30
 """Columns that are rounded together: at most so many, with so much memory for the systems that refine their scales."""
 _INVERSE_BYTES = 40
-"""Memory for each pair of inputs: moments, and what their inverse takes (float64)."""
+"""Memory for each pair of a matrix's inputs: moments, and what their inverse takes (float64)."""
 _STRIDE = 32
 
 
@@ -242,11 +257,6 @@ def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Round
     squares = np.diag(moments).copy()
     mean = squares.mean() if squares.any() else 1.0
     order = np.argsort(-squares, kind="stable")
-    if (needed := _INVERSE_BYTES * rows**2) > (free := available_memory()):
-        raise BackendError(
-            f"Calibrating a matrix of {rows} inputs takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free. Keep the 4 bits of a GGUF file (--target cpu-gguf), or round to the nearest (--rounding nearest)."
-        )
     damped = moments[np.ix_(order, order)]
     damped[np.diag_indices(rows)] += DAMPING * mean
     # Each row of the inverse's Cholesky factor says how an input's error is shared out among the inputs after it.

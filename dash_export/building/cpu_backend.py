@@ -14,7 +14,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.manifest import EngineRecord, Manifest, Segment
 from dash_export.runtime.backends import load_backend, require_backend
-from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.runtime.cpus import available_memory, cpu_name, usable_cores
 
 if TYPE_CHECKING:
     from dash_export.building.engine_graphs import Artifact
@@ -40,7 +40,7 @@ class CpuBackend(Backend):
         return version("onnxruntime")
 
     def device(self) -> str:
-        return f"{cpu_name()}, {physical_cores()} cores"
+        return f"{cpu_name()}, {usable_cores()} cores"
 
     def start(self) -> None:
         """Start the process's only thread pool, with as many threads as costs are measured with."""

@@ -43,10 +43,14 @@ class GpuBackend(Backend):
     def run_obstacle(self) -> str | None:
         if (reason := self.device_obstacle() or super().run_obstacle()) is None:
             try:
-                require_bindings()
+                self.require_runtime()
             except BackendError as error:
                 return str(error)
         return reason
+
+    def require_runtime(self) -> None:
+        """Raise BackendError where something is missing that running needs, beside the backend's package."""
+        require_bindings()
 
     def device_obstacle(self) -> str | None:
         """Return why this machine's first CUDA device does not fit the recipe; None where it does."""
@@ -63,15 +67,11 @@ class GpuBackend(Backend):
 class CudaBackend(GpuBackend):
     """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
 
-    def run_obstacle(self) -> str | None:
-        if (reason := super().run_obstacle()) is None:
-            import onnxruntime
+    def require_runtime(self) -> None:
+        from dash_export.runtime.device.onnxruntime_cuda import require_cuda
 
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                return (
-                    f"the installed onnxruntime has no CUDA ({self.how_to_install()}, after pip uninstall onnxruntime)."
-                )
-        return reason
+        super().require_runtime()
+        require_cuda()
 
     def version(self) -> str:
         return f"dash-export {__version__}"

@@ -51,16 +51,12 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
     ONNX Runtime has either one thread pool for the process or one per session: give `own_threads` where other sessions
     in this process have pools of their own. Raises BackendError when ONNX Runtime refuses the graph.
     """
-    import onnxruntime as ort
+    from dash_export.runtime.ort_engine import OrtEngine, ort_errors, session_options
 
-    from dash_export.runtime.ort_engine import ort_errors, shared_pool_options
-
-    options = ort.SessionOptions() if own_threads else shared_pool_options()
-    options.log_severity_level = 3
+    options = session_options(own_threads)
     # Between runs numpy computes: ONNX Runtime's threads must not spin on its cores meanwhile.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    with ort_errors(path.name):
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = OrtEngine(path, options).session
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
     outputs = [item.name for item in session.get_outputs()]
 

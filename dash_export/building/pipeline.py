@@ -194,9 +194,9 @@ def _make_engines(
         _check_savable(bundle)
         # Without its record the build counts as unfinished, from here to the end.
         (folder / BUILD).unlink(missing_ok=True)
-        # After a kill nothing else tells the next run that an engine, whose key is the same, is of an earlier making.
-        store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
         backend.start()
+        # What extends an engine that is made again goes now: its key does not change, so after a kill it would stay.
+        store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
     for done, job in enumerate(jobs, 1):
         try:
             found[job.name] = found[job.name] or store.make(

@@ -160,7 +160,8 @@ def rotary_embedding(
     CheckpointError for another scaling.
 
     A `dynamic` model has plain frequencies within its context, a `longrope` model its short ones within its original
-    context: the model is exported with that context. A `yarn` model's context is `factor` times its original one.
+    context: the model is exported with that context. A `yarn` model's context is at least `factor` times its original
+    one.
     """
     # transformers lets an old-style rope_scaling win over rope_parameters; so do we.
     rope = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}

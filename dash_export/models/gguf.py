@@ -155,7 +155,10 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
             f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3, yarn"
         )
     if kind == "yarn":
+        if "rope.scaling.yarn_ext_factor" in own:  # 0 would turn it off
+            raise CheckpointError("rope.scaling.yarn_ext_factor is not supported; expected none")
         rope |= {name: own[key] for name, key in _YARN.items() if key in own}
+        factor = factor or 1.0
     if divisors is None:
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}
     if kind not in ("none", "llama3"):

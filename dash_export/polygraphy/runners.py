@@ -60,11 +60,8 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Verify the build's files and load the engine."""
-        from onnxruntime import SessionOptions
-
-        from dash_export.runtime.ort_engine import (
-            OrtEngine,
-        )  # not above: where TensorRT runs steps there is no ONNX Runtime
+        # Not above: where TensorRT runs whole steps there may be no ONNX Runtime.
+        from dash_export.runtime.ort_engine import OrtEngine, session_options
 
         root, target, name = self._place
         with polygraphy_errors():
@@ -81,7 +78,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
             # cannot have the shared pool of the runtime.
             path = self.bundle.path(build.engines[name].file)
-            self.engine = OrtEngine(path, SessionOptions())
+            self.engine = OrtEngine(path, session_options(own_threads=True))
             self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:

@@ -17,15 +17,18 @@ def allowed_processors() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def physical_cores() -> int:
-    """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
-    needs), or what a container may use of them: more threads than that would be stopped for a part of the time.
+def usable_cores() -> int:
+    """Return how many threads decode best: one per physical core, or what a container may use of them, for more would
+    be stopped for a part of the time.
     """
     quotas = [int(told[0]) // int(told[1]) for _, told in _limits("cpu.max")]
-    return max(1, min([_physical_cores(), *quotas]))
+    return max(1, min([physical_cores(), *quotas]))
 
 
-def _physical_cores() -> int:
+def physical_cores() -> int:
+    """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
+    needs).
+    """
     allowed, cores = allowed_processors(), set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -33,7 +36,7 @@ def _physical_cores() -> int:
             cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
         except OSError:
             return len(allowed)
-    return len(cores)
+    return max(1, len(cores))
 
 
 def _limits(name: str) -> Iterator[tuple[Path, list[str]]]:
@@ -42,13 +45,17 @@ def _limits(name: str) -> Iterator[tuple[Path, list[str]]]:
     """
     own = _GROUPS / (_proc("self/cgroup", "0") or "").lstrip(":/")
     for group in (own, *own.parents):
-        file = group / name
-        if (
-            _GROUPS in file.parents
-            and file.is_file()
-            and (words := file.read_text(encoding="ascii").split())[0] != "max"
-        ):
+        words = _words(group / name) if group.is_relative_to(_GROUPS) else []
+        if words and words[0] != "max":
             yield group, words
+
+
+def _words(file: Path) -> list[str]:
+    """Return the words of a file of a control group; none where it cannot be read."""
+    try:
+        return file.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return []
 
 
 def _proc(name: str, *keys: str) -> str | None:
@@ -79,9 +86,10 @@ def available_memory() -> int:
     found = _proc("meminfo", "MemAvailable")
     free = [int(found.split()[0]) * 1024 if found else 1 << 30]
     for group, (most,) in _limits("memory.max"):
-        cached = (group / "memory.stat").read_text(encoding="ascii").partition("\ninactive_file ")[2].split()[0]
-        used = int((group / "memory.current").read_text(encoding="ascii")) - int(cached)
-        free.append(max(0, int(most) - used))
+        told = _words(group / "memory.stat")  # what is kept of files can be given back
+        files = sum(int(told[told.index(name) + 1]) for name in ("inactive_file", "active_file") if name in told)
+        used = sum(map(int, _words(group / "memory.current")))
+        free.append(max(0, int(most) - max(0, used - files)))
     return min(free)
 
 

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import Launch
-from dash_export.runtime.cpus import physical_cores
+from dash_export.runtime.cpus import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def start_thread_pool(threads: int) -> int:
     change the pool: a later, different wish is logged. Raises BackendError where the pool cannot be created.
     """
     global _pool_threads
-    wanted = threads or physical_cores()
+    wanted = threads or usable_cores()
     if _pool_threads is None:
         try:
             ort.set_global_thread_pool_sizes(wanted, 1)
@@ -56,11 +56,14 @@ def start_thread_pool(threads: int) -> int:
     return _pool_threads
 
 
-def shared_pool_options() -> ort.SessionOptions:
-    """Return options for a session on the process-wide pool; create the pool where there is none."""
-    start_thread_pool(0)
+def session_options(own_threads: bool = False) -> ort.SessionOptions:
+    """Return options for a session with threads of its own, or on the process-wide pool; create that where there is
+    none.
+    """
+    if not own_threads:
+        start_thread_pool(0)
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.use_per_session_threads = own_threads
     options.log_severity_level = 3
     return options
 
@@ -159,7 +162,7 @@ class OrtBackend:
     def __init__(self, threads: int) -> None:
         start_thread_pool(threads)
         self._engines: dict[Path, OrtEngine] = {}
-        self._options = shared_pool_options()
+        self._options = session_options()
         # ONNX Runtime looks up an arena and its patterns at every run, thirty times a token: plain malloc is faster.
         self._options.enable_cpu_mem_arena = False
         self._options.enable_mem_pattern = False

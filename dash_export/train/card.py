@@ -80,7 +80,7 @@ def held_out_figures(
     for done, (ids, dense, counted) in enumerate(batches):
         # A token counts where the one after it is text too.
         judged = counted[:, :-1] & counted[:, 1:]
-        following, final = ids[:, 1:][judged], dense_logits(model.head, model.dense(ids)[:, :-1][judged])
+        following, final = ids[:, 1:][judged], [*dense_logits(model.head, model.dense(ids)[:, :-1][judged])]
         count += len(following)
         for index, (_, decide) in enumerate(runs):
             rollout = model.rollout(ids, modules, decide, dense)

@@ -189,6 +189,7 @@ def self_generated(
             made[-1] += _continued(model, batch, settings.own_tokens, text.eos_ids)
             done = len(chosen) * (len(made) - 1) + start + len(batch)
             progress(f"{SELF_GENERATED} text", done, len(chosen) + len(judged))
+    vars(model).pop("_cache", None)  # some versions of transformers keep it for the next time
     training, held = made
     if not held and len(training) > 1:
         held.append(training.pop())

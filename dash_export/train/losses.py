@@ -16,7 +16,7 @@ The roots make the damage learnt the mean KL less the variance of sqrt(KL + SOFT
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel, Head, SkipModules, below
 
 ROWS = 64
-"""Number of tokens whose logits, those of both models, are in memory in float32 at once."""
+"""Number of tokens whose logits are compared at once, in float32."""
 SOFTENING = 0.02
 """Nats. The square root evens out errors of small and large divergences; SOFTENING keeps its slope finite at zero."""
 LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
@@ -46,18 +46,19 @@ class Divergence(NamedTuple):
     log_likelihood: torch.Tensor
 
 
-@torch.no_grad()
-def dense_logits(head: Head, states: torch.Tensor) -> torch.Tensor:
-    """Return logits [n, vocab], before the cap and in the dtype of `states` [n, hidden], to be compared with others.
-    They are computed in blocks as those are, for otherwise their last bits would differ where no state does.
+def dense_logits(head: Head, states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the logits of states [n, hidden], ROWS at a time, before the cap and in the dtype of the states: a list of
+    them may be compared with several others.
     """
-    return torch.cat([block @ head.weight.T for block in torch.split(states, ROWS)])
+    with torch.no_grad():
+        for block in torch.split(states, ROWS):
+            yield block @ head.weight.T
 
 
 @torch.no_grad()
-def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
-    """Compare dense logits [n, vocab], as `dense_logits` gives them, with those of the skipped final states
-    [n, hidden]; targets [n] are the tokens that follow.
+def divergence(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """Compare `dense_logits` of n tokens with the logits of skipped final states [n, hidden]; targets [n] are the
+    tokens that follow.
     """
     parts = []
     for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
@@ -69,9 +70,12 @@ def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: 
     return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def summed_divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: dense logits [n, vocab],
-    states [n, hidden], weight [n] -> scalar. The gradient is made in the same pass, d KL / d logits = q - p.
+def summed_divergence(
+    head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: `dense_logits` of n
+    tokens, states [n, hidden], weight [n] -> scalar. The gradient is made in the same pass, d KL / d logits = q - p; no
+    logits stay.
     """
     total = torch.zeros((), device=skipped.device)
     gradient = torch.empty_like(skipped)
@@ -88,11 +92,12 @@ def summed_divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, we
     return total + (through - through.detach())
 
 
-def _logits(head: Head, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[_Block]:
+def _logits(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor) -> Iterator[_Block]:
     """Yield (rows, logits of both [rows, vocab], their logsumexp [rows]), ROWS tokens at a time."""
-    for start in range(0, len(dense), ROWS):
-        rows = slice(start, start + ROWS)
-        p = dense[rows].to(torch.float32, copy=True)  # what takes it may write over it
+    start = 0
+    for block in dense:
+        rows = slice(start, start := start + len(block))
+        p = block.to(torch.float32, copy=True)  # what takes it may write over it
         q = (skipped[rows] @ head.weight.T).float()
         if head.cap:
             p, q = (head.cap * torch.tanh(each / head.cap) for each in (p, q))
@@ -122,7 +127,7 @@ def regression_loss(
     free = torch.from_numpy(drawn[0] < rates).to(model.device)
     replaced = torch.from_numpy((drawn[1] < EXPLORATION) | at_random).to(model.device)
     with torch.no_grad():
-        final = dense_logits(model.head, model.dense(batch.ids)[batch.counted])
+        final = [*dense_logits(model.head, model.dense(batch.ids)[batch.counted])]
         rollout = model.rollout(ids, modules, lambda damage: torch.where(replaced, free, damage < limits), dense)
         masked, targets = rollout.final[counted].chunk(MASKS), batch.ids[batch.counted]
         kl = torch.cat([divergence(model.head, final, skipped, targets).kl for skipped in masked])

@@ -35,8 +35,8 @@ GROUP = 4
 search goes over its text once for each such group.
 """
 
-Windows = Sequence[tuple[Batch, torch.Tensor]]
-"""Batches, each with the dense model's logits at the counted positions."""
+Windows = Sequence[tuple[Batch, list[torch.Tensor]]]
+"""Batches, each with the `dense_logits` at the counted positions."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def units_that_pay(units: Sequence[Unit], gains: Sequence[float]) -> tuple[int, 
 @torch.no_grad()
 def with_dense(model: GatedModel, batches: Iterable[Batch]) -> Windows:
     """Run the dense pass over each batch, once for all sets of units that are tried on it."""
-    return [(batch, dense_logits(model.head, model.dense(batch.ids)[batch.counted])) for batch in batches]
+    return [(batch, [*dense_logits(model.head, model.dense(batch.ids)[batch.counted])]) for batch in batches]
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
 
         def damages(group: Sequence[Unit] = group) -> torch.Tensor:
             sums = _summed(run, group, settings.search_steps)
-            found = torch.zeros(len(group), sum(len(final) for _, final in windows))
+            found = torch.zeros(len(group), sum(int(batch.counted.sum()) for batch, _ in windows))
             for place in run.processes.share(range(len(group))):
                 unit = group[place]
                 modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)

@@ -95,7 +95,7 @@ def test_an_onnxruntime_without_cuda_builds_and_does_not_measure(monkeypatch: py
     monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: [H100])
     backend = backend_of(load_recipe("cuda"))
     assert backend.build_obstacle() is None
-    assert "has no CUDA (pip install 'dash-export[gpu]', after" in str(backend.run_obstacle())
+    assert "has no CUDA. It and onnxruntime-gpu overwrite each other" in str(backend.run_obstacle())
 
 
 def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,15 +72,29 @@ def test_the_product_is_closer_than_with_nearest_weights(case: Arrays, symmetric
     assert not symmetric or (rounded.zeros == 8).all()
 
 
-def test_memory_is_bounded(case: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few columns at a time give the same; and what cannot be inverted in memory is refused before."""
+@pytest.mark.usefixtures("unmeasured")
+def test_layers_are_written_beside_the_bundle(own: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp may be small, or memory."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert build(own, "cpu", verify=True).verification
+    assert not list(own.root.rglob(".tmp-*"))
+
+
+def test_a_matrix_that_cannot_be_inverted_in_memory(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the work. `down_proj` is the widest."""
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * 96**2 - 1)
+    ways = r"keep the 4 bits of a GGUF file \(--target cpu-gguf\), or round to the nearest \(--rounding nearest\)"
+    with pytest.raises(BackendError, match=rf"96 inputs takes 0\.0 GB of memory, and 0\.0 GB are free: {ways}"):
+        next(calibrate.calibrate_matrices(Bundle.open(tiny_root), load_recipe("cpu"), tmp_path, no_progress))
+
+
+def test_few_columns_at_a_time_give_the_same(case: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, matrix = case
     whole = gptq(matrix, moments(inputs), BLOCK, False)
     monkeypatch.setattr(calibrate, "_SYSTEM_BYTES", 8 * 3**2 * 7)
     np.testing.assert_array_equal(gptq(matrix, moments(inputs), BLOCK, False).codes, whole.codes)
-    monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * ROWS**2 - 1)
-    with pytest.raises(BackendError, match=r"96 inputs takes 0\.0 GB of memory.*--rounding nearest"):
-        gptq(matrix, moments(inputs), BLOCK, False)
 
 
 def test_odd_matrices(case: Arrays) -> None:

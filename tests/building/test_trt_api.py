@@ -114,10 +114,11 @@ def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         trt_api.Toolkit("tensorrt")
 
 
-def test_errors_of_one_compilation_do_not_stay() -> None:
+def test_errors_of_one_compilation_do_not_stay(caplog: pytest.LogCaptureFixture) -> None:
     toolkit = trt_api.load_toolkit("tensorrt_rtx")
     with toolkit.logger.collected() as outer, toolkit.logger.collected() as inner:
         toolkit.logger.log(rtx.ILogger.Severity.ERROR, "one")
         toolkit.logger.log(rtx.ILogger.Severity.INFO, "two")
     toolkit.logger.log(rtx.ILogger.Severity.ERROR, "three")
     assert outer == inner == ["one"]
+    assert caplog.messages == ["three"], "what nobody collects"

@@ -29,7 +29,7 @@ from dash_export.models.config import FAMILIES, decoder_spec
 from dash_export.models.weights import read_json
 from dash_export.names import MANIFEST
 from dash_export.policy import load_policy
-from dash_export.runtime.ort_engine import OrtEngine, shared_pool_options
+from dash_export.runtime.ort_engine import OrtEngine, session_options
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe
 from dash_export.train.corpus import read_prompts
@@ -191,7 +191,7 @@ def _restored(path: Path) -> None:
 
 
 def _engine(path: Path) -> None:
-    OrtEngine(path, shared_pool_options())
+    OrtEngine(path, session_options())
 
 
 def _onnx(name: str, read: Callable[[Path], object], deep: Callable[[Path], object], every: int) -> Parser:

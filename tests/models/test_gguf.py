@@ -167,6 +167,7 @@ def test_quantised_matrices(tmp_path: Path, model: Any) -> None:
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
         ({"llama.rope.scaling.factor": 0.0}, 1.0),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 1.0),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 64}, 1.0),
         ({"llama.attention.causal": True, "llama.pooling_type": 0}, 1.0),
     ],
 )
@@ -205,6 +206,7 @@ METADATA = [
     ),
     ({"granite.attention.head_count_kv": [2, 0]}, "num_key_value_heads"),
     ({"granite.expert_count": 2}, "granite.expert_count, which is not supported"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor"),
     ({"llama.rope.scaling.type": "linear"}, "factor"),
     ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
     ({"llama.attention.causal": "false"}, "attention.causal"),

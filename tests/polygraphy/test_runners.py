@@ -44,7 +44,7 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
 def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process cannot have both kinds, and other tests have the runtime's."""
     sound = ort_engine.OrtEngine
-    monkeypatch.setattr(ort_engine, "OrtEngine", lambda path, _: sound(path, ort_engine.shared_pool_options()))
+    monkeypatch.setattr(ort_engine, "OrtEngine", lambda path, _: sound(path, ort_engine.session_options()))
 
 
 def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:

@@ -37,18 +37,18 @@ def test_bfloat16(line: str, found: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_limits_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of four cores, and of 2 GiB what is used, but for cached files, is gone; a group around it allows less."""
+    """Half of four cores, and of 2 GiB what is used, but for files, is gone; a group around it allows less."""
     inner = tmp_path / "kubepods" / "pod"
     inner.mkdir(parents=True)
     monkeypatch.setattr(cpus, "_GROUPS", tmp_path)
     monkeypatch.setattr(cpus, "_proc", lambda name, *_: ":/kubepods/pod" if name == "self/cgroup" else "99999999 kB")
-    monkeypatch.setattr(cpus, "_physical_cores", lambda: 4)
-    assert (cpus.physical_cores(), cpus.available_memory()) == (4, 99999999 * 1024)
+    monkeypatch.setattr(cpus, "physical_cores", lambda: 4)
+    assert (cpus.usable_cores(), cpus.available_memory()) == (4, 99999999 * 1024)
     (inner / "cpu.max").write_text("250000 100000\n")
     (inner / "memory.max").write_text("max\n")
-    assert (cpus.physical_cores(), cpus.available_memory()) == (2, 99999999 * 1024)
+    assert (cpus.usable_cores(), cpus.available_memory()) == (2, 99999999 * 1024)
     (inner.parent / "cpu.max").write_text("50000 100000\n")
     (inner.parent / "memory.max").write_text(f"{2 << 30}\n")
     (inner.parent / "memory.current").write_text(f"{1 << 30}\n")
     (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 1000\nactive_file 7\n")
-    assert (cpus.physical_cores(), cpus.available_memory()) == (1, (1 << 30) + 1000)
+    assert (cpus.usable_cores(), cpus.available_memory()) == (1, (1 << 30) + 1007)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from dash_export.runtime.ort_engine import shared_pool_options
+from dash_export.runtime.ort_engine import session_options
 from tests.standin.cuda import Card
 from tests.standin.memory import POISON, rule
 
@@ -68,7 +68,8 @@ class Profile(dict[str, Any]):
 class Config(SimpleNamespace):
     def __init__(self) -> None:
         super().__init__(flags=[], profiles=[])
-        self.set_memory_pool_limit = self.set_timing_cache = lambda *_, **__: None
+        self.set_memory_pool_limit = lambda *_: None
+        self.set_timing_cache = lambda *_, **__: True
         self.add_optimization_profile, self.set_flag = self.profiles.append, self.flags.append
         self.create_timing_cache = lambda _: SimpleNamespace(serialize=lambda: b"timings")
         self.set_compute_capability = lambda *_: True
@@ -104,7 +105,7 @@ class Engine:
     def __init__(self, card: Card, rtx: bool, plan: bytes) -> None:
         self.card, self.rtx = card, rtx
         self.name, model, self.profiles, self.user_memory = pickle.loads(plan)
-        self.session = ort.InferenceSession(model, shared_pool_options(), providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
         self.num_optimization_profiles = len(self.profiles)
         self.tensors = {item.name: item for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = [item.name for item in self.session.get_inputs()]

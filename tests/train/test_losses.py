@@ -13,7 +13,15 @@ import torch
 from dash_export.decision import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.policy import SkipPolicy, stored_columns
-from dash_export.train.losses import ROWS, divergence, regression_loss, static_loss, summed_divergence, tuning_loss
+from dash_export.train.losses import (
+    ROWS,
+    dense_logits,
+    divergence,
+    regression_loss,
+    static_loss,
+    summed_divergence,
+    tuning_loss,
+)
 from dash_export.train.model import GatedModel, Head, SkipModules, always, below, initial_network
 from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy
@@ -36,7 +44,7 @@ def reference(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, ca
 
 def test_divergence_over_several_blocks() -> None:
     head, dense, skipped, targets = states(2 * ROWS + 3)
-    found = divergence(Head(head), dense @ head.T, skipped, targets)
+    found = divergence(Head(head), dense_logits(Head(head), dense), skipped, targets)
     torch.testing.assert_close(found.kl, reference(head, dense, skipped), atol=1e-5, rtol=1e-4)
     expected = torch.log_softmax(skipped @ head.T, -1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.log_likelihood, expected, atol=1e-5, rtol=1e-4)
@@ -48,7 +56,7 @@ def test_summed_divergence_has_the_gradient_of_autograd(cap: float) -> None:
     head, dense, skipped, _ = states(ROWS + 5)
     weight = torch.rand(len(dense), generator=torch.Generator().manual_seed(1))
     ours, theirs = skipped.clone().requires_grad_(), skipped.clone().requires_grad_()
-    value = summed_divergence(Head(head, cap), dense @ head.T, ours, weight)
+    value = summed_divergence(Head(head, cap), dense_logits(Head(head), dense), ours, weight)
     expected = (reference(head, dense, theirs, cap) * weight).sum()
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
     (3 * value).backward()

@@ -20,16 +20,21 @@ TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(float16)": 10, "tensor(
 """ONNX element types (TensorProto.DataType) of ONNX Runtime's type names."""
 
 
+def require_cuda() -> None:
+    """Raise BackendError where the installed ONNX Runtime has no CUDA."""
+    if PROVIDER not in ort.get_available_providers():
+        raise BackendError(
+            f"The installed onnxruntime {ort.__version__} has no CUDA. It and onnxruntime-gpu overwrite each "
+            "other: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'dash-export[gpu]'"
+        )
+
+
 class OrtCuda(Cuda):
     """Device with a session of ONNX Runtime per engine. All sessions of a stream launch on it; none waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
-        if PROVIDER not in ort.get_available_providers():
-            raise BackendError(
-                f"The installed onnxruntime {ort.__version__} has no CUDA. It and onnxruntime-gpu overwrite each "
-                "other: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'dash-export[gpu]'"
-            )
+        require_cuda()
 
     def load(self, path: Path, stream: str) -> OrtCudaEngine:
         return OrtCudaEngine(path, self.device.index, self.stream(stream))

@@ -98,7 +98,7 @@ class TensorRTEngine:
 
         def launch(stream: str) -> None:
             if not context.execute_async_v3(device.stream(stream)):
-                raise BackendError(f"TensorRT could not launch {self._name}; it has logged why.")
+                raise BackendError(f"TensorRT could not launch {self._name}; the log may say why.")
 
         launch.memory = (memory, scratch)  # type: ignore[attr-defined]  # the context holds bare addresses
         weakref.finalize(launch, free.append, context).atexit = False

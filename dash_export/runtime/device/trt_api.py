@@ -87,13 +87,16 @@ class Toolkit:
                 config.add_optimization_profile(profile)
             cached = None
             if not self.is_rtx:  # TensorRT-RTX times nothing: its timing cache is a deprecated no-op
-                cached = config.create_timing_cache(timing) or config.create_timing_cache(b"")
-                config.set_timing_cache(cached, ignore_mismatch=False)
-                complaints.clear()  # those about times of another version or card stop nothing
+                cached = config.create_timing_cache(timing)
+                if cached is None or not config.set_timing_cache(cached, ignore_mismatch=False):
+                    # It is of another version or card, about which TensorRT complains.
+                    cached = config.create_timing_cache(b"")
+                    config.set_timing_cache(cached, ignore_mismatch=False)
+                    complaints.clear()
             engine = builder.build_serialized_network(network, config)
             if engine is None and fused and attentions:
-                reason = f"{self.describe()} has no fused attention with lengths for it ({last_reason(complaints)})"
-                logger.warning("%s: %s. It will read all rows of the cache.", graph.stem, reason)
+                reason = f"{self.describe()} does not compile it with fused attention ({last_reason(complaints)})"
+                logger.warning("%s: %s. Without, it will read all rows of the cache.", graph.stem, reason)
                 return self.compile(graph, settings, profiles, timing, fused=False)
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")

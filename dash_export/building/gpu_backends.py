@@ -68,9 +68,11 @@ class CudaBackend(GpuBackend):
     """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
 
     def require_runtime(self) -> None:
-        from dash_export.runtime.device.onnxruntime_cuda import require_cuda
-
         super().require_runtime()
+        try:
+            from dash_export.runtime.device.onnxruntime_cuda import require_cuda
+        except Exception as error:  # a broken install can raise anything
+            raise BackendError(f"The package onnxruntime cannot be imported ({error}).") from error
         require_cuda()
 
     def version(self) -> str:

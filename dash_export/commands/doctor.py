@@ -239,12 +239,10 @@ def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str
     """Return why the recipe cannot be built here and why it cannot be run here; None for each that works."""
     recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
     package = BACKENDS[recipe.backend][1]
-    found, on_cuda = imports.get(package), recipe.backend == "onnxruntime_cuda"
+    found = imports.get(package)
     if found is not None and found.error is not None:
         broken = f"the package {package} cannot be imported."
-        build, run = build or (None if on_cuda else broken), run or broken
-    elif found is not None and on_cuda and "CUDAExecutionProvider" not in found.providers:
-        run = run or "this ONNX Runtime does not offer CUDA."
+        build, run = build or (None if recipe.backend == "onnxruntime_cuda" else broken), run or broken
     elif found is not None and found.version is not None:
         build = build or backend.refused_version(found.version)
     if build is None and (missing := _missing(backend)):
@@ -267,7 +265,7 @@ def _install(backend: Backend, build: str | None, run: str | None) -> str:
         if not command.startswith("pip"):
             return command
         extras.add(backend.extra)
-    if run is not None and f"[{backend.extra}]" in run:
+    if run is not None and f"[{backend.extra}]" in run and "uninstall" not in run:
         extras.add(backend.extra)
     return f"pip install 'dash-export[{','.join(sorted(extras))}]'" if extras else ""
 

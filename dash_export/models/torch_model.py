@@ -45,9 +45,12 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
             _unfuse(layer, spec)
     for place, layer in enumerate(spec.updates):
         _add_update(model.model.layers[layer], f"update_{spec.updates[:place].count(layer)}", spec)
-    state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.weights}
-    if spec.norm_offset:
-        state |= {name: gain - spec.norm_offset for name, gain in state.items() if name.endswith("norm.weight")}
+
+    def weight(name: str) -> torch.Tensor:  # one at a time in float32
+        offset = spec.norm_offset if name.endswith("norm.weight") else 0
+        return (torch.from_numpy(checkpoint.read(name)) - offset).to(dtype)
+
+    state = {name: weight(name) for name in checkpoint.weights}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"{unexpected} are not of such a model"
     assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"

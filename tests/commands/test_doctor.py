@@ -120,6 +120,16 @@ def test_missing_cuda_of_onnxruntime() -> None:
     assert not list(doctor.problems(gpu, imports, NOTHING))
 
 
+def test_a_card_and_an_onnxruntime_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installing the other one beside it would break both, so that is not the advice."""
+    devices(monkeypatch, H100)
+    found = rows()["cuda"]
+    assert (found["build"], found["run"], found["install"]) == (True, False, "")
+    assert "has no CUDA" in found["reason"]
+    monkeypatch.setitem(sys.modules, "dash_export.runtime.device.onnxruntime_cuda", None)
+    assert "onnxruntime cannot be imported" in rows()["cuda"]["reason"]
+
+
 def test_the_current_folder_runs_nothing(tmp_path: Path) -> None:
     """A bundle may have been unpacked there."""
     for name in ("json.py", "click.py", "onnxruntime.py", "tensorrt.py"):

@@ -124,7 +124,7 @@ class Bundle:
         built = self.targets()
         if len(built) > 1 and DEFAULT_TARGET not in built:
             raise BundleError(
-                f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target, one of "
+                f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target (--target), one of "
                 f"{', '.join(built)}."
             )
         return built[0] if len(built) == 1 else DEFAULT_TARGET

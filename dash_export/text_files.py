@@ -182,7 +182,7 @@ def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
         raise RequestError(f"What comes in is not {error.encoding} text (byte {error.start}).") from error
     if len(text) > limit:
         raise RequestError(f"What comes in has over {limit} characters: give less at a time, or a file.")
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def read_text(path: Path, *, pipe: bool = False) -> str:

@@ -123,6 +123,7 @@ def test_the_check_of_a_tokenizer_takes_no_time_itself(tiny_root: Path) -> None:
 
 def test_endless_input_is_refused() -> None:
     assert read_stream(io.StringIO("12345"), 5) == "12345"
+    assert read_stream(io.StringIO("\ufeff123"), 5) == "123", "as in a file"
     with pytest.raises(RequestError, match="over 4 characters"):
         read_stream(io.StringIO("12345"), 4)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -36,7 +37,7 @@ class AnswerPrinter:
 
     def __init__(self, session: Session, show_skips: bool) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._coloured = self._console.is_terminal and not self._console.no_color
+        self._coloured = self._console.color_system is not None and not self._console.no_color
         self._show_skips = show_skips
         self._num_layers = session.engines.model.num_layers
         self._units, self._cost = session.engines.units, session.engines.build.cost
@@ -120,8 +121,8 @@ def _turn(
         session.reset()
         click.echo("Forgotten.", err=True)
         return []
-    if said.startswith("/"):
-        click.echo(f"There is no command {said.split()[0]!r}. {HINT}", err=True)
+    if re.fullmatch(r"/\w+", said):
+        click.echo(f"There is no command {said!r}. {HINT}", err=True)
     elif said:
         asked = [*messages, {"role": "user", "content": said}] if messages else options.messages(said)
         try:
@@ -129,20 +130,29 @@ def _turn(
                 answer = printer.print(session.chat(asked, options.max_tokens, options.sampling))
             return [*asked, {"role": "assistant", "content": answer}]
         except DashError as error:
-            click.echo(f"Error: {error}\nStart again with /reset.", err=True)
+            click.echo(printable(f"Error: {error}\nStart again with /reset."), err=True)
     return messages
 
 
 def _read() -> str | None:
-    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text or too long."""
+    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text or too long; on a
+    terminal a line that is not UTF-8 is told, and is empty.
+    """
+    terminal = sys.stdin.isatty()
     try:
-        if sys.stdin.isatty():
+        if terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  # for keys, and lines over the kernel's 4,095 bytes
             return input("> ")
         line = sys.stdin.readline(LONGEST_LINE + 1)
     except EOFError:
         return None
     except UnicodeDecodeError as error:
-        raise RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        wrong = RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).")
+        if not terminal:
+            raise wrong from error
+        click.echo(f"Error: {wrong}", err=True)
+        return ""
     if len(line) > LONGEST_LINE:
         raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
     return line.removesuffix("\n") if line else None
@@ -150,8 +160,15 @@ def _read() -> str | None:
 
 @contextmanager
 def _stopping(session: Session) -> Iterator[None]:
-    """Let Ctrl-C end the session's stream at its next token, and restore the signal handler in the end."""
-    before = signal.signal(signal.SIGINT, lambda *_: session.cancel())
+    """Let Ctrl-C end the session's stream at its next token, and restore the signal handler in the end. A second one
+    stops a prompt, too, which has no tokens.
+    """
+
+    def stop(*_: object) -> None:
+        session.cancel()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:

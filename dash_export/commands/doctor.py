@@ -71,7 +71,7 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
         wrong = report["probe"].get("wrong", [])
         report["problems"] += [{"problem": f"A graph decides wrongly ({each}).", "fix": fix} for each in wrong]
     if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False))
+        click.echo(json.dumps(report))
     else:
         _print(report)
         if probed:

@@ -56,7 +56,7 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
     seconds, runtime = time.perf_counter() - began, candidates[0].runtime
     if as_json:
         report = _report(runtime, measure, files) | {"refused": refused}
-        click.echo(json.dumps(report | {"seconds": round(seconds, 1)}, ensure_ascii=False))
+        click.echo(json.dumps(report | {"seconds": round(seconds, 1)}))
         return
     _print(runtime, measure, files)
     print_refused(refused)

@@ -60,7 +60,7 @@ def command(
         # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:
             if as_json:
-                click.echo(json.dumps(found | {"refused": refused}, ensure_ascii=False))
+                click.echo(json.dumps(found | {"refused": refused}))
             else:
                 _print(found)
             print_refused(refused)

@@ -114,6 +114,8 @@ def command(
         if setting.budget is not None:
             told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"
             click.echo(told, err=True)
+    if chat and not templated:
+        raise RequestError("This model has no chat template, so there is no --chat: give it plain text.")
     options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)
@@ -128,7 +130,7 @@ def command(
             else session.stream(options.encode(asked), max_tokens, options.sampling)
         )
         if as_json:
-            click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
+            click.echo(json.dumps(_as_dict(list(stream))))
         else:
             printer = AnswerPrinter(options.session, show_skips)
             printer.print(stream)
@@ -217,7 +219,7 @@ def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: b
 
 def _print_one(index: int, prompt: str, responses: list[Response], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"index": index, **_as_dict(responses)}, ensure_ascii=False))
+        click.echo(json.dumps({"index": index, **_as_dict(responses)}))
         return
     answer = "".join(piece.text for piece in responses)
     asked, said = map(printable, (prompt, answer)) if sys.stdout.isatty() else (prompt, answer)

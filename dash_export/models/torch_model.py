@@ -55,7 +55,9 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
     assert not unexpected, f"{unexpected} are not of such a model"
     assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"
     model.tie_weights()
-    return model.to(dtype=dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of RoPE, too
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def embedded(model: Any, ids: torch.Tensor) -> torch.Tensor:

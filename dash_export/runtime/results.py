@@ -190,7 +190,8 @@ class Turn:
         allowed = logits if self._guide is None else self._guide.allowed(logits)
         token = self._sampler(allowed, context)
         whole = self._guide is not None and self._guide.take(token)
-        piece = self._stream.push(token)
+        ends = token in self._text.eos_ids
+        piece = "" if ends else self._stream.push(token)  # not every tokenizer has it as a special one
         seconds, before = time.perf_counter() - self._began, self.statistics
         tokens = before.tokens + 1
         if tokens == 1:
@@ -200,7 +201,7 @@ class Turn:
             decoding = before.decode_seconds + seconds
             self.statistics = Statistics(before.prompt_tokens, tokens, before.prefill_seconds, decoding, layers)
         reason = None
-        if whole or token in self._text.eos_ids or self._stream.stopped:
+        if whole or ends or self._stream.stopped:
             reason = "stop"
         elif tokens == self._max_tokens:
             reason = "length"

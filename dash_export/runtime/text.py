@@ -53,10 +53,10 @@ class Text:
         special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
         special |= {name: _token_text(token) for name, token in named.items() if name.endswith("_token")}
         self.bos_id = self.tokenizer.token_to_id(special["bos_token"])
-        self.eos_ids = _eos_ids(generation or model, self.tokenizer, special["eos_token"])
+        self.eos_ids = _eos_ids((generation, model), self.tokenizer, special["eos_token"])
         self.guides = Guides(self.tokenizer, self.eos_ids)
         template = _read(folder, "chat_template.jinja", str)
-        self.template = None if template is None else ChatTemplate(template, special)
+        self.template = ChatTemplate(template, special) if template else None
 
     def encode(self, text: str, *, special: bool = True, limit: int = sys.maxsize) -> list[int]:
         """Return the token ids of a text; `special` adds what begins a fresh text (a BOS, for some models). Raises
@@ -147,12 +147,16 @@ class TextStream:
         """`after`: the token that the text goes on from. SentencePiece's decoders drop the space of a first token."""
         self._tokenizer = tokenizer
         self._decode = DecodeStream(skip_special_tokens=True)
-        if after is not None and "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode([after]):  # part of a character
-            self._decode.step(tokenizer, after)
+        if after is not None:
+            call_tokenizer("cannot write this token", lambda: self._go_on_from(after))
         self._stop = tuple(stop)
         self._held = ""
         self._last: int | None = None
         self.stopped = False
+
+    def _go_on_from(self, token: int) -> None:
+        if "\N{REPLACEMENT CHARACTER}" not in self._tokenizer.decode([token]):  # part of a character
+            self._decode.step(self._tokenizer, token)
 
     def push(self, token: int) -> str:
         """Return the text that this token makes certain. At a stop string set `stopped`, and leave the string out."""
@@ -212,8 +216,11 @@ def _token_text(token: object) -> str:
     return token.encode(errors="ignore").decode() if isinstance(token, str) else ""  # drops half a character
 
 
-def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
-    given = config.get("eos_token_id")
+def _eos_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
+    """Return the ids that end an answer: those of the first config that has some, and the tokenizer's own. A fine-tune
+    for chats often has its base model's generation_config.
+    """
+    given = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), None)
     found = {token for token in (given if isinstance(given, list) else [given]) if type(token) is int}
     named = tokenizer.token_to_id(eos_token) if eos_token else None
-    return frozenset(found or ({named} if named is not None else set()))
+    return frozenset(found if named is None else found | {named})

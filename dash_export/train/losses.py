@@ -138,8 +138,8 @@ def regression_loss(
 def tuning_loss(
     model: GatedModel, modules: SkipModules, trade_offs: tuple[float, float], batch: Batch, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return (KL + λ * time) / λ over one batch, but for a constant: the division makes every trade-off of the range
-    weigh alike. It has gradients for the bypasses and the network.
+    """Return (KL + λ * time) / λ over one batch, but for a constant. The division keeps high trade-offs from
+    outweighing all others, though not wholly: KL grows as about λ^3. It has gradients for bypasses and network.
     """
     ids, dense, counted = batch
     drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]

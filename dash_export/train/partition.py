@@ -2,9 +2,8 @@
 
 The units are the partition of the layers with the largest gain, by what skipping each candidate alone costs and saves.
 At trade-off λ a token that can skip a unit gains max(0, λ * saved - damage), in nats. Divided by λ that is time, and
-its mean over tokens and the range of the dial is the unit's gain. Two assumptions are not quite true: that gains add
-up, and that the damage of a token is known before. They affect every partition alike: gains serve to choose, not to
-predict.
+its mean over tokens and the range of the dial is the unit's gain. Two assumptions are not quite true, and both favour
+small units: that gains add up, and that the damage of a token is known before.
 """
 
 from __future__ import annotations

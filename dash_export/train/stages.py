@@ -279,15 +279,14 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
             group["lr"] = rate * factor
         optimizer.zero_grad()
         value = loss(batch, rng, step)
-        if not torch.isfinite(value):
+        (weight * value).backward()  # type: ignore[no-untyped-call]
+        run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
+        if not torch.stack([value.detach(), *norms]).isfinite().all():
             raise PolicyError(
                 f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step "
                 f"{step - step % SAVE_EVERY}. Try --precision float32, or other text."
             )
-        (weight * value).backward()  # type: ignore[no-untyped-call]
-        run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         recent = [*recent[-19:], float(value.detach())]
         run.progress(f"{stage}, loss {np.mean(recent):.3f}", step + 1, steps)

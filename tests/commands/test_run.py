@@ -145,7 +145,7 @@ def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path
 
 def test_conversation(tiny_root: Path) -> None:
     """What is said and refused; a full context ends a turn, not the conversation."""
-    said = f"hello\n/reset\n/what\n\nhow are you\n{'a' * 600}\nhello\n/quit\nnever\n"
+    said = f"hello\n/reset\n/what\n\n/how are you\n{'a' * 600}\nhello\n/quit\nnever\n"
     result = done("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
     assert result.stderr.count("[3 tokens") == 3
     assert "Forgotten." in result.stderr
@@ -196,6 +196,15 @@ def test_a_template_that_would_steer_the_terminal(own_bundle: Path, tmp_path: Pa
         message = refused("run", own_bundle, *given, *FP32)
         assert "pwned" in message
         assert "\x1b" not in message
+    told = done("run", own_bundle, "--chat", *FP32, input="hello\n").stderr
+    assert "pwned" in told
+    assert "\x1b" not in told
+
+
+def test_a_conversation_needs_a_template(own_bundle: Path) -> None:
+    (own_bundle / "chat_template.jinja").write_text("")
+    rehash(own_bundle, "chat_template.jinja")
+    assert "so there is no --chat" in refused("run", own_bundle, "--chat", *FP32)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

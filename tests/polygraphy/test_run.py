@@ -138,7 +138,7 @@ def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "several builds and none is 'cpu': give the target, one of cpu-fp32, portable"),
+        ([], "several builds and none is 'cpu': give the target (--target), one of cpu-fp32, portable"),
         ([*FP32, "--dash-segment", "layer_77"], "no engine 'layer_77' that has a portable graph. Engines: bypass_"),
         ([*FP32, "--dash-segment", "layer_01"], "layer_01 is part of the segment layers_00-01."),
         ([*FP32, "--onnxrt"], "name an engine with --dash-segment"),

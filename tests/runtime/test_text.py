@@ -141,7 +141,12 @@ def test_end_of_turn_ids(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     assert Text(tmp_path).eos_ids == {258}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert Text(tmp_path).eos_ids == {7, 9}
+    assert Text(tmp_path).eos_ids == {7, 9, 258}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert Text(tmp_path).eos_ids == {7, 9, 258}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+    assert Text(tmp_path).eos_ids == {5, 258}
+    (tmp_path / "chat_template.jinja").write_text("")
     with pytest.raises(RequestError, match="no chat template"):
         Text(tmp_path).chat([{"role": "user", "content": "Hi"}])
 
@@ -204,6 +209,8 @@ def test_a_decoder_that_panics_ends_its_answer_only() -> None:
     (token,) = TOKENIZER.encode("a").ids
     with pytest.raises(RequestError, match="cannot write this token"):
         TextStream(Tokenizer.from_str(json.dumps(data))).push(token)
+    with pytest.raises(RequestError, match="cannot write this token"):
+        TextStream(Tokenizer.from_str(json.dumps(data)), after=token)
 
 
 @pytest.mark.parametrize("text", ["", "short", "one line\nand\nmany more\n" * 9, "a b c d e f g h " * 20, "x" * 300])

@@ -102,6 +102,14 @@ def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     test_forced_actions(model, checkpoint, policy_of(checkpoint, "2-3,4"))
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_frequencies_are_not_rounded(family: str, tmp_path: Path) -> None:
+    """In bfloat16 they turn a head by another angle than the engines do."""
+    model = GatedModel(tiny_checkpoint(tmp_path, family, pad_token_id=0), torch.device("cpu"), torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
 def test_own_decisions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
     ids = random_ids(TOKENS, seed=3)
     limits = np.median(Oracle(checkpoint, policy).forward(ids).damage, axis=0)

@@ -3,8 +3,6 @@
 The public API is imported lazily, so that a device that only runs engines never imports the export and build code.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"

@@ -2,8 +2,6 @@
 a value is used. This module checks only types: numpy's numbers count as numbers; a bool, NaN and infinity do not.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, reduce, wraps

@@ -2,8 +2,6 @@
 journal.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import glob
@@ -14,7 +12,6 @@ import os
 import re
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -174,7 +171,6 @@ class ArtifactStore:
                 shutil.rmtree(path)
             elif _OWN_FILE.match(path.name):
                 path.unlink(missing_ok=True)
-        self._lock = threading.Lock()
         self._journal: dict[str, _Entry] = {}
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew
             for name, item in json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL)).items():
@@ -219,10 +215,9 @@ class ArtifactStore:
                 path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        with self._lock:
-            seconds = round(time.perf_counter() - began, 3)
-            self._journal[name] = _Entry(self._sealed(name, key, records), tuple(records), seconds)
-            self._write_journal()
+        seconds = round(time.perf_counter() - began, 3)
+        self._journal[name] = _Entry(self._sealed(name, key, records), tuple(records), seconds)
+        self._write_journal()
         return records
 
     def keep_only(self, names: set[str]) -> None:

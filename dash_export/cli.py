@@ -1,7 +1,5 @@
 """Command group of the command line. A command's module is imported when it is called, so that --help is fast."""
 
-from __future__ import annotations
-
 import errno
 import io
 import logging

@@ -3,8 +3,6 @@
 Two rows are processed at a time: what is made of them stays in the caches of a CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

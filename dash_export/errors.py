@@ -1,7 +1,5 @@
 """Errors a user can act on. The command line prints their message without a traceback and exits with code 1."""
 
-from __future__ import annotations
-
 
 class DashError(Exception):
     """Base of every error this package raises on purpose. The message says what was wrong, what was expected and how to

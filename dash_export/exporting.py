@@ -1,7 +1,5 @@
 """Checkpoint + skip policy -> bundle. Reads weights layer by layer, writes each graph once, resumes after a kill."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@
   <target>[+signed].version the commit that this target was loaded from last, without or with a key
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -200,7 +198,7 @@ def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]
 
 def _card(
     hub: Any, bundle: Bundle, builds: Sequence[Build], name: str, base_model: str | None, license_id: str | None,
-    old: Path | None,
+    old: Path | None
 ) -> str | None:  # fmt: skip
     """Return the model card: what the bundle is, how to run it, and what its builds measured. In a card that exists,
     `old`, only the measured part is replaced; None where that card has no place for it.

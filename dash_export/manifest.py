@@ -2,8 +2,6 @@
 SHA-256 of every file) and `build.json` (the engines for a target and how long each takes there).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Container, Iterator

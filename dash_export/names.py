@@ -1,7 +1,5 @@
 """Names of inputs, outputs and files that graphs, builds and the runtime agree on."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

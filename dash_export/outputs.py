@@ -4,8 +4,6 @@ Locks are advisory (`flock`): the death of a writer releases them. A lock file s
 that others get. A folder is emptied or replaced only where it bears this program's mark.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

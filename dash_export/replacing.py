@@ -2,8 +2,6 @@
 After a kill in between the next run finishes the replacement.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Sequence

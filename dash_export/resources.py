@@ -1,7 +1,5 @@
 """Finder of the recipes and calibration sets that ship with the package, in a wheel and in a source tree alike."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent

@@ -1,7 +1,5 @@
 """Signatures of bundles by OpenSSF's model-signing. The signed file is `manifest.json`: it holds all other hashes."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from importlib import import_module

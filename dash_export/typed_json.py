@@ -1,7 +1,5 @@
 """JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass

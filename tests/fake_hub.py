@@ -1,7 +1,5 @@
 """A hub of our own: what huggingface_hub asks of one, kept in memory."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

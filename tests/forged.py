@@ -1,7 +1,5 @@
 """Files and folders in the tests' hands. A forger has the whole bundle: what he changes he hashes again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """An application on a port of its own."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

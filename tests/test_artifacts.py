@@ -1,7 +1,5 @@
 """Files made once per key."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """The manifest and build.json: read strictly, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The group: lazy, helpful, and every error one paragraph with the right exit code."""
 
-from __future__ import annotations
-
 import errno
 
 import click

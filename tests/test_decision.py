@@ -1,7 +1,5 @@
 """Units, the decision rule and the budget dial, by property."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

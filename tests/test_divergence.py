@@ -1,7 +1,5 @@
 """KL and negative log-likelihood against float64 written out."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

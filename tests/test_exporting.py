@@ -1,7 +1,5 @@
 """Checkpoint -> bundle: what is reused, what is refused, what is left behind, and how much memory it takes."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

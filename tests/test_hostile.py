@@ -1,7 +1,5 @@
 """Bundles made to harm: every one is refused by an error, and nothing outside is read."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

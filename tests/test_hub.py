@@ -1,7 +1,5 @@
 """Bundles on a hub: published, fetched, refused."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """Which package imports which: one way, commands -> (building, train, evaluate, polygraphy) -> (graphs, runtime) ->
 models -> the core."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

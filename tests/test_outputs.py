@@ -1,7 +1,5 @@
 """Who may write an output, and what of somebody else's has the name of a work folder."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os

@@ -2,8 +2,6 @@
 tests themselves run in an editable one.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import zipfile

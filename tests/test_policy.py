@@ -1,7 +1,5 @@
 """Policies on disk: what was saved comes back, and nothing else does."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

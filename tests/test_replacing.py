@@ -1,7 +1,5 @@
 """How an output takes its place, and what of somebody else's lies in the way."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Signatures: what was signed runs, nothing else does where a key is asked for."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

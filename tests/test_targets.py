@@ -1,7 +1,5 @@
 """Recipes: every key is known or an error that says what is."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -1,7 +1,5 @@
 """Texts from outside, and the tokenizers that read them."""
 
-from __future__ import annotations
-
 import io
 import json
 import time

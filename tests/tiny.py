@@ -1,7 +1,5 @@
 """Tiny random models whose logits depend visibly on everything, and the bundles made of them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ A layer's inputs are the outputs of the rounded layers before it, so later layer
 In memory at a time: the weights and moments of one layer, and the hidden states of the calibration text.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections import defaultdict

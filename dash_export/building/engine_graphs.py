@@ -1,7 +1,5 @@
 """Graphs of a build's engines: the portable graphs of a model cut into segments, composed, and lowered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Single steps of a bundle's graph or engine file in ONNX Runtime on a CPU, and the inputs of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

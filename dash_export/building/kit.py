@@ -4,8 +4,6 @@ A kit holds the bundle, this package and one script. Before it is written, what 
 lowered graph agrees with its portable graph.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`build`: a bundle and a recipe -> engines, cost table and dial under `engines/<target>/`."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import replace

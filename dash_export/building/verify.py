@@ -4,8 +4,6 @@ Both get the same inputs: a prefill, a decoded token, and a chunk over a filled 
 the portable graphs before it, so errors are each segment's own and do not add up on the way.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import defaultdict

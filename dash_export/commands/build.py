@@ -1,7 +1,5 @@
 """`dash-export build`: compile the engines for a target, and measure their costs on the machine that runs them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,7 +72,7 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.pass_context
 def command(
     ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, kit: Path | None, output: Path | None,
-    policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any,
+    policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any
 ) -> None:  # fmt: skip
     """Compile the engines of a bundle for a target, and measure what each unit costs here.
 

@@ -1,7 +1,5 @@
 """`dash-export doctor`: what this machine has, what conflicts, which targets it can build and run, what to install."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

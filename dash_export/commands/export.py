@@ -1,7 +1,5 @@
 """`dash-export export`: write a model as a bundle of ONNX graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,7 +63,7 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
 
 def export_model(
     ctx: click.Context, source: str, output: Path | None, policy: str, units: tuple[Unit, ...] | None,
-    prune: tuple[Unit, ...],
+    prune: tuple[Unit, ...]
 ) -> Bundle:  # fmt: skip
     """Export a model with a progress bar; `dash-export build` calls this too. Raises PolicyError when the policy's file
     is damaged, is for another model or does not have the given units.

@@ -1,7 +1,5 @@
 """`dash-export inspect`: what is in a bundle, as tables or as JSON. Needs neither onnx nor a backend."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`dash-export profile`: where the time of a token goes, as a table, JSON, a report and a trace."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "ho
 @click.pass_context
 def command(
     ctx: click.Context, /, load: Load, text: Path | None, context: int | None, tokens: int, repeats: int,
-    as_json: bool, html: Path | None, trace: Path | None,
+    as_json: bool, html: Path | None, trace: Path | None
 ) -> None:  # fmt: skip
     """Measure where the time of a token goes in a built BUNDLE.
 

@@ -1,9 +1,6 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere; on stderr, so stdout holds only the result."""
 
-from __future__ import annotations
-
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +16,7 @@ MINUTE = 60.0
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Yield the progress callback for the library. Several threads may call it."""
+    """Yield the progress callback for the library."""
     if not sys.stderr.isatty():
         yield _lines(title)
         return
@@ -36,17 +33,15 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
 
 def _lines(title: str) -> Progress:
-    lock = threading.Lock()
     last, said = (0, 0), time.monotonic()
 
     def progress(name: str, done: int, total: int) -> None:
         nonlocal last, said
-        with lock:
-            part = (total, done * PLAIN_LINES // total if total else 0)
-            if total == 0 or (done and (part != last or time.monotonic() - said >= MINUTE)):
-                with suppress(OSError):  # a full disk under the log must not end work of hours
-                    click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
-                said = time.monotonic()
-            last = part
+        part = (total, done * PLAIN_LINES // total if total else 0)
+        if total == 0 or (done and (part != last or time.monotonic() - said >= MINUTE)):
+            with suppress(OSError):  # a full disk under the log must not end work of hours
+                click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
+            said = time.monotonic()
+        last = part
 
     return progress

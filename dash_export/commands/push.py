@@ -1,7 +1,5 @@
 """`dash-export push`: publish a bundle on the Hugging Face hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

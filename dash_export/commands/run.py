@@ -85,7 +85,7 @@ class RunOptions:
 def command(
     ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
     chat: bool, system: str | None, target: str | None, trusted_key: Path | None, threads: int | None,
-    dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
+    dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 

@@ -1,7 +1,5 @@
 """`dash-export serve`: bundles behind OpenAI's API."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +49,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def command(
     bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int | None,
     waiting: int, budget: float | None, pace: float | None, least: float, api_key: str | None, no_key: bool,
-    cors: tuple[str, ...], deadline: int | None, drain: int, logs: bool, write_triton: Path | None,
+    cors: tuple[str, ...], deadline: int | None, drain: int, logs: bool, write_triton: Path | None
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
     /health, /metrics, /openapi.json, and a page to try it at /. A request for the model `auto` is answered by the first

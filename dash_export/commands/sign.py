@@ -1,7 +1,5 @@
 """`dash-export sign`: sign a bundle, so that others can check whose it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """`dash-export skipmap`: which layers each token of a text skips, as a picture."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ DEFAULT = Setting("token", budget=0.85)
 @click.pass_context
 def command(
     ctx: click.Context, bundle: Path, text: str | None, file: Path | None, target: str | None, setting: Setting,
-    prefix: int, tokens: int, output: Path,
+    prefix: int, tokens: int, output: Path
 ) -> None:  # fmt: skip
     """Draw the skip map of TEXT under a policy (by default token at budget 0.85): its tokens down, the layers across.
 

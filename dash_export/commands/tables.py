@@ -1,7 +1,5 @@
 """Tables on stdout, all of one look (rich), and sizes for people."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

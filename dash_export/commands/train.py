@@ -1,7 +1,5 @@
 """`dash-export train`: train a policy file for a model on text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -68,7 +66,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.pass_context
 def command(
     ctx: click.Context, /, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], kind: str,
-    units: tuple[Unit, ...] | None, start: Path | None, device: str, **settings: Any,
+    units: tuple[Unit, ...] | None, start: Path | None, device: str, **settings: Any
 ) -> None:  # fmt: skip
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 

@@ -1,7 +1,5 @@
 """Candidates of a comparison: policy kinds, each at a setting, and other builds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

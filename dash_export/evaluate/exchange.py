@@ -1,7 +1,5 @@
 """The frontier: the quality that each policy kind, and each other build, gives up for the time it saves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot

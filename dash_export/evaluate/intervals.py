@@ -3,8 +3,6 @@
 Whole windows, prompts, items or rounds are resampled, because the tokens of one window depend on each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 A round is one window of text: prefill to the context, some tokens to settle, then the timed ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter_ns

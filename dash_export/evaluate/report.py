@@ -1,7 +1,5 @@
 """A profile as one HTML file: figures as data URIs, no script, nothing fetched."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from pathlib import Path

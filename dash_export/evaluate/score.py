@@ -4,8 +4,6 @@ The first candidate is dense, and the others are compared with it, item by item.
 items when it is created, so a bad item raises before anything is measured.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Evaluation of texts and task files in one call, by every candidate; task files and their measures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

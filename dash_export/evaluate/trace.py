@@ -1,7 +1,5 @@
 """A trace in Chrome's format (open it in ui.perfetto.dev): a process per lane, with a track per kind of event."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ code * scale + least. The functions take the factors [..., blocks, factors] floa
 bytes] uint8: together the bytes of the file. Formulas: ggml-quants.c.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

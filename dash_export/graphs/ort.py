@@ -6,8 +6,6 @@ replace mask, positions and write indices). An Add and the norm after it are one
 are joined into one matrix: wide matrices stream faster. Weights are quantised as the recipe says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +41,8 @@ class Sum:
 State = ir.Value | Sum
 
 
-@dataclass(frozen=True)
-class Choice:
-    """K and V of a layer from the bypass, for the rows where `skipped` [batch, sequence, 1] bool is true."""
-
-    skipped: ir.Value
-    key: ir.Value
-    value: ir.Value
+Choice = tuple[ir.Value, ir.Value, ir.Value]
+"""(skipped, K, V): K and V of a layer from the bypass, for the rows where `skipped` [batch, sequence, 1] is true."""
 
 
 def engine_graph(
@@ -85,7 +78,7 @@ def engine_graph(
             return g.model()
         skipped = g.input("skipped", ("batch", "sequence", 1), ir.DataType.BOOL)
         for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
-            state = g.layer(layer, state, Choice(skipped, key, value))
+            state = g.layer(layer, state, (skipped, key, value))
         g.state_output(g.op("Where", [skipped, bypassed, g.computed(state)], "hidden_chosen"))
         return g.model()
     for layer in layers:
@@ -170,8 +163,9 @@ class OrtWriter(ProductWriter):
         if choice is not None or head_norms or (rope and not rotates):
             query, key, value = self.parts(packed, [size * count for count in (heads, kv_heads, kv_heads)])
             if choice is not None:
-                key = self.op("Where", [choice.skipped, choice.key, key], f"{name}/key_chosen")
-                value = self.op("Where", [choice.skipped, choice.value, value], f"{name}/value_chosen")
+                skipped, chosen_key, chosen_value = choice
+                key = self.op("Where", [skipped, chosen_key, key], f"{name}/key_chosen")
+                value = self.op("Where", [skipped, chosen_value, value], f"{name}/value_chosen")
             if head_norms:
                 query = self.head_norm(query, heads, f"{norms}.q_norm.weight", f"{name}/q_norm", scale)
                 key = self.head_norm(key, kv_heads, f"{norms}.k_norm.weight", f"{name}/k_norm")

@@ -2,8 +2,6 @@
 GGUF file or of a calibration (grid.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 
 rows a query may read. Weights are named as in the checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -4,8 +4,6 @@ A rounding is decided in calibration, and a lowering takes it instead of its own
 inputs. A build keeps all roundings in one file, so that the machine that lowers need not be able to calibrate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ In a bundle a matrix has its checkpoint's bytes. A Cast converts 16-bit floats, 
 (ggml.py). Matrices of any other type, and all vectors, are stored as float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

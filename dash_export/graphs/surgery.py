@@ -1,7 +1,5 @@
 """Read the graphs of a bundle, chain them, and edit them for lowerings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

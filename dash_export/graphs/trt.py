@@ -6,8 +6,6 @@ norms, logits and damage. TensorRT builds strongly typed networks: the types in 
 every conversion is a Cast in the graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import numpy as np

@@ -6,8 +6,6 @@ copied. There is no mask input: a query may read the cached rows before `write_i
 `position_ids` are not after its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

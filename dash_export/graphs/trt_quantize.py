@@ -6,8 +6,6 @@ TensorRT-RTX 1.7. fp8 (E4M3) quantises both factors of a product: it has one sca
 input. These scales are powers of two, which 16 bits hold: a float rounds the same at any of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """A thin layer over onnx_ir: nodes by name, weights straight from the checkpoint into external data, atomic files."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any

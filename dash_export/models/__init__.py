@@ -1,7 +1,5 @@
 """Checkpoint in, `DecoderSpec` and named weights out: the only package that knows model files and model families."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ of its bypass to the layer before it, whose output h becomes h + x @ weight + bi
 the unit are gone: nothing attends to them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

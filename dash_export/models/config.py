@@ -4,8 +4,6 @@ The frequencies are computed in float32 and in transformers' order, so that they
 with. `llama3` is Llama 3.1's `apply_scaling`, `linear` is position interpolation (arXiv 2306.15595).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -116,10 +114,7 @@ def gated_decoder(
 
 
 def attention_windows(
-    config: Config,
-    has_window: Callable[[int], bool] | None = None,
-    default: int | None = None,
-    switched: bool = False,
+    config: Config, has_window: Callable[[int], bool] | None = None, default: int | None = None, switched: bool = False
 ) -> tuple[int, ...]:
     """Return, per layer, how many tokens a query may attend to (0: all of them), or () when no layer has a window. The
     layers with a window are named by `layer_types`, or else by the family's `has_window` (None: the family has none).
@@ -149,11 +144,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_embedding(
-    config: Config,
-    head_dim: int,
-    max_positions: int,
-    rope: Config | None = None,
-    partial: bool = False,
+    config: Config, head_dim: int, max_positions: int, rope: Config | None = None, partial: bool = False
 ) -> Rotary:
     """Return the rotary embedding as in `DecoderSpec`, from `rope` or else `rope_parameters` (transformers 5) or the
     older `rope_theta` and `rope_scaling`. `partial`: the family may rotate only a part of each head. Raises

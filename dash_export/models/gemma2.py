@@ -1,7 +1,5 @@
 """Gemma 2."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dash_export.manifest import Traits

@@ -1,7 +1,5 @@
 """Gemma 3 and its text models."""
 
-from __future__ import annotations
-
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST
 from dash_export.models.config import FULL, SLIDING, Config, attention_windows, positive, rotary_embedding, section

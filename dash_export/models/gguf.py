@@ -4,8 +4,6 @@ The file's metadata become the Hugging Face config that the model would have had
 family code, which checks the values.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Values that converters leave out are those of llama.cpp (llama-model.cpp): which
 and caps, Gemma 3's second RoPE base, the score scale of the 27B Gemmas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

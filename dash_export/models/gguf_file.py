@@ -4,8 +4,6 @@
 absurd lengths and misses a truncated file. The constants and the dequantisation still come from that library.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Granite 3: Llama with four multipliers."""
 
-from __future__ import annotations
-
 from dash_export.manifest import Traits
 from dash_export.models.config import MAX_FACTOR, Config, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec

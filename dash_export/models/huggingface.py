@@ -1,7 +1,5 @@
 """A Hugging Face model folder, or one fetched from the hub, as a Checkpoint."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

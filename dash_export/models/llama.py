@@ -1,7 +1,5 @@
 """Llama 1 to 3, SmolLM, TinyLlama and everything else whose `model_type` is `llama`."""
 
-from __future__ import annotations
-
 from dash_export.models.config import Config, gated_decoder
 from dash_export.models.spec import DecoderSpec
 

@@ -1,7 +1,5 @@
 """Mistral: Llama; in its first version queries attend to a sliding window."""
 
-from __future__ import annotations
-
 from dash_export.models.config import Config, attention_windows, gated_decoder
 from dash_export.models.spec import DecoderSpec
 

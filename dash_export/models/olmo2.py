@@ -1,7 +1,5 @@
 """OLMo 2."""
 
-from __future__ import annotations
-
 from dash_export.manifest import Traits
 from dash_export.models.config import Config, gated_decoder
 from dash_export.models.spec import DecoderSpec

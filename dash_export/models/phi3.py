@@ -1,7 +1,5 @@
 """Phi-3, Phi-3.5 and Phi-4 mini."""
 
-from __future__ import annotations
-
 from dash_export.models.config import Config, attention_windows, gated_decoder
 from dash_export.models.spec import DecoderSpec
 

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5."""
 
-from __future__ import annotations
-
 from dash_export.manifest import LARGEST
 from dash_export.models.config import Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec

@@ -1,7 +1,5 @@
 """Qwen3, the dense models."""
 
-from __future__ import annotations
-
 from dash_export.models.config import Config, gated_decoder
 from dash_export.models.qwen2 import qwen_windows
 from dash_export.models.spec import DecoderSpec

@@ -1,7 +1,5 @@
 """SmolLM3: Llama without rotary embedding in every fourth layer."""
 
-from __future__ import annotations
-
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST, Traits
 from dash_export.models.config import Config, attention_windows, gated_decoder, positive

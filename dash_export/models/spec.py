@@ -1,7 +1,5 @@
 """Description of a decoder for all other packages: a frozen spec and named weights, free of any framework."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod

@@ -5,8 +5,6 @@ The pre-tokenizers are those of the models' own tokenizer.json. (transformers' G
 gives SmolLM wrong ids for digits, as in "\\n\\n1.") `default` is llama.cpp's fallback for converters that knew no name.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Such a file has scores and no merges. SentencePiece joins the two neighbours who
 (bpe_model.cc), so every split of a piece into two other pieces is a merge, in the order of the pieces' scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from operator import itemgetter

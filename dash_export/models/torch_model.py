@@ -1,7 +1,5 @@
 """A checkpoint's weights in the transformers model of its family (torch)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

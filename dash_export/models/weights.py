@@ -1,7 +1,5 @@
 """The files of a checkpoint, read without trust: JSON, safetensors by rows, a content hash. Nothing needs torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

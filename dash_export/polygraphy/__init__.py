@@ -3,8 +3,6 @@
 `plugin` is what Polygraphy loads; `runners` run a bundle and feed it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

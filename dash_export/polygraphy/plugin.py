@@ -3,8 +3,6 @@
 Polygraphy loads this module at every `polygraphy run`, so the code that runs a bundle is imported only with `--dash`.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import shutil

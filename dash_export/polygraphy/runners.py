@@ -3,8 +3,6 @@ inputs: real text, and the hidden states that the text has where an engine begin
 not valid positions, masks or hidden states.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

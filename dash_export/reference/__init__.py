@@ -1,7 +1,5 @@
 """The PyTorch oracle that everything else is compared with."""
 
-from __future__ import annotations
-
 from dash_export.reference.oracle import Oracle
 
 __all__ = ["Oracle"]

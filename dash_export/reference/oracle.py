@@ -6,8 +6,6 @@ the bypass, computed from the unit's input; later tokens attend to all K and V. 
 pass for each new token.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass
 

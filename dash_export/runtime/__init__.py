@@ -1,7 +1,5 @@
 """Engines -> tokens. Imports numpy, tokenizers and one backend; never torch, transformers or onnx."""
 
-from __future__ import annotations
-
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.own_policy import Policy, State
 from dash_export.runtime.results import Generation, Response, Score, Statistics

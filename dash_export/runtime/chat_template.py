@@ -5,8 +5,6 @@ operating system bounds its memory, and a timer its time. A template that does h
 that has nothing to lose.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A Python process of its own for code and data from strangers: JSON lines in and out, each answer within its time."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

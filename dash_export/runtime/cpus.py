@@ -2,8 +2,6 @@
 control groups (Linux, version 2).
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 TensorRT's own `Runtime` may segfault where there is no device, so every GPU backend asks this module first.
 """
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ states}, every later one {grammar}. An answer is [whether the grammar can be rea
 the share of memory or time that the grammar takes, or what is wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

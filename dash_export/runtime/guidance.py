@@ -1,7 +1,5 @@
 """Answers held to a grammar: llguidance says which tokens may come next (extra `serve`)."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

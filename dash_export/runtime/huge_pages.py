@@ -5,8 +5,6 @@ token's time on the CPU this was measured on. Libraries allocate with malloc, wh
 moves memory that is already in use when told to.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

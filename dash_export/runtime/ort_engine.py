@@ -1,7 +1,5 @@
 """ONNX Runtime on a CPU. All engines share one thread pool: thirty sessions with a pool each are seven times slower."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

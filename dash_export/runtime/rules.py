@@ -1,7 +1,5 @@
 """Rules, which decide the actions of a token, and how a session's setting becomes its rule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from math import exp, log
 from typing import Protocol

@@ -5,8 +5,6 @@ Each line of standard input is JSON and is answered by one line. The first is {p
 its input, or when memory runs out.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import resource

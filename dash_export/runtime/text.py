@@ -1,7 +1,5 @@
 """Text in and out: tokenizer, incremental decoding with stop strings."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -112,10 +110,7 @@ class Text:
         )
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        limit: int = sys.maxsize,
-        tools: Sequence[Mapping[str, Any]] = (),
+        self, messages: Sequence[Mapping[str, Any]], limit: int = sys.maxsize, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Return the token ids of chat messages, up to where the assistant's turn begins. `limit` is that of `encode`.
         `tools` are functions in OpenAI's form, for a template that takes tools.

@@ -3,8 +3,6 @@
 The fields that are read are in protocol.py and responses.py. Errors have OpenAI's form and our wording.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac

@@ -2,8 +2,6 @@
 user may not read them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

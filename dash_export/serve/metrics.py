@@ -2,8 +2,6 @@
 layers skipped. A log of answers, for who listens to it. No text of a prompt or an answer is in either.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """The OpenAPI document of the endpoint, from the models that read its requests."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

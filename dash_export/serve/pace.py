@@ -6,8 +6,6 @@ five steps, so they follow the number of rows and the prompts that come. The fra
 at least `least` and at most 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from dash_export.errors import RequestError

@@ -1,7 +1,5 @@
 """Cache of prompt prefixes: the K and V of the last prompts, up to a number of bytes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

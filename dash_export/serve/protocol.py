@@ -4,8 +4,6 @@ mistake raises RequestError.
 Unknown fields are ignored, as other servers do. The field `dash` is our own: it says how fast an answer should be.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from contextlib import suppress

@@ -3,8 +3,6 @@ prompt is prefilled; where none runs, short prompts enter together. A row that e
 thread owns the engines; the public methods may be called from any thread.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,7 +1,5 @@
 """Requests in a scheduler: their data, and their state on the way to an answer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Functions that a model may ask to call, in the form of Qwen, Hermes and SmolLM3: JSON between `<tool_call>` marks."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

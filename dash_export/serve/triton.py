@@ -1,7 +1,5 @@
 """A model repository for Triton Inference Server: a folder per bundle, with triton_model.py and its configuration."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -2,8 +2,6 @@
 file into a model repository, beside its config.pbtxt; it runs where `dash_export` can be imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The card of a policy: how it was trained, and what it does on held-out text."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -5,8 +5,6 @@ layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memo
 that begin at the same layer share X'X and the sums of K and V.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -5,8 +5,6 @@ first tokens are dense: the prompt of a chat, or a random number of tokens of a 
 continuations of chat prompts by the model, is what a deployed policy acts on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -14,8 +14,6 @@ layers write to the KV cache, on later ones; not of what the unit's own K and V 
 The roots make the damage learnt the mean KL less the variance of sqrt(KL + SOFTENING): a little low.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 

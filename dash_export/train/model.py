@@ -6,8 +6,6 @@ layer sees every token. A token that skips a unit gives the unit's layers only t
 unit with the hidden state of the bypass. `SkipModules` are the damage network and the bypasses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -141,12 +139,7 @@ class GatedModel:
         return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
 
     def rollout(
-        self,
-        ids: torch.Tensor,
-        modules: SkipModules,
-        decide: Decide,
-        dense: torch.Tensor,
-        soften: Soften | None = None,
+        self, ids: torch.Tensor, modules: SkipModules, decide: Decide, dense: torch.Tensor, soften: Soften | None = None
     ) -> Rollout:
         """Run one pass over ids [batch, tokens]; tokens where `dense` [batch, tokens] is true run every layer.
 

@@ -6,8 +6,6 @@ its mean over tokens and the range of the dial is the unit's gain. Two assumptio
 small units: that gains add up, and that the damage of a token is known before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ All draw the same batches. Each takes its share of a batch's windows, and sums a
 see one folder, where the first process alone writes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

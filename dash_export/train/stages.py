@@ -12,8 +12,6 @@ Every batch is drawn from (seed, stage, step), so a resumed training sees the ba
 Several processes (processes.py) share the passes of the candidates and of stages 2 (closed form), 3 and 4.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """`train`: a model and text -> a policy file with its card."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 import time

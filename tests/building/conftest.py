@@ -1,7 +1,5 @@
 """What a build really makes."""
 
-from __future__ import annotations
-
 import pytest
 
 from dash_export.artifacts import ArtifactStore

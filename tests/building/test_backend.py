@@ -1,7 +1,5 @@
 """How a model is cut into segments, and what a machine can build and run."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Calibrated int4: GPTQ against rounding to nearest, what engines hold, that it is kept, and what a kit brings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """The build kit: what a machine without the target's GPU writes, and what its script does on the other one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

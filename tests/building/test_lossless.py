@@ -1,7 +1,5 @@
 """`cpu-gguf`: what a GGUF file holds in 4 bits is what the engines hold."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

@@ -1,7 +1,5 @@
 """Builds: incremental, exact about what depends on what, with a cost table and a budget table."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """TensorRT-RTX for real, on a machine without a GPU: what is compiled, from what, and what happens when it fails."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil

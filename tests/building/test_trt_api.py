@@ -4,8 +4,6 @@ What the bindings of TensorRT 10.3 to 11.4 know is recorded in tests/data/tensor
 beside a full TensorRT.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`--verify`: every engine against its portable graph; it sees what is broken on purpose."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

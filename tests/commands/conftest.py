@@ -1,7 +1,5 @@
 """A tiny model folder and a text, for every command."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`build`: from a bundle, from a model, targets listed, errors before work."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import time

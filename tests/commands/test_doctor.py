@@ -1,7 +1,5 @@
 """`doctor`: what is found, what conflicts, what is missing."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """`eval`, `frontier` and `skipmap`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import suppress

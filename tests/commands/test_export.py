@@ -1,7 +1,5 @@
 """`export`: summaries, defaults, bad input, a full disk, Ctrl-C."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

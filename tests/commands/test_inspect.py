@@ -1,7 +1,5 @@
 """`inspect`: tables and JSON, without onnx."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

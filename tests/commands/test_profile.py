@@ -1,7 +1,5 @@
 """`profile`: table, JSON, trace, report."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

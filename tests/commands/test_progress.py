@@ -1,7 +1,5 @@
 """What long work says where there is no terminal."""
 
-from __future__ import annotations
-
 import pytest
 
 from dash_export.commands import progress as module

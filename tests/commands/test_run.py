@@ -1,7 +1,5 @@
 """`run`: text, JSON, skips shown, conversation, settings that cannot be."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

@@ -1,7 +1,5 @@
 """`dash-export serve` as a process."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

@@ -1,7 +1,5 @@
 """`train`: the command line around the library, which tests/train tests."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

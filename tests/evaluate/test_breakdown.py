@@ -1,7 +1,5 @@
 """Stamps change nothing but the clock, and a token's parts are its whole; the trace; what the machine tells."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What is compared, and how many layers and how much time it took."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import Mock

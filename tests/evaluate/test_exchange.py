@@ -1,7 +1,5 @@
 """Exchange rates and frontier points from real engines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

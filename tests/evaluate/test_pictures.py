@@ -1,7 +1,5 @@
 """Pictures: drawn without a display, the same bytes every time, whatever a token says."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

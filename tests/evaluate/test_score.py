@@ -1,7 +1,5 @@
 """Divergence and perplexity against plain numpy over the runtime's own logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

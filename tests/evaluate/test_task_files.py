@@ -1,7 +1,5 @@
 """Task files: the forms that are read, and the line every error names."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

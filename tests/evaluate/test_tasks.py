@@ -1,7 +1,5 @@
 """Multiple choice and generated answers against what sessions give directly."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

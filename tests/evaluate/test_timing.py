@@ -1,7 +1,5 @@
 """Decode times of processes of their own."""
 
-from __future__ import annotations
-
 import io
 import json
 import signal

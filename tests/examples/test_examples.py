@@ -1,7 +1,5 @@
 """Every script of examples/ runs on a tiny bundle."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

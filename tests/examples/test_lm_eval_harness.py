@@ -1,7 +1,5 @@
 """The model class of lm-eval: through its registry, and in an evaluation of a task of our own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

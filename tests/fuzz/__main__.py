@@ -5,8 +5,6 @@ written outside the folder. Each parser runs in a process of its own, which tell
 crash or a hang is known by it. The corpus is read first. What fails is kept in it.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -169,7 +167,7 @@ def _fuzz(name: str, folder: Path, given: argparse.Namespace, seconds: float) ->
 
 def _note(
     name: str, data: bytes, row: dict[str, Any], given: argparse.Namespace,
-    wrong: str, accepted: bool, seconds: float, memory: int,
+    wrong: str, accepted: bool, seconds: float, memory: int
 ) -> None:  # fmt: skip
     """Count an input, and put one that failed into the corpus unless its like is there."""
     row["inputs"] += 1

@@ -1,7 +1,5 @@
 """Damage to files, drawn from a random generator: to their bytes, and to what their format says."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """What is fuzzed: every reader of something that comes from outside, each with small sound files to begin with."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

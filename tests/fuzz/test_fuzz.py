@@ -1,7 +1,5 @@
 """Every parser, fed with what failed once and for some seconds with new damage. For longer: `make fuzz`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

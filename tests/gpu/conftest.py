@@ -1,7 +1,5 @@
 """A target that this machine's GPU can build and run. One command: `pytest tests/gpu`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import cache

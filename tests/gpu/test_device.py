@@ -1,7 +1,5 @@
 """Memory, copies, streams, events and graphs: on the stand-in that other tests run on, and on a card."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial

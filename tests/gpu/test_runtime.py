@@ -1,7 +1,5 @@
 """SmolLM2 on the device: every mode, against the CPU and against each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

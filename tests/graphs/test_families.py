@@ -1,7 +1,5 @@
 """Every family and every option, exported, built and run, against transformers itself and against the oracle."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from typing import Any

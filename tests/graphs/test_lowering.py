@@ -1,7 +1,5 @@
 """The `ort` dialect: what an engine consists of, at which precision, and that extreme numbers survive it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The portable graphs: standard ONNX that passes the checker, readable, and runnable alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Weights in a bundle as the checkpoint has them: the same values, in no more bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

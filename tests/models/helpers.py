@@ -1,7 +1,5 @@
 """Tiny random checkpoints of every family, written by transformers and by gguf's own writer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A pruned model against the oracle of the whole one, which skips the same units at every token."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SentencePiece vocabularies of GGUF files, against a plain reading of SentencePiece's own rule."""
 
-from __future__ import annotations
-
 import json
 import random
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """`polygraphy run --dash`, as a user calls it: engines against their portable graphs, whole steps, and the errors."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The runners' own work, beside the runtime."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The oracle against transformers, and against itself broken on purpose: the contract is what the tests can see."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -87,7 +85,7 @@ def test_it_is_the_runtimes(runtime: DashRuntime, tiny_oracle: Oracle) -> None:
 )
 def test_a_broken_bypass(
     broken: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]], least: float, runtime: DashRuntime,
-    tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch,
+    tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Each clause of the contract, broken in the oracle, must part it from the runtime: the update; keys and values."""
     sound = Oracle.bypass

@@ -1,7 +1,5 @@
 """Real prompts: three chats and three pieces of prose, as token ids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

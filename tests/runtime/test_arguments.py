@@ -1,7 +1,5 @@
 """Whatever a caller gives, the public API says what is wrong with it before anything is computed."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path

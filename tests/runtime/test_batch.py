@@ -1,7 +1,5 @@
 """Sequences decoded together get what they get alone, whoever else is there, comes or goes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any

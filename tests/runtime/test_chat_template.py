@@ -1,7 +1,5 @@
 """Chat templates: as transformers renders them, and those that mean no good, in a process with nothing to lose."""
 
-from __future__ import annotations
-
 import gc
 import os
 import re

@@ -1,7 +1,5 @@
 """What the processor has, as the kernel tells it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The driver asked through ctypes: a stub library stands in for libcuda, sound and broken in the ways drivers are."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

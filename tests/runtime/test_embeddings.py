@@ -1,7 +1,5 @@
 """Embeddings in the place of tokens, and final states out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

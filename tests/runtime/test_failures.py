@@ -1,7 +1,5 @@
 """An engine that fails while it runs: an error that names it, and a session that goes on from before the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

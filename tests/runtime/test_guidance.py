@@ -1,7 +1,5 @@
 """Answers in a grammar: where they may end."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

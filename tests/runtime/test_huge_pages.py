@@ -1,7 +1,5 @@
 """What is moved onto huge pages and what is not, and that freed memory that is used again costs no page faults."""
 
-from __future__ import annotations
-
 import platform
 from contextlib import nullcontext
 from pathlib import Path

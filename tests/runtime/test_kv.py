@@ -1,7 +1,5 @@
 """One token at a time equals one pass over all: prefilled in one piece, in chunks, and after the cache has grown."""
 
-from __future__ import annotations
-
 import mmap
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """ONNX Runtime on a CPU: how its sessions are made, and bound to memory of another shape."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

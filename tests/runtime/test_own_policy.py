@@ -1,7 +1,5 @@
 """Policies of the user's own: what they are told, what they may answer, and that nothing else changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SmolLM2 through the engines, in fp32, against the PyTorch oracle on real prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """int8 and int4 SmolLM2 against fp32 on prose that calibration never sees."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

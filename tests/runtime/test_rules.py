@@ -1,7 +1,5 @@
 """Every policy kind: what it skips, what it refuses, and how a budget is held."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

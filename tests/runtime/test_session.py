@@ -1,7 +1,5 @@
 """Conversations: continuing, cancelling, limits, and sessions that share engines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text in and out: incremental decoding, stop strings, texts far too long."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A server on a port of its own, over the tiny bundle."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

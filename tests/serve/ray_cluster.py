@@ -1,7 +1,5 @@
 """Ray Serve on two nodes of this machine. Needs `pip install 'ray[serve]'`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Responses on their way to the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """OpenAI's API, by OpenAI's client and by hand, over a real server."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

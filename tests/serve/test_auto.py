@@ -1,7 +1,5 @@
 """Several bundles behind one address: `auto` is answered by the first that has time, or else by the last."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -2,8 +2,6 @@
 'ray[serve]' is installed, each asks a cluster, too.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Callable, Iterator

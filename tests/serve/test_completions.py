@@ -1,7 +1,5 @@
 """Chats and completions beside `test_app.py`: what their answers say, and when their time begins."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The OpenAPI document is true: schemathesis makes requests of it, right and wrong ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

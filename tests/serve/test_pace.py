@@ -1,7 +1,5 @@
 """A pace that is kept: less is run as more ask, and more again when they have gone."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from queue import SimpleQueue

@@ -1,7 +1,5 @@
 """The page in a real browser: Debian's chromium, driven by playwright where both are installed."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Ray Serve: two replicas on two nodes of this machine. Needs `pip install 'ray[serve]'`, and two minutes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """OpenAI's newer form, by its client."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Answers of a request, however its response ends."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from contextlib import suppress

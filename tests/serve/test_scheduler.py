@@ -1,7 +1,5 @@
 """Requests that come, wait, decode together and end: each gets what it gets alone."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

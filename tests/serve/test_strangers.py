@@ -1,7 +1,5 @@
 """Clients that would harm the server, or the answers of others."""
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

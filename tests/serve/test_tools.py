@@ -1,7 +1,5 @@
 """Answers of a given form, and calls of functions: by grammar, so that a random model gives them too."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from queue import SimpleQueue

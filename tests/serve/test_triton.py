@@ -1,7 +1,5 @@
 """Triton's model repository: its model on a stand-in for the backend, and on the real server where there is one."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

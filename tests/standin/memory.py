@@ -1,7 +1,5 @@
 """The memory of a card that is not there, by its addresses; and how a broken rule is told."""
 
-from __future__ import annotations
-
 from bisect import bisect
 from typing import Any
 

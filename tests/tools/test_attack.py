@@ -1,7 +1,5 @@
 """The attacks of tools/attack, a few trials of each: that they run, find what is there to be found, and clean up."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

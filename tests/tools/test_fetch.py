@@ -1,7 +1,5 @@
 """The real models, fetched."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 import zipfile

@@ -1,7 +1,5 @@
 """Made-up windows of the tiny model's tokens."""
 
-from __future__ import annotations
-
 import torch
 
 from dash_export.train.corpus import Batch

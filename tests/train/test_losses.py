@@ -2,8 +2,6 @@
 tuned network skips more, where divergence is dear less: both hear it through decisions.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Training sees the contract that the oracle states: same logits, same damage, same decisions."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

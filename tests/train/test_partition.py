@@ -1,7 +1,5 @@
 """Which units and which order made-up damages ask for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -90,7 +88,7 @@ def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, t
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_share_teaches_by_its_weight(
     weight: float, checkpoint: Checkpoint, model: GatedModel, prose: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     corpus, _ = read_corpus([prose], _text(checkpoint), 32, 0.1)
     run, learnt, share = Run(model, corpus, SETTINGS, Work(tmp_path, "key")), torch.nn.Linear(2, 1), Run.share

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -113,7 +111,7 @@ def test_a_short_training_is_short_in_all_its_stages(learn: Learn, output: Path)
 )
 def test_the_same_settings_make_the_same_policy(
     change: dict[str, Any], bfloat16: bool, equal: bool, trained: Trained, learn: Learn, output: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """The precision, where none is asked for, is one that the processor is fast in."""
     monkeypatch.setattr(training, "has_bfloat16", lambda: bfloat16)

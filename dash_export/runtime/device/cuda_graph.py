@@ -94,12 +94,7 @@ class CudaGraph:
             self._node(stream, int(self._handles[unit, side]), fill)
 
     def write_rows(
-        self,
-        stream: str,
-        pairs: Sequence[tuple[CudaMemory, CudaMemory]],
-        pitch: int,
-        width: int,
-        position: CudaMemory,
+        self, stream: str, pairs: Sequence[tuple[CudaMemory, CudaMemory]], pitch: int, width: int, position: CudaMemory
     ) -> None:
         """Record the write of new K and V rows into the cache, for pairs (cache, new rows). The cache has tables of
         rows, `pitch` bytes apart: equally many for each sequence, one sequence after another. Each table gets the next

@@ -1,7 +1,5 @@
 """Kernels that no engine has, compiled by NVRTC when they are first needed. Not yet run on a GPU."""
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import import_module
 from typing import Any

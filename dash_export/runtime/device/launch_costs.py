@@ -4,8 +4,6 @@ The probe's token has UNITS units, and a copy of a few bytes stands for each eng
 with a wait for the policy (`overlapped`), as a graph that decides (`device`), and as a graph without decisions (dense).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

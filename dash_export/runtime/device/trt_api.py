@@ -3,8 +3,6 @@
 Nothing here needs a device except `tensorrt` itself, which compiles for the device that it runs on.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 from collections.abc import Iterator, Sequence

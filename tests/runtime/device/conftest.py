@@ -1,7 +1,5 @@
 """A tiny model's GPU engines at float32, where rounding hides nothing, on a stand-in for a card."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

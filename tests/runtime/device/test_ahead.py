@@ -1,7 +1,5 @@
 """Tokens that are launched before the host knows them: the same as the CPU's, whatever is done to the session."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import sys

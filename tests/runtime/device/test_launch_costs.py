@@ -1,7 +1,5 @@
 """What `doctor --probe` finds of a card."""
 
-from __future__ import annotations
-
 import json
 
 import cuda.bindings.runtime as rt

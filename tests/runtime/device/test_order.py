@@ -1,7 +1,5 @@
 """The order of launches, events and waits, and the mistakes that these tests are there to see."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a device gives, in every dialect, dispatch and order of its streams, is what the CPU gives."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import threading

@@ -1,7 +1,5 @@
 """Several sequences on a device: what each gets is what a CPU gives where all do what every one of them would do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any

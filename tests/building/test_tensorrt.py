@@ -1,6 +1,5 @@
 """TensorRT-RTX for real, on a machine without a GPU: what is compiled, from what, and what happens when it fails."""
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -248,27 +247,6 @@ def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) 
         assert (keys, values, last) == (f"present.{number}.key", f"present.{number}.value", lengths.name)
     results = {layer.get_output(0).name for layer in layers[parsed:] if layer.type == rtx.LayerType.ATTENTION_OUTPUT}
     assert results <= read
-
-
-def test_a_compiler_without_lengths(
-    own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Compiles what its parser made, of more than one kernel if need be, and it is told."""
-    sound = trt_api.Toolkit._bound_attention
-
-    def refused(toolkit: trt_api.Toolkit, network: Any) -> None:
-        sound(toolkit, network)
-        wide = network.add_cast(network.get_output(1), rtx.float32).get_output(0)
-        softmax, unmasked = rtx.AttentionNormalizationOp.SOFTMAX, rtx.CausalMaskKind.NONE
-        # fp32 attention, which TensorRT does not have
-        network.mark_output(network.add_attention_v2(wide, wide, wide, softmax, unmasked).get_output(0))
-
-    monkeypatch.setattr(trt_api.Toolkit, "_bound_attention", refused)
-    (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()
-    with caplog.at_level(logging.WARNING, trt_api.logger.name):
-        build(own / "tiny.dash", str(own / "mine.toml"))
-    assert "layer_04: TensorRT-RTX" in caplog.text
-    assert "Without, it will read all rows of the cache." in caplog.text
 
 
 def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
-from dash_export.graphs.ort_products import eight_bit_block, quantize_block
+from dash_export.graphs.ort_products import eight_bit_block
 from dash_export.graphs.rounded import weight_precision
 from dash_export.targets import WeightsRecipe
 from tests.tiny import random_ids, tiny_bundle, tiny_checkpoint, tiny_policy
@@ -90,24 +90,6 @@ def test_a_mixed_engine_has_no_weights_of_its_own(built: tuple[str, Graphs, set[
     data = {entry.value for entry in entries if entry.key == "location"}
     own = {"bypass_02-03.data", "layers_02-03.data"} & files
     assert own <= data <= own | {"rope.data"}
-
-
-@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.004), (4, 0.07)])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_quantise_block(bits: int, allowed: float, symmetric: bool) -> None:
-    """Dequantised by hand, a matrix comes back within half a step."""
-    matrix = np.random.default_rng(0).standard_normal((128, 96)).astype(np.float32)
-    packed, scales, zeros = quantize_block(matrix, bits, 32, symmetric)
-    assert packed.shape == (96, 4, 32 * bits // 8)
-    assert (zeros is None) is symmetric
-    values, middle = packed, np.full((96, 4), 1 << (bits - 1)) if zeros is None else zeros
-    if bits == 4:
-        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(96, 4, 32)
-        if zeros is not None:
-            middle = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(96, -1)[:, :4]
-    restored = (values.astype(np.float32) - middle[..., None]) * scales[..., None]
-    error = np.abs(restored.reshape(96, 128).T - matrix).max()
-    assert error < allowed * np.abs(matrix).max() * (2 if symmetric else 1)
 
 
 @pytest.mark.parametrize(

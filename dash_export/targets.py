@@ -129,19 +129,21 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in resource_folder("engines").glob("*.toml"))
 
 
-def load_recipe(target: str) -> Recipe:
+def load_recipe(target: str, **changes: str | None) -> Recipe:
     """Read a recipe by the path of a .toml file, by its name, or by the name of a build: `cpu-int8` is `cpu` with int8
-    weights (`with_weights`). Raises RecipeError.
+    weights. `changes`: what else `with_weights` changes. Raises RecipeError.
     """
+    given = {option: value for option, value in changes.items() if value is not None}
     if Path(target).suffix == ".toml":
-        return _read(Path(target))
+        return with_weights(_read(Path(target)), **given)
     kinds, roundings = "|".join(get_args(Precision)), "|".join(get_args(Rounding))
     name = rf"(.+?)(?:-({kinds}))?(?:-head-({kinds}))?(?:-embedding-({kinds}))?(?:-({roundings}))?"
     parts = re.fullmatch(name, target)
     if parts is None or parts[1] not in recipe_names():
         known = f"Known targets: {', '.join(recipe_names())}; or give the path of a recipe file (.toml)."
         raise RecipeError(f"There is no recipe {target!r:.100}. {known}")
-    return with_weights(_read(resource_folder("engines") / f"{parts[1]}.toml"), *parts.groups()[1:])
+    named = dict(zip(("weights", "head", "embedding", "rounding"), parts.groups()[1:], strict=True))
+    return with_weights(_read(resource_folder("engines") / f"{parts[1]}.toml"), **named | given)
 
 
 def _read(path: Path) -> Recipe:

@@ -185,10 +185,13 @@ def test_a_name_that_is_no_folder(name: str, tmp_path: Path) -> None:
         ("cpu-gguf", {"weights": "int8", "head": "fp32", "embedding": "fp32"}),
         ("cpu", {"embedding": "fp32", "rounding": "nearest"}),
         ("jetson-agx-orin", {"weights": "int8"}),
+        ("cpu-nearest", {"head": "int8"}),
+        ("cpu-head-int8", {"weights": "int8"}),
+        ("cpu-int8", {"weights": "int4"}),
     ],
 )
 def test_the_name_of_a_build_is_a_target(target: str, chosen: dict[str, str]) -> None:
-    recipe = with_weights(load_recipe(target), **chosen)
+    recipe = load_recipe(target, **chosen)
     assert load_recipe(recipe.name) == recipe
 
 

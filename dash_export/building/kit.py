@@ -26,7 +26,7 @@ from dash_export.manifest import Verification
 from dash_export.names import MANIFEST, ROUNDINGS
 from dash_export.replacing import check_movable, check_outside_bundles, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
-from dash_export.targets import Recipe, load_recipe, with_weights
+from dash_export.targets import Recipe, load_recipe
 
 RECORD, SCRIPT, RECIPES, LIBRARY, REQUIREMENTS = "kit.json", "build.py", "recipes", "lib", "requirements.txt"
 _LONGEST_RECORD = 1 << 20
@@ -57,7 +57,7 @@ def write_kit(
     disagrees with its portable graph, BundleError when the bundle is damaged or something that is no kit lies at
     `output`.
     """
-    recipe = with_weights(load_recipe(target), **changes)
+    recipe = load_recipe(target, **changes)
     root = outputs.output_path(bundle.root)
     folder = outputs.output_path(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, outputs.MARK, ".venv", "report.json"):

@@ -18,7 +18,7 @@ from dash_export.names import SIGNATURE
 from dash_export.outputs import check_writable, folder_locked, lock_file, locked, output_path, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.signing import check_trusted
-from dash_export.targets import Recipe, load_recipe, with_weights
+from dash_export.targets import Recipe, load_recipe
 
 TRIALS, PAUSE = 3, 2.0
 """How often costs are measured, at most, while the machine is busy, and the seconds between."""
@@ -49,7 +49,7 @@ def build(
     the bundle; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    recipe = with_weights(load_recipe(str(target)), weights, head, embedding, rounding)
+    recipe = load_recipe(str(target), weights=weights, head=head, embedding=embedding, rounding=rounding)
     backend_of(recipe).require()
     root = output_path(bundle.root)
     with folder_locked(root, [lock_file(root)], shared=True):  # keeps exports out, not other builds

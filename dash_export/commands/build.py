@@ -15,7 +15,7 @@ from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET, MANIFEST
 from dash_export.replacing import is_bundle
-from dash_export.targets import Precision, load_recipe, recipe_names, with_weights
+from dash_export.targets import Precision, load_recipe, recipe_names
 
 PRECISION = click.Choice(get_args(Precision))
 
@@ -83,7 +83,7 @@ def command(
     from dash_export.building.backend import backend_of
 
     # Refuse impossible requests first: an export takes minutes.
-    recipe = with_weights(load_recipe(target), **changes)
+    recipe = load_recipe(target, **changes)
     if measure and kit is not None:
         raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
     backend = backend_of(recipe)

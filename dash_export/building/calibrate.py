@@ -105,8 +105,8 @@ def calibrate_matrices(
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
         if layer in begins and recipe.weights.bypass == "fp8":
             yield f"{begins[layer].bypass}/product", max(map(_largest, states))
-        yield from _round_layer(graph, scratch, precisions, recipe, states, own_feeds)
-        states = [found["hidden_out"] for found in _outputs(graph, scratch, states, own_feeds)]
+        yield from _round_layer(graph, scratch / f"{name}.onnx", precisions, recipe, states, own_feeds)
+        states = [found["hidden_out"] for found in _outputs(graph, scratch / f"{name}.onnx", states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
     if recipe.weights.head in CALIBRATED:
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
@@ -129,7 +129,7 @@ def _layers(bundle: Bundle) -> list[str]:
 
 def _round_layer(
     model: ir.Model,
-    scratch: Path,
+    file: Path,
     precisions: dict[ir.Node, Precision],
     recipe: Recipe,
     states: list[Floats],
@@ -165,7 +165,7 @@ def _round_layer(
         source.type = ir.TensorType(ir.DataType.FLOAT)
     outputs = list(model.graph.outputs)
     model.graph.outputs[:] = list(readers)
-    for found in _outputs(model, scratch, states, feeds) if readers else ():
+    for found in _outputs(model, file, states, feeds) if readers else ():
         for source in readers:
             largest[source] = max(largest[source], _largest(found[str(source.name)]))
             if source in moments:
@@ -184,10 +184,10 @@ def _round_layer(
             yield str(node.name), rounded
 
 
-def _outputs(model: ir.Model, scratch: Path, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """Run a layer, through a file in `scratch`, on each batch of states, and yield its outputs."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        run = graph_run(write_whole(model.clone(), Path(folder) / "layer.onnx"))
+def _outputs(model: ir.Model, file: Path, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
+    """Run a layer on each batch of states, and yield its outputs. `file`: a folder beside it has the layer, so named."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        run = graph_run(write_whole(model.clone(), Path(folder) / file.name))
         for state in states:
             yield run(feeds | {"hidden": state})
 

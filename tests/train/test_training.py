@@ -384,7 +384,7 @@ def test_a_tokenizer_and_a_template_that_give_up(checkpoint: Checkpoint, learn: 
     prompts = prompts_at(tmp_path / "prompts.jsonl", 6)
     for name, text, said in (
         ("tokenizer.json", json.dumps(tokenizer), "does not read this text"),
-        ("chat_template.jinja", "", "makes nothing of a prompt"),
+        ("chat_template.jinja", "{{ '' }}", "makes nothing of a prompt"),
     ):
         other = replace(checkpoint, assets={**checkpoint.assets, name: text})
         with pytest.raises(RequestError, match=said):

@@ -185,7 +185,7 @@ def _round_layer(
 
 
 def _outputs(model: ir.Model, file: Path, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """Run a layer on each batch of states, and yield its outputs. `file`: a folder beside it has the layer, so named."""
+    """Run a layer on each batch of states, and yield its outputs. A folder beside `file` has it, so named."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         run = graph_run(write_whole(model.clone(), Path(folder) / file.name))
         for state in states:

@@ -202,6 +202,7 @@ def test_other_weights_have_another_name() -> None:
     assert exact.name == "cpu-fp32"
     assert {getattr(exact.weights, part) for part in ("layers", "qkv", "ungated", "head", "embedding")} == {"fp32"}
     assert with_weights(cpu, "fp32", "int4", None, "nearest").name == "cpu-fp32-head-int4-nearest"
+    assert load_recipe("cpu-nearest", head="int8").name == "cpu-head-int8-nearest"
     eight = with_weights(load_recipe("h100"), "fp8")
     assert (eight.name, eight.weights.qkv, eight.weights.bypass) == ("h100-fp8", "fp8", "fp8")
     assert (eight.weights.head, eight.weights.embedding) == ("bf16", "bf16")

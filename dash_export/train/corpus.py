@@ -201,18 +201,17 @@ def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int, ends: 
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     # What enters the head after a prompt is a slice. For that torch copies the weight for every row: 8.7 GB for a 0.5B.
-    whole = model.lm_head.register_forward_pre_hook(lambda _head, given: (given[0].contiguous(),))
-    made = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=tokens,
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_k=0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=0,
-    ).cpu()
-    whole.remove()
+    with model.lm_head.register_forward_pre_hook(lambda _head, given: (given[0].contiguous(),)):
+        made = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=0,
+        ).cpu()
     passages = []
     for prompt, row in zip(prompts, made[:, width:], strict=True):
         end = next((place + 1 for place, token in enumerate(row.tolist()) if token in ends), len(row))

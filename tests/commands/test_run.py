@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.bundle import Bundle
+from dash_export.commands import chat
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, done, environment, refused
@@ -125,12 +128,15 @@ def test_show_skips_without_colours(tiny_root: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
-@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path) -> None:
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"),
+    [("xterm-256color", "", True), ("xterm-256color", "1", False), ("dumb", "", False)],
+)
+def test_show_skips_on_a_terminal(terminal: str, no_color: str, coloured: bool, tiny_root: Path) -> None:
     main, side = pty.openpty()
     command = [sys.executable, "-m", "dash_export", "run", str(tiny_root), "hello", *FP32, "--skip", "4"]
     command += ["--max-tokens", "4", "--show-skips"]
-    variables = {key: value for key, value in environment(TERM="xterm-256color").items() if key != "NO_COLOR"}
+    variables = {key: value for key, value in environment(TERM=terminal).items() if key != "NO_COLOR"}
     variables |= {"NO_COLOR": no_color} if no_color else {}
     ran = subprocess.run(command, stdout=side, stderr=subprocess.PIPE, env=variables, timeout=60, check=False)
     os.close(side)
@@ -175,6 +181,26 @@ def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
     else:
         assert run.returncode == 130
         assert errors.strip() == "Interrupted"
+
+
+def test_a_second_ctrl_c_stops_a_prompt() -> None:
+    """Which has no token at which it could end."""
+    session, before = SimpleNamespace(cancel=mock.Mock()), signal.getsignal(signal.SIGINT)
+    with chat._stopping(session):  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+        assert session.cancel.called
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_no_text_on_a_terminal_ends_no_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: b"\xe9".decode())
+    assert chat._read() == ""
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:

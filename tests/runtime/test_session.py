@@ -322,6 +322,7 @@ def test_where_an_answer_ends(runtime: DashRuntime, monkeypatch: pytest.MonkeyPa
     ended = runtime.generate(random_ids(8), 40)
     assert ended.finish_reason == "stop"
     assert ended.tokens.tolist() == plain.tokens.tolist()[: plain.tokens.tolist().index(end) + 1]
+    assert ended.text == runtime.generate(random_ids(8), len(ended.tokens) - 1).text, "the end is no text"
 
 
 def test_sampling_reaches_the_tokens(runtime: DashRuntime) -> None:

@@ -8,7 +8,7 @@ from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
-from tests.models.helpers import tiny_tokenizer
+from tests.models.helpers import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -108,3 +108,13 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     path.write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(RequestError, match="line 2: not a prompt"):
         read_prompts(path)
+
+
+def test_the_head_reads_whole_rows() -> None:
+    """Of a slice torch would copy the head's weight for every prompt."""
+    model, whole = tiny_model("llama"), list[bool]()
+    model.lm_head.register_forward_hook(lambda _head, given, _logits: whole.append(given[0].is_contiguous()))
+    assert len(corpus._continued(model, [[5, 6, 7], [8, 9, 10, 11]], 20, frozenset())) == 2
+    assert len(whole) == 20
+    assert all(whole)
+    assert not model.lm_head._forward_pre_hooks

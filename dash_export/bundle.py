@@ -171,22 +171,28 @@ class Bundle:
 
     def save_build(self, build: Build) -> None:
         """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a
-        kill at any moment the manifest lists the one on disk. The caller holds the lock of the target; other targets
-        may be built at the same time.
+        kill at any moment the manifest lists the one on disk. Then write it without the old one, which a signature must
+        not vouch for. The caller holds the lock of the target; other targets may be built at the same time.
         """
         name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
         with folder_locked(self.root / "engines", [], shared=False, wait=True):
             known = Bundle.open(self.root).manifest
-            there = self.path(name)
-            old = sha256_file(there) if there.is_file() else ""
-            before = [item for item in known.builds.get(build.target, ()) if item.sha256 == old != record.sha256]
-            manifest = sealed(replace(known, builds={**known.builds, build.target: (record, *before)}))
+            builds = {
+                target: records
+                for target, records in known.builds.items()
+                if self.path(f"engines/{target}/{BUILD}").is_file()
+            }
+            old = sha256_file(self.path(name)) if build.target in builds else ""
+            before = [item for item in builds.get(build.target, ()) if item.sha256 == old != record.sha256]
+            manifest = sealed(replace(known, builds={**builds, build.target: (record, *before)}))
             if manifest != known:
                 write_atomic(self.root / MANIFEST, to_json(manifest))
                 self.path(SIGNATURE).unlink(missing_ok=True)  # it signed the old manifest
-            write_atomic(there, contents)
-        self.manifest = manifest
+            write_atomic(self.path(name), contents)
+            self.manifest = sealed(replace(manifest, builds={**builds, build.target: (record,)}))
+            if before:
+                write_atomic(self.root / MANIFEST, to_json(self.manifest))
 
     @property
     def has_graphs(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dash_export import __version__
-from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.artifacts import identity, read_bounded, write_atomic
 from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.decision import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
@@ -153,6 +153,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
         bundle.check_listed(build)
     names = [MANIFEST, *(record.name for record in records), *(f"engines/{build.target}/{BUILD}" for build in builds)]
     names += [SIGNATURE] if bundle.path(SIGNATURE).is_file() else []
+    seal |= {item: identity(bundle.path(item)) for item in names if item not in seal}
 
     def commit(hub: Any) -> str:
         api = hub.HfApi(library_name="dash-export", library_version=__version__)

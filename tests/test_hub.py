@@ -1,6 +1,7 @@
 """Bundles on a hub: published, fetched, refused."""
 
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -237,6 +238,15 @@ def test_refused(server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPa
     assert "hash mismatch" in refused("run", NAME, "x", "--target", TARGET), "and nothing was loaded before"
     (own_bundle / engine).write_bytes(b"damaged")
     assert "hash mismatch" in refused("push", own_bundle, NAME)
+
+
+@pytest.mark.usefixtures("server")
+def test_what_changes_while_it_is_published(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that ends meanwhile replaces only its record."""
+    record = own_bundle / f"engines/{TARGET}/build.json"
+    monkeypatch.setattr(hub, "_card", lambda *_: os.utime(record, (1, 1)))
+    with pytest.raises(BundleError, match="was published, but of files that changed meanwhile"):
+        publish(own_bundle)
 
 
 def test_engines_of_a_gpu_are_fetched_only_with_a_key(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_a_build_that_changes_nothing_keeps_the_signature(own_bundle: Path, sign
     DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public)
     (own_bundle / "engines/cpu-fp32/more.onnx").write_bytes(b"")
     assert "put there afterwards" in refused("sign", own_bundle, "--key", private), "no run would take it"
+
+
+def test_a_signature_is_not_of_an_earlier_build(own_bundle: Path, tmp_path: Path) -> None:
+    (private, public), bundle = keys(tmp_path, "mine"), Bundle.open(own_bundle)
+    record = own_bundle / "engines/cpu-fp32/build.json"
+    earlier, known = record.read_bytes(), bundle.load_build("cpu-fp32")
+    bundle.save_build(replace(known, seconds=known.seconds + 1))
+    done("sign", own_bundle, "--key", private)
+    DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public)
+    record.write_bytes(earlier)
+    with pytest.raises(BundleError, match=r"build\.json is not the file that was written"):
+        DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public)
 
 
 def test_another_manifest_than_was_read_is_refused(own_bundle: Path, tmp_path: Path) -> None:

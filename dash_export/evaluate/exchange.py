@@ -16,17 +16,18 @@ from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_co
 
 @dataclass(frozen=True)
 class Point:
-    """Point of the frontier: a setting, or another build. `timing` is None where only the cost table was asked for.
-    Times, KL and perplexities are relative to the dense mode of the first build.
+    """Point of the frontier: a setting, or another build. `timing` is None where only the cost tables were asked for.
+    Times, KL and perplexities are relative to the dense mode of the first build; `dense` is this build's dense time.
     """
 
     quality: Result
     timing: Timing | None
+    dense: float = 1.0
 
     @property
     def time(self) -> float:
-        """Decode time as a fraction of dense: measured, or else predicted from the cost table."""
-        return self.quality.time if self.timing is None else self.timing.ratio
+        """Decode time as a fraction of dense: measured, or else predicted from the cost tables."""
+        return self.quality.time * self.dense if self.timing is None else self.timing.ratio
 
     @property
     def kl(self) -> Interval:
@@ -41,7 +42,8 @@ class Point:
     def exchange_rate(self) -> Interval | None:
         """Per cent of perplexity paid per per cent of decode time saved, both measured. Its bounds are the rates at the
         bounds of the two, which are independent: their distances are added as squares (the method of variance
-        estimates recovery). None where the interval of the time does not tell whether any was saved or lost.
+        estimates recovery). None where the interval of the time does not tell whether any was saved or lost; without
+        bounds where the time has none.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
@@ -51,6 +53,8 @@ class Point:
             return (ratio - 1) / (1 - of_dense)
 
         value = rate(paid.value, time.ratio)
+        if time.low == time.high:
+            return Interval(value, value, value)
         by_paid, by_time = (
             sorted(bound - value for bound in bounds)
             for bounds in (
@@ -81,7 +85,11 @@ def frontier(
     first = candidates[0].runtime
     measure = TextScore(first, text, name, limit, window, prefix)
     if not rounds:
-        return [Point(result, None) for result in score(measure, candidates, progress)]
+        dense = [one.runtime.cost.dense_us for one in candidates]
+        return [
+            Point(result, None, own / dense[0] if own and dense[0] else 1.0)  # 0: not measured
+            for result, own in zip(score(measure, candidates, progress), dense, strict=True)
+        ]
     context = fitting_context(candidates, None, SETTLE + tokens)
     parts = windows(first, text, name, rounds, context + SETTLE + tokens)
     timed = [parts[number % len(parts)] for number in range(rounds)]  # a short text is used again

@@ -68,9 +68,9 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
 
 @dataclass(frozen=True)
 class Timing:
-    """Decode time of a candidate. `ratio`: its time as a fraction of the first candidate's build run densely; `low` and
-    `high`: bounds of the ratio over rounds (both equal to it where there are too few); `milliseconds` per token;
-    `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens.
+    """Mean decode time of a candidate. `ratio`: its time as a fraction of the first candidate's build run densely;
+    `low` and `high`: bounds of the ratio over rounds (both equal to it where there are too few); `milliseconds`: per
+    token; `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens.
     """
 
     ratio: float
@@ -97,9 +97,10 @@ def decode_times(
 ) -> list[Timing]:
     """Time each candidate in a process of its own, one round per part: the part's first `context` tokens are a prompt,
     the others are decoded, the same known text for all. Times are fractions of those of the first candidate, which is
-    dense and runs in the processes of the others.
+    dense and runs in the processes of the others. Raises BackendError like `run_alone`.
 
-    Raises BackendError like `run_alone`.
+    A ratio is the mean that the cost table predicts for the tokens, plus the median difference from it. A median of
+    ratios would leave out what makes the mean: skips come in clusters.
     """
     from dash_export.evaluate.intervals import median  # here: a process that only decodes needs no scipy
 
@@ -110,20 +111,20 @@ def decode_times(
         seconds[index, number], ratios[index, number], predicted[index, number] = (
             took.first_seconds, took.ratio, took.predicted
         )  # fmt: skip
-    milliseconds, found = 1e3 * float(np.median(seconds)), map(median, ratios)
-    timings = [
-        Timing(ratio.value, ratio.low, ratio.high, milliseconds * ratio.value, float(said.mean()))
-        for ratio, said in zip(found, predicted, strict=True)
-    ]
+    milliseconds, timings = 1e3 * float(np.median(seconds)), list[Timing]()
+    for said, measured in zip(predicted.mean(axis=1).tolist(), ratios - predicted, strict=True):
+        more = median(measured)
+        ratio = said + more.value
+        timings.append(Timing(ratio, said + more.low, said + more.high, milliseconds * ratio, said))
     return [Timing(1.0, 1.0, 1.0, milliseconds, 1.0), *timings][-len(candidates) :]
 
 
 @dataclass(frozen=True)
 class ProcessFigures:
     """Figures of one process, without its first `SETTLE` tokens where there are more. `first_seconds`: per token of the
-    first candidate, the median of its turns; `ratio`: the median of each turn's time as a fraction of the first
-    candidate's beside it; `predicted`: what the cost table predicts for the same tokens, as a fraction of dense;
-    `peak_memory`: most resident bytes.
+    first candidate, the median of its turns; `predicted`: what the cost table predicts for the tokens, as a fraction of
+    dense; `ratio`: that, plus the median over turns of how much longer they took, each as a fraction of the first
+    candidate's turn beside it; `peak_memory`: most resident bytes.
     """
 
     first_seconds: float
@@ -178,13 +179,9 @@ def main() -> None:
                 seconds[place, index] = time.perf_counter() - began
                 actions += [] if index else [taken]
     turns = _timed(seconds).mean(axis=1)
-    skips = _timed(np.array(actions)).reshape(-1, len(actions[0]))
-    figures = ProcessFigures(
-        float(np.median(turns[:, -1])),
-        float(np.median(turns[:, 0] / turns[:, -1])),
-        candidates[0].taken(skips)[2],
-        peak_memory(),
-    )
+    said = np.array([candidates[0].taken(turn)[2] for turn in _timed(np.array(actions))])
+    ratio = said.mean() + np.median(turns[:, 0] / turns[:, -1] - said)
+    figures = ProcessFigures(float(np.median(turns[:, -1])), float(ratio), float(said.mean()), peak_memory())
     print(json.dumps(asdict(figures)))
 
 

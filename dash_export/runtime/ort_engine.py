@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 # The library reads this when it loads: no telemetry leaves the device.
@@ -29,6 +30,7 @@ from dash_export.runtime.cpus import usable_cores
 logger = logging.getLogger(__name__)
 
 _pool_threads: int | None = None
+_pool_lock = Lock()
 # Without shared options every run makes its own: two of the ten microseconds that a run costs on cold caches.
 _RUN_OPTIONS = ort.RunOptions()
 _BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
@@ -40,16 +42,17 @@ def start_thread_pool(threads: int) -> int:
     """
     global _pool_threads
     wanted = threads or usable_cores()
-    if _pool_threads is None:
-        try:
-            ort.set_global_thread_pool_sizes(wanted, 1)
-        except Exception as error:
-            raise BackendError(
-                f"ONNX Runtime's thread pool could not be created ({error}). "
-                "Load the DashRuntime before any other ONNX Runtime session of this process."
-            ) from error
-        _pool_threads = wanted
-    elif wanted != _pool_threads and threads:
+    with _pool_lock:
+        if _pool_threads is None:
+            try:
+                ort.set_global_thread_pool_sizes(wanted, 1)
+            except Exception as error:
+                raise BackendError(
+                    f"ONNX Runtime's thread pool could not be created ({error}). "
+                    "Load the DashRuntime before any other ONNX Runtime session of this process."
+                ) from error
+            _pool_threads = wanted
+    if wanted != _pool_threads and threads:
         logger.warning("ONNX Runtime already runs with %d threads here; %d is not applied", _pool_threads, wanted)
     return _pool_threads
 

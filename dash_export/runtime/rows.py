@@ -84,13 +84,21 @@ class Rows:
 
     def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
         """Decode one token for every row; return (tag, response) of each. A row leaves after its last token, or when
-        its tag is in `cancelled`. Raises BackendError where the step fails.
+        its tag is in `cancelled`. Where there is no memory for rows that need more, only these are answered, with an
+        error, and leave. Raises BackendError where the step fails.
         """
         rows = self.rows
         for row in rows:
             row.turn.begin()
         lengths = self.cache.lengths
-        self._reserve(max(lengths[: len(rows)]) + 1)
+        try:
+            self._reserve(max(lengths[: len(rows)]) + 1)
+        except MemoryError as error:
+            full = [slot for slot in range(len(rows)) if lengths[slot] == self.cache.capacity]
+            told = [(rows[slot].tag, self.failed(error, rows[slot].turn.statistics)) for slot in full]
+            for slot in reversed(full):
+                self._leave(slot)
+            return told
         step = self._bound(len(rows))
         rules = [
             DENSE if length < DENSE_POSITIONS else row.rules.rule for row, length in zip(rows, lengths, strict=False)

@@ -146,12 +146,12 @@ def with_count_penalties(logits: Logits, answer: Sequence[int], s: Sampling) -> 
 
 def most_likely(logits: Logits, token: int, count: int) -> tuple[tuple[int, float], ...]:
     """Return (token, log-likelihood in nats) of `token`, then of the `count` most likely ones."""
-    exact = logits.astype(np.float64)
-    exact -= exact.max()
-    exact -= np.log(np.exp(exact).sum())
-    best = np.argpartition(-exact, min(count, len(exact) - 1))[:count] if count else np.array([], np.int64)
-    ranked = best[np.argsort(-exact[best], kind="stable")].tolist()
-    return tuple((one, float(exact[one])) for one in (token, *ranked))
+    largest = logits.max()
+    total = float(largest) + np.log(np.exp(logits - largest).sum(dtype=np.float64))
+    count = min(count, logits.size)
+    best = np.sort(np.argpartition(logits, -count)[-count:]) if count else np.array([], np.int64)
+    ranked = best[np.argsort(-logits[best], kind="stable")].tolist()
+    return tuple((one, float(logits[one] - total)) for one in (token, *ranked))
 
 
 Weights = npt.NDArray[np.floating[Any]]

@@ -71,7 +71,9 @@ class Session:
         return self.engines.model.max_positions - int(self.cache.length)
 
     def cancel(self) -> None:
-        """Stop the running stream before its next token; safe to call from another thread or a signal handler."""
+        """End the running stream with its next token; a prompt is computed to its end. Safe to call from another
+        thread or a signal handler.
+        """
         self._cancelled = True
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import hmac
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from dash_export.decision import Setting
 from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
+from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import document
-from dash_export.serve.protocol import HttpError, http_error
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 
@@ -37,7 +38,7 @@ _PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 AUTO = "auto"
 """Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
-"""Most requests that are parsed and encoded at a time."""
+"""Most requests that are parsed and encoded at a time; others wait for it."""
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
 
 
@@ -58,6 +59,7 @@ class Server:
         that this server answers to, by default all. `drain`: seconds that answers have to end when the server stops.
         """
         self._origins, self._entering, self.reading = frozenset(origins), 0, 0
+        self._places = asyncio.Semaphore(ENTERING)
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
         self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
@@ -70,6 +72,7 @@ class Server:
             Route("/metrics", self._open(_metrics)),
             Route("/openapi.json", self._open(_openapi)),
             Route("/v1/models", self._keyed(_models)),
+            Route("/v1/models/{name:path}", self._keyed(_model)),
             Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
             Route("/v1/completions", self._keyed(completion), methods=["POST"]),
             Route("/v1/responses", self._keyed(responses), methods=["POST"]),
@@ -135,16 +138,17 @@ class Server:
             403, "This page's origin, or the name it knows this server by, is not allowed here: --cors ORIGIN."
         )
 
-    @contextlib.contextmanager
-    def entering(self) -> Iterator[None]:
-        """Count a request while it is parsed and its prompt is made. Many at a time would need too much memory and too
-        much work of the chat templates. Raises HttpError where ENTERING are under way.
+    @contextlib.asynccontextmanager
+    async def entering(self) -> AsyncIterator[None]:
+        """Hold one of ENTERING places while a request is parsed and its prompt is made: more at a time would need too
+        much memory and too much work of the chat templates. Raises HttpError where more wait than all queues take.
         """
-        if self._entering >= ENTERING:
+        if self._entering >= ENTERING + sum(one.size + one.most_waiting for one in self.served.values()):
             raise HttpError(429, "Too many requests at this moment: ask again later.")
         self._entering += 1
         try:
-            yield
+            async with self._places:
+                yield
         finally:
             self._entering -= 1
 
@@ -159,14 +163,19 @@ class Server:
         for scheduler in self.served.values():
             threading.Thread(target=scheduler.close, args=(self._drain,), daemon=True).start()
 
+    def record(self, name: str) -> dict[str, Any]:
+        """Return a model as OpenAI's API has it."""
+        return {"id": name, "object": "model", "created": self._began, "owned_by": "dash-export"}
+
     @property
     def names(self) -> list[str]:
         """Names of models that a request may give: those of the bundles, and AUTO where there are several."""
         return [*self.served, AUTO] if len(self.served) > 1 else [*self.served]
 
-    def scheduler(self, name: str) -> tuple[str, Scheduler]:
+    def scheduler(self, name: str, setting: Setting | None = None) -> tuple[str, Scheduler]:
         """Return the name and scheduler of a model. An empty name means the only one; AUTO the first bundle, in the
-        order in which they were given, that has time for one more answer, or else the last one. Raises HttpError.
+        order in which they were given, that has time for one more answer, or else the last one; of those that can have
+        the `setting`, if any can. Raises HttpError.
         """
         if not name and len(self.served) == 1:
             return next(iter(self.served.items()))
@@ -174,7 +183,8 @@ class Server:
             raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.names)}.", "model",
                             "model_not_found")  # fmt: skip
         if name == AUTO:
-            name = next(filter(self._has_time, self.served), [*self.served][-1])
+            able = [one for one, scheduler in self.served.items() if _can(scheduler, setting)] or [*self.served]
+            name = next(filter(self._has_time, able), able[-1])
         return name, self.served[name]
 
     def _has_time(self, name: str) -> bool:
@@ -189,6 +199,12 @@ class Server:
         return scheduler.pace is None or scheduler.pace.seconds >= sum(
             one.seconds_with(one is scheduler) for one in others
         )
+
+
+def _can(scheduler: Scheduler, setting: Setting | None) -> bool:
+    with contextlib.suppress(DashError):
+        return setting is None or scheduler.runtime.rules(setting) is not None
+    return False
 
 
 async def _page(_server: Server, _http: HttpRequest) -> Response:
@@ -211,10 +227,13 @@ async def _openapi(server: Server, _: HttpRequest) -> Response:
 
 
 async def _models(server: Server, _: HttpRequest) -> Response:
-    data = [
-        {"id": name, "object": "model", "created": server._began, "owned_by": "dash-export"} for name in server.names
-    ]
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": [server.record(name) for name in server.names]})
+
+
+async def _model(server: Server, http: HttpRequest) -> Response:
+    name = http.path_params["name"]
+    server.scheduler(name)  # raises where there is none
+    return JSONResponse(server.record(name))
 
 
 def _error(error: HttpError) -> JSONResponse:

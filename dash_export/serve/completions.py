@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
-from dash_export.serve.answers import dash, usage
-from dash_export.serve.protocol import ChatRequest, CompletionRequest, http_error
+from dash_export.serve.answers import usage
+from dash_export.serve.http_errors import http_error
+from dash_export.serve.protocol import ChatRequest, CompletionRequest
 from dash_export.serve.running import (
     AnswerStream,
     RunningAnswers,
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
 
 Chunks = Callable[[int, Token], Iterator[dict[str, Any]]]
 """Chunks of a stream for a token of the answer with this index."""
-_FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, ChatRequest, http) as (request, size):
-        running = await begin_chat(server, request, size)
+    async with parsed_request(server, ChatRequest, http) as (request, came):
+        running = await begin_chat(server, request, came)
 
     def chances(each: list[list[dict[str, Any]]]) -> dict[str, Any]:
         return {"content": [entries[0] | {"top_logprobs": entries[1:]} for entries in each if entries]}
@@ -46,7 +46,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     if request.stream:
         begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         first = ({"choices": [{"index": index, **begin}]} for index in range(len(running.answers)))
-        return _streamed(running, "chat.completion.chunk", first, _chat_chunks(running, chance))
+        return _streamed(running, "chat.completion.chunk", first, _chat_chunks(running, request, chance))
     found: list[list[Token]] = await collected_tokens(running, http)
 
     def whole() -> Response:
@@ -64,25 +64,25 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
 def _figures(running: RunningAnswers) -> dict[str, Any]:
     """Return `usage`, which contains `dash`, and `dash` again beside it: some clients keep only one of the two."""
-    return {"usage": usage(running.answers), "dash": dash(running.answers)}
+    said = usage(running.answers)
+    return {"usage": said, "dash": said["dash"]}
 
 
 def _ended(reason: str, calls: list[Any]) -> str:
-    return "tool_calls" if calls and reason == "stop" else _FINISH[reason]
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
-def _chat_chunks(running: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]) -> Chunks:
-    words = [TextBeforeCalls() for _ in running.answers]
-    asked = running.asked
-    tools = isinstance(asked, ChatRequest) and bool(asked.given_tools())
-    parallel = isinstance(asked, ChatRequest) and asked.parallel
+def _chat_chunks(
+    running: RunningAnswers, request: ChatRequest, chance: Callable[[Token], dict[str, Any] | None]
+) -> Chunks:
+    words, tools = [TextBeforeCalls() for _ in running.answers], bool(request.given_tools())
 
     def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         skips = running.skips(token)
         if token.finish_reason is not None:
-            rest, calls = split_calls(words[index].held, parallel)
+            rest, calls = split_calls(words[index].held, request.parallel)
             if text + rest or choice["logprobs"]:
                 yield {"choices": [choice | {"delta": {"content": text + rest}}], **skips}
                 skips = {}
@@ -96,17 +96,16 @@ def _chat_chunks(running: RunningAnswers, chance: Callable[[Token], dict[str, An
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, CompletionRequest, http) as (request, size):
+    async with parsed_request(server, CompletionRequest, http) as (request, came):
         running = await begin(
-            server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
+            server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, came
         )
     if request.stream:
 
         def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
-            reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
             logprobs = None if request.logprobs is None else _likelihoods([running.logprobs(token)])
-            choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
-            yield {"choices": [choice], **running.skips(token)}
+            choice = {"text": token.text, "logprobs": logprobs, "finish_reason": token.finish_reason}
+            yield {"choices": [{"index": index, **choice}], **running.skips(token)}
 
         return _streamed(running, "text_completion", (), chunks)
     found = await collected_tokens(running, http)
@@ -115,8 +114,8 @@ async def completion(server: Server, http: HttpRequest) -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
             likely = None if request.logprobs is None else _likelihoods(running.likelihoods(answer, tokens))
-            reason = _FINISH[answer.finish_reason]
-            choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
+            choice = {"text": answer.text, "logprobs": likely, "finish_reason": answer.finish_reason}
+            choices.append({"index": index, **choice})
         return JSONResponse(running.common | {"object": "text_completion", "choices": choices} | _figures(running))
 
     return await asyncio.to_thread(whole)

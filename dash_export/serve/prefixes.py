@@ -18,6 +18,9 @@ class Prefixes:
     def keep(self, tokens: Sequence[int], source: KVCache, row: int) -> None:
         """Keep a copy of row `row` of `source`, the K and V of `tokens`. The least recently used prompts make room."""
         key = tuple(tokens[: source.lengths[row]])
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
         if len(key) < 2 or len(key) * source.position_nbytes > self._most:
             return
         for known in [known for known in self._kept if key[: len(known)] == known]:  # prefixes of the new prompt

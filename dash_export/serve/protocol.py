@@ -4,7 +4,6 @@ mistake raises RequestError.
 Unknown fields are ignored, as other servers do. The field `dash` is our own: it says how fast an answer should be.
 """
 
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,13 +22,10 @@ from pydantic_core import from_json
 from tokenizers import Tokenizer
 
 from dash_export.decision import Setting, parse_layers
-from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
-from dash_export.runtime.rows import NO_MEMORY
+from dash_export.errors import RequestError
 from dash_export.runtime.sampling import Sampling
-from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError
 from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
 
-logger = logging.getLogger(__name__)
 MOST = 1 << 20
 PARTS = 16_384
 """Most lists and objects in a body, and in all arguments of calls in it: each costs as much as 1000 characters."""
@@ -65,31 +61,13 @@ def check_parts(body: bytes) -> None:
             raise RequestError(f"The body has more than {PARTS} lists and objects.")
 
 
-class HttpError(Exception):
-    """Error with its HTTP status; `param` names the wrong field, `code` is OpenAI's code of the error."""
+class Body(BaseModel):
+    """The body of a request. A field that is null is left out: some clients send null for what they leave open."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def record(self) -> dict[str, Any]:
-        """Return the error as OpenAI's API has it."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def http_error(error: DashError, prompt: str = "messages") -> HttpError:
-    """Return the error that a client gets for `error`; `prompt`: the field that has the prompt. An error that is not
-    the client's is logged, and the client gets MISTAKE instead of its text, unless that is NO_MEMORY or NOT_NUMBERS.
-    """
-    if isinstance(error, ContextLengthError):
-        return HttpError(400, str(error), prompt, "context_length_exceeded")
-    for kind, status in ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400)):
-        if isinstance(error, kind):
-            return HttpError(status, str(error))
-    logger.error("a request failed", exc_info=error)
-    return HttpError(500, str(error) if str(error) in (NO_MEMORY, NOT_NUMBERS) else MISTAKE)
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {name: one for name, one in given.items() if one is not None} if isinstance(given, dict) else given
 
 
 class Dash(BaseModel):
@@ -213,7 +191,7 @@ _SAMPLED |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
 """Fields that `Sampling` has under the same names."""
 
 
-class Generation(BaseModel):
+class Generation(Body):
     """Fields of both kinds of completion."""
 
     model: str = Field("", max_length=1024)

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
-from dash_export.serve.protocol import MOST, ChatRequest, ContentPart, Dash, Few, HttpError, http_error
+from dash_export.serve.http_errors import HttpError, http_error
+from dash_export.serve.protocol import MOST, Body, ChatRequest, ContentPart, Dash, Few
 from dash_export.serve.running import (
     AnswerStream,
     RunningAnswers,
@@ -77,7 +78,7 @@ class TextOptions(BaseModel):
     format: TextFormat = TextFormat.model_validate({})
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: str = Field("", max_length=1024)
@@ -132,12 +133,12 @@ class ResponsesRequest(BaseModel):
 
 
 async def responses(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, ResponsesRequest, http) as (request, size):
+    async with parsed_request(server, ResponsesRequest, http) as (request, came):
         try:
             chat = request.chat()
         except ValidationError as error:  # mistakes that only a chat shows, like bad arguments
             raise HttpError(400, f"input: {error.errors(include_url=False)[0]['msg']}.", "input") from None
-        running = await begin_chat(server, chat, size)
+        running = await begin_chat(server, chat, came)
     reply = _Reply(request, chat, running)
     if request.stream:
         return AnswerStream(running, _events(reply))
@@ -166,7 +167,7 @@ class _Reply:
             "previous_response_id": None,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "tool_choice": request.model_dump()["tool_choice"],
+            "tool_choice": request.model_dump(include={"tool_choice"})["tool_choice"],
             "tools": [tool.model_dump() | {"strict": False} for tool in request.tools],
         }
 

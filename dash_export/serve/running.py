@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -25,20 +25,19 @@ from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer, Inbox
-from dash_export.serve.protocol import ChatRequest, Generation, HttpError, check_parts, model_and_setting
+from dash_export.serve.http_errors import HttpError, wrong_field
+from dash_export.serve.protocol import ChatRequest, Generation, check_parts, model_and_setting
 from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import BusyServerError, Request
+from dash_export.serve.tickets import Request
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
-"""Most bytes of all bodies that are being read."""
+"""Most bytes of all bodies that are being read, or wait to be parsed."""
 LIKELY = 100_000
 """Most logprobs of all answers to a request: 4,096 tokens with the 20 most likely ones of each make 86,016."""
-GUIDED = 16
-"""Most answers with a grammar that a model has at a time: each may hold 24 MB from its request on, and 60 MB later."""
 LONG_BYTES = 1 << 16
 """Bodies larger than this have their prompts encoded by a single thread, so that long prompts wait for each other."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
@@ -85,10 +84,19 @@ class RunningAnswers:
     def likelihoods(self, answer: Answer, tokens: list[Token]) -> list[list[dict[str, Any]]]:
         """Return the logprobs of a whole answer's tokens, without those of a stop string, which is no part of it."""
         text, ids = self.scheduler.runtime.text, [token.token for token in tokens]
-        stopped = self.asked.stop and answer.finish_reason == "stop"
-        while stopped and ids and len(text.decode(ids[:-1])) >= len(answer.text):
+        stopped, ticket = self.asked.stop and answer.finish_reason == "stop", answer.ticket
+        before = [int(ticket.ids[-1])] if ticket.request.continues else []  # as `Turn`: a first space stays
+        most = len(text.decode(before)) + len(answer.text)
+        while stopped and ids and len(text.decode([*before, *ids[:-1]])) >= most:
             ids.pop()
         return [entries for token in tokens[: len(ids)] if (entries := self.logprobs(token))]
+
+
+class Came(NamedTuple):
+    """The body of a request: its bytes, and when it was read, in seconds of `time.perf_counter`."""
+
+    size: int
+    began: float
 
 
 async def begin(
@@ -97,14 +105,13 @@ async def begin(
     encode: Callable[[Scheduler], TokenIds],
     max_tokens: int | None,
     logprobs: int | None,
-    size: int,
+    came: Came,
 ) -> RunningAnswers:
-    """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; `size` of the body
-    in bytes says how long that may take. Raises HttpError and DashError.
+    """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; how long that may
+    take is told by the size of what `came`. Raises HttpError and DashError.
     """
-    began = time.perf_counter()
     base, setting = model_and_setting(asked.model, asked.dash)
-    name, scheduler = server.scheduler(base)
+    name, scheduler = server.scheduler(base, setting)
     sampling = asked.sampling(logprobs)
     guides: list[Guide | None] = [None] * (asked.n or 1)
     scheduler.check_queue()
@@ -112,27 +119,29 @@ async def begin(
     def prepare() -> tuple[TokenIds, Sampling]:
         found = replace(sampling, grammar=asked.grammar(scheduler.runtime.text.tokenizer))
         if found.grammar is not None:
-            if scheduler.guided + len(guides) > GUIDED:
-                raise BusyServerError(f"{GUIDED} answers with a grammar are under way: ask again later.")
+            scheduler.check_queue(len(guides))
             guides[:] = scheduler.runtime.text.guides.guides(found.grammar, len(guides))
         return encode(scheduler), found
 
-    threads = server.long if size > LONG_BYTES else server.guided if asked.guided() else None
+    threads = server.long if came.size > LONG_BYTES else server.guided if asked.guided() else None
     ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
     answers, inbox = list[Answer](), Inbox(bool(asked.stream))
-    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - began)
-    if max_tokens is None and logprobs is not None:
-        max_tokens = max(1, min(LIKELY // ((logprobs + 1) * len(guides)), scheduler.context - len(ids)))
+    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - came.began)
+    if logprobs is not None:
+        each = (logprobs + 1) * len(guides)
+        if max_tokens is None:
+            max_tokens = max(1, min(LIKELY // each, scheduler.context - len(ids)))
+        if each * max_tokens > LIKELY:
+            raise RequestError(
+                f"logprobs: up to {each * max_tokens} would be told, {LIKELY} are the most: ask for fewer tokens."
+            )
     try:
         for place, guide in enumerate(guides):
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
             request = Request(ids, max_tokens, own, setting, deadline, asked.operation != "chat")
             ended = partial(server.metrics.answered, asked.operation, name)
-            answers.append(Answer(scheduler, request, inbox, guide, ended, began))
+            answers.append(Answer(scheduler, request, inbox, guide, ended, came.began))
         guides.clear()
-        likely = 0 if logprobs is None else (logprobs + 1) * sum(answer.ticket.max_tokens for answer in answers)
-        if likely > LIKELY:
-            raise RequestError(f"logprobs: up to {likely} would be told, {LIKELY} are the most: ask for fewer tokens.")
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)
@@ -140,7 +149,7 @@ async def begin(
     return RunningAnswers(name, scheduler, answers, inbox, asked)
 
 
-async def begin_chat(server: Server, request: ChatRequest, size: int) -> RunningAnswers:
+async def begin_chat(server: Server, request: ChatRequest, came: Came) -> RunningAnswers:
     """Submit the answers to a chat, by `begin`. Raises HttpError and DashError."""
     messages = [message.plain() for message in request.messages]
 
@@ -148,7 +157,7 @@ async def begin_chat(server: Server, request: ChatRequest, size: int) -> Running
         return np.array(scheduler.runtime.text.chat(messages, scheduler.context, request.given_tools()))
 
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return await begin(server, request, encode, request.most_tokens, logprobs, size)
+    return await begin(server, request, encode, request.most_tokens, logprobs, came)
 
 
 class AnswerStream(StreamingResponse):
@@ -217,35 +226,33 @@ async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[l
 
 
 @asynccontextmanager
-async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, int]]:
-    """Read the body; yield it as `kind`, and its size in bytes. The request counts as one that is entering until the
-    block ends. Raises HttpError, which names the wrong field.
+async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, Came]]:
+    """Read the body; yield it as `kind`, and what came. The request counts as one that is entering until the block
+    ends. Raises HttpError, which names the wrong field.
     """
-    try:
-        body = await asyncio.wait_for(_body(server, http), BODY_SECONDS)
-    except asyncio.TimeoutError:  # not the built-in one in Python 3.10
-        raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
-    with server.entering():
-        check_parts(body)
-        try:
-            asked = kind.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(map(str, first["loc"]))[:100] or None
-            raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None
-        yield asked, len(body)
-
-
-async def _body(server: Server, http: HttpRequest) -> bytes:
     body = bytearray()
     try:
-        async for piece in http.stream():
-            body += piece
-            server.reading += len(piece)
-            if len(body) > BODY_BYTES:
-                raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
-            if server.reading > READING_BYTES:
-                raise HttpError(429, "Too much is sent at this moment: ask again later.")
-        return bytes(body)
+        try:
+            await asyncio.wait_for(_read(server, http, body), BODY_SECONDS)
+        except asyncio.TimeoutError:  # not the built-in one in Python 3.10
+            raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
+        came = Came(len(body), time.perf_counter())
+        async with server.entering():
+            check_parts(bytes(body))
+            try:
+                asked = kind.model_validate_json(bytes(body))
+            except ValidationError as error:
+                raise wrong_field(error, bytes(body)) from None
+            yield asked, came
     finally:
         server.reading -= len(body)
+
+
+async def _read(server: Server, http: HttpRequest, body: bytearray) -> None:
+    async for piece in http.stream():
+        body += piece
+        server.reading += len(piece)
+        if len(body) > BODY_BYTES:
+            raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+        if server.reading > READING_BYTES:
+            raise HttpError(429, "Too much is sent at this moment: ask again later.")

@@ -23,7 +23,7 @@ from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import WEIGHT, Pace
 from dash_export.serve.prefixes import Prefixes
-from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError, Request, Ticket
+from dash_export.serve.tickets import GUIDED, MISTAKE, BusyServerError, DeadlineError, Request, Ticket
 
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
@@ -40,20 +40,18 @@ class Scheduler:
         waiting: int = WAITING,
         prefix_bytes: int = PREFIX_BYTES,
         alone: Setting | None = None,
-        together: Setting | None = None,
         pace: float | None = None,
         least: float = 0.85,
         memory: int | None = None,
     ) -> None:
         """`rows`: how many requests decode together, by default ROWS, or as many as the engines take.
 
-        `waiting`: most requests in the queue. `alone` and `together`: settings of requests that have none, for steps
-        with one row and with several rows; by default the bundle's recommended setting, and dense, because a token
-        policy saves nothing where rows skip different units. `pace`: seconds that a token may take: then requests
-        without a setting skip as much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: memory for
-        the K and V of known prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory.
-        Raises PolicyError, RequestError, and BackendError where the engines take fewer rows or the device has no room
-        for so many.
+        `waiting`: most requests in the queue. `alone`: the setting of requests that have none, for steps with one row,
+        by default the bundle's recommended one. With several rows they are dense, because a token policy saves nothing
+        where rows skip different units. `pace`: seconds that a token may take: then requests without a setting skip as
+        much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: memory for the K and V of known
+        prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory. Raises PolicyError,
+        RequestError, and BackendError where the engines take fewer rows or the device has no room for so many.
         """
         engines = runtime.engines
         rows = min(ROWS, engines.sequences) if rows is None else rows
@@ -64,6 +62,7 @@ class Scheduler:
         self.context = engines.model.max_positions
         """Positions that each row may have."""
         if engines.grows:
+            _ = rows > 1 and engines.mixed  # loaded now: not while answers wait, and before memory is shared out
             room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
             # Room for all rows, which are copied as one of them grows, and for the prompt that is being prefilled.
             each = room // self._prompt.cache.position_nbytes // (rows + 1)
@@ -72,9 +71,7 @@ class Scheduler:
             for cache in (self._rows.cache, self._prompt.cache):
                 cache.reserve(1)  # caches that do not grow: take all memory now
         self._prefixes = Prefixes(prefix_bytes)
-        self._alone, self._together = (
-            self.runtime.rules(one) for one in (alone or runtime.recommended, together or Setting())
-        )
+        self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
         self.pace: Pace | None = None
         if pace is not None:
             manifest = runtime.bundle.manifest
@@ -94,7 +91,7 @@ class Scheduler:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._seconds = 0.0
-        """Of a step and the prefill before it: a running mean."""
+        """Of a step and the prefill that it waited for: a running mean."""
         self.figures = Counter[str]()
         """Counts since the start, by the names that metrics.py tells."""
 
@@ -103,10 +100,6 @@ class Scheduler:
     def start(self) -> None:
         """Start the thread, which answers the requests."""
         self._thread.start()
-
-    @property
-    def started(self) -> bool:
-        return self._thread.ident is not None
 
     @property
     def alive(self) -> bool:
@@ -118,12 +111,20 @@ class Scheduler:
         ids = self.runtime.text.encode(prompt, limit=self.context) if isinstance(prompt, str) else prompt
         return checked_tokens(ids, self.runtime.engines.model.vocab_size)
 
-    def check_queue(self) -> None:
-        """Raise BusyServerError, and count the request as refused, if the queue is full or the scheduler is closing."""
-        if self._closing or len(self._waiting) >= self.most_waiting:
-            self.figures["refused"] += 1
-            why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
-            raise BusyServerError(f"The server {why}: ask again later.")
+    def check_queue(self, answers: int = 0) -> None:
+        """Raise BusyServerError, and count the request as refused, if the queue is full, the scheduler is closing, or
+        with `answers` more there would be over GUIDED answers with a grammar.
+        """
+        if self._closing:
+            why = "is closing"
+        elif len(self._waiting) >= self.most_waiting:
+            why = f"has {self.most_waiting} requests waiting"
+        elif answers and self.guided + answers > GUIDED:
+            why = f"takes {GUIDED} answers with a grammar at a time"
+        else:
+            return
+        self.figures["refused"] += 1
+        raise BusyServerError(f"The server {why}: ask again later.")
 
     def submit(self, request: Request, tell: Callable[[Response], None], guide: Guide | None = None) -> Ticket:
         """Queue a request. `guide`: a guide of its grammar; to make one here may take a second. Raises RequestError,
@@ -197,7 +198,7 @@ class Scheduler:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if not self.started:
+        if self._thread.ident is None:  # never started
             waiting, self._waiting = self._waiting, deque()
             for ticket in waiting:
                 self._end(ticket)
@@ -221,11 +222,14 @@ class Scheduler:
                 if self._closing and not (self._waiting or self._job or self._rows):
                     return
             try:
-                began = time.perf_counter()
-                self._prefill()
+                began, waited_for = time.perf_counter(), bool(self._rows)
+                self._prefill(waited_for)
                 if self._rows.rows:
-                    self._decode(time.perf_counter() - began)
-                    self._seconds += (WEIGHT if self._seconds else 1.0) * (time.perf_counter() - began - self._seconds)
+                    now = time.perf_counter()
+                    rest = now - began if waited_for else 0.0
+                    self._decode(rest)
+                    took = rest + time.perf_counter() - now
+                    self._seconds += (WEIGHT if self._seconds else 1.0) * (took - self._seconds)
             except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
@@ -238,10 +242,10 @@ class Scheduler:
         for ticket in [*self._live]:
             self._tell(ticket, self._rows.failed(error, None if ticket.turn is None else ticket.turn.statistics))
 
-    def _prefill(self) -> None:
+    def _prefill(self, waited_for: bool) -> None:
         """Prefill one pass; where no row waits for it, further prompts too, up to a chunk of tokens in all."""
         self._drop_waiting()
-        left, waited_for = self._prompt.prefill_chunk, bool(self._rows)
+        left = self._prompt.prefill_chunk
         while left > 0 and (ticket := self._job or self._next_job()) is not None:
             if ticket.cancelled or ticket.late:
                 self._job = None
@@ -284,15 +288,13 @@ class Scheduler:
             return 0
 
     def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
-        rules = deepcopy(ticket.rules or self._alone)
+        ticket.alone = rules = ticket.rules or deepcopy(self._alone)
+        self._tell(ticket, self._rows.begin(self._prompt, logits, turn, rules, ticket, ticket.max_tokens))
         with suppress(MemoryError, BackendError):  # no room to keep it: it will be prefilled anew
             self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
-        self._tell(ticket, self._rows.begin(self._prompt, logits, turn, rules, ticket, ticket.max_tokens))
-        ticket.rules = None if ticket.request.setting is None else rules
-        ticket.alone = rules
 
     def _decode(self, rest: float) -> None:
-        """Decode one step of all rows; `rest`: seconds that the prefill before it took."""
+        """Decode one step of all rows; `rest`: seconds that they waited for a prefill before it."""
         rows, pace = self._rows.rows, self.pace
         together = self._together if pace is None else pace.together()
         for row in rows:

@@ -12,6 +12,8 @@ from dash_export.runtime.results import Response, TokenIds, Turn
 from dash_export.runtime.rules import SessionRules
 from dash_export.runtime.sampling import Sampling
 
+GUIDED = 16
+"""Most answers with a grammar at a time: each may hold 24 MB from its request on, and 60 MB later."""
 MISTAKE = "The server made a mistake: its log says more."
 
 

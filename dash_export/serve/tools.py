@@ -136,12 +136,15 @@ class TextBeforeCalls:
     """Filter of a streamed answer: passes the text before the first call, and holds back what may begin a call."""
 
     def __init__(self) -> None:
-        self.held = ""
+        self.held, self._said = "", False
 
     def push(self, text: str) -> str:
         self.held += text
-        at = self.held.find(BEGIN)  # 0 from the first call on: all of it is held
+        at = self.held.find(BEGIN)  # from the first call on all is held
         if at < 0:
             at = len(self.held) - overlap(self.held, BEGIN)
+        if not self._said and self.held[:at].isspace():
+            at = 0  # before a call it is no text
+        self._said |= at > 0
         piece, self.held = self.held[:at], self.held[at:]
         return piece

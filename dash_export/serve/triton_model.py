@@ -19,7 +19,8 @@ from pydantic import ValidationError  # noqa: E402
 from dash_export import DashError, DashRuntime  # noqa: E402
 from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
-from dash_export.serve.protocol import CompletionRequest, check_parts, http_error  # noqa: E402
+from dash_export.serve.http_errors import http_error  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest, check_parts  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
 from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
 

@@ -17,7 +17,7 @@ from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.outputs import locked, output_path, remove_own, work_folder, work_of
-from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
+from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, narrowed, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
 from dash_export.runtime.cpus import has_bfloat16
 from dash_export.runtime.text import Text
@@ -48,8 +48,8 @@ def train(
     card beside it).
 
     Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
-    tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
-    beginning, and only the tuning steps are done.
+    tune it further, for other text, or for another model of the same shape: its units (of these, `units`), network and
+    bypasses are the beginning, and only the tuning steps are done.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. The unfinished
     work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
@@ -64,10 +64,8 @@ def train(
     if settings.window > spec.max_positions:
         raise PolicyError(f"The context of this model is {spec.max_positions} tokens: give a --window of at most that.")
     start = start and policy_path(start)
-    before = None if start is None else _trained(start, spec, kind)
+    before = None if start is None else _trained(start, spec, kind, units)
     if before is not None:
-        if units is not None:
-            raise PolicyError(f"{start} has its units, {units_text(before.units)}: others are trained from nothing.")
         units, settings = before.units, _further(settings)
     given = None if units is None else _checked(units, spec)
     settings = settings.shortened()
@@ -152,9 +150,15 @@ def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
-    """Load the policy that training goes on from. Raises PolicyError where it cannot be tuned further."""
+def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | None) -> SkipPolicy:
+    """Load the policy that training goes on from, with `units` of its own only. Raises PolicyError where it cannot be
+    tuned further.
+    """
     policy = load_policy(path, spec)
+    if units is not None:
+        if not set(units) <= set(policy.units):
+            raise PolicyError(f"{path} has the units {units_text(policy.units)}: others are trained from nothing.")
+        policy = narrowed(policy, (layer for unit in units for layer in unit.layers))
     if not policy.units or not all(policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:

@@ -21,13 +21,16 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert (card["units"], card["settings"]["trade_offs"]) == ("2-3,4", [0.2, 0.9])
     said = done("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
-    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "4")
-    assert "has its units, 2-3,4: others are trained from nothing" in " ".join(message.split())
+    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "3-4")
+    assert "has the units 2-3,4: others are trained from nothing" in " ".join(message.split())
+    fewer = tmp_path / "fewer.safetensors"
+    done("train", model, "-o", fewer, "--text", prose, "--from", first, "--units", "4", *QUICK)
     (tmp_path / "latest.safetensors").symlink_to(second)
     said = dash("train", model, "-o", tmp_path / "latest.safetensors", "--text", prose, "--from", first, *QUICK)
     assert said.exit_code == 0, "the card lies where the link leads"
     policies = [load_policy(path, open_checkpoint(model).spec) for path in (first, second)]
     assert policies[0].units == policies[1].units == (Unit(2, 3), Unit(4, 4))
+    assert load_policy(fewer, open_checkpoint(model).spec).units == (Unit(4, 4),)
 
 
 def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path: Path) -> None:

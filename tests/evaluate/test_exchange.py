@@ -36,11 +36,15 @@ def test_exchange_rate() -> None:
     assert slower is not None
     assert slower.value == pytest.approx(0.16)
     ratio = {"perplexity_ratio": Interval(0.95, 0.9, 0.96)}
-    lopsided = replace(point("dense", 1.2), quality=replace(point("dense", 1.2).quality, figures=ratio)).exchange_rate
+    slow = point("dense", 1.2, spread=1e-6)
+    lopsided = replace(slow, quality=replace(slow.quality, figures=ratio)).exchange_rate
     assert lopsided is not None
     assert (lopsided.value, lopsided.low, lopsided.high) == pytest.approx((0.25, 0.2, 0.5))
     assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
+    few = replace(point("token", 0.9, more=0.02, spread=0.01), timing=Timing(0.9, 0.9, 0.9, 5.0, 0.9)).exchange_rate
+    assert few is not None
+    assert few.low == few.value == few.high == pytest.approx(0.2), "of too few rounds"
 
 
 def test_little_that_is_surely_saved_makes_a_rate_that_may_be_high() -> None:
@@ -80,6 +84,9 @@ def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) 
     assert points[0].time == 1.0
     assert points[1].kl.value > 0
     assert all(point.timing is not None and point.time == point.timing.ratio > 0 for point in points)
-    assert [point.time for point in measured(rounds=0)] == [point.quality.time for point in points]
+    dense = [one.runtime.cost.dense_us / runtime.cost.dense_us for one in compared]
+    predicted = [point.quality.time * own for point, own in zip(points, dense, strict=True)]
+    assert [point.time for point in measured(rounds=0)] == predicted
+    assert predicted[2] == dense[2] != 1, "of the first build's dense"
     with pytest.raises(RequestError, match="do not fit"):
         measured(rounds=1, tokens=600)

@@ -51,10 +51,10 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
 def test_who_is_slower(
     runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a clock on which a token takes 3 seconds and a dense one 2, but the first of each turn, and those that settle,
-    take an hour.
+    """By a clock on which a dense token takes 2 seconds, and another one what the cost table says for it, and half a
+    second; but the first of each turn, and those that settle, take an hour. The mean counts, however skips cluster.
     """
-    said: list[str] = []
+    said, asked = list[str](), Candidate(runtime, SETTINGS[2])
 
     def stop(*_: Any, **given: Any) -> None:
         said.append(given["input"])
@@ -63,22 +63,24 @@ def test_who_is_slower(
     with monkeypatch.context() as stopped:
         stopped.setattr(subprocess, "run", stop)
         with pytest.raises(BackendError, match="stop"):
-            run_alone(Candidate(runtime, SETTINGS[2]), random_ids(84).tolist(), 20, Candidate(runtime, SETTINGS[0]))
+            run_alone(asked, random_ids(84).tolist(), 20, Candidate(runtime, SETTINGS[0]))
     sound, now, decoded = Session.decode_one, [0.0], Counter[Session]()
     monkeypatch.setattr(Session, "__hash__", object.__hash__)
 
     def slow(self: Session, token: int) -> Any:
         place, decoded[self] = decoded[self], decoded[self] + 1
-        timed = place >= SETTLE and place % BLOCK >= FOUND
-        now[0] += (3.0 if self.rules.rule.asks else 2.0) if timed else 3600.0
-        return sound(self, token)
+        done = sound(self, token)
+        took = 2 * asked.taken(done[1][None])[2] + 0.5 if self.rules.rule.asks else 2.0
+        now[0] += took if place >= SETTLE and place % BLOCK >= FOUND else 3600.0
+        return done
 
     monkeypatch.setattr(Session, "decode_one", slow)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys, "stdin", io.StringIO(said[0]))
     main()
     found = json.loads(capsys.readouterr().out)
-    assert (found["ratio"], found["first_seconds"]) == (1.5, 2.0)
+    assert (found["ratio"], found["first_seconds"]) == pytest.approx((found["predicted"] + 0.25, 2.0))
+    assert 0 < found["predicted"] < 1
 
 
 def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,10 @@ class Raises(ByPosition):
     def skips(self, state):
         raise ValueError("not today")
 
+class Writes(ByPosition):
+    def skips(self, state):
+        state.hidden[:] -= state.hidden.mean()
+
 class Ragged(ByPosition):
     def skips(self, state):
         return [[True], [True, False]]
@@ -173,6 +177,7 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
         ("{own}:Begins", "Begins.begin: ValueError: not today"),
         ("{own}:Raises", "Raises.skips: ValueError: not today"),
         ("{own}:Exits", "Exits.skips: SystemExit: 0"),
+        ("{own}:Writes", "Writes.skips: ValueError: output array is read-only"),
         ("{own}:Ragged", "Ragged.skips: ValueError"),
         ("{own}:NoPolicy", r"is no policy: it needs the methods begin\(model, units, cost\) and skips\(state\)"),
         ("{own}:thing", "has no class 'thing'"),

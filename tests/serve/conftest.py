@@ -49,8 +49,7 @@ def scheduler(runtime: DashRuntime) -> Iterator[MakeScheduler]:
 
     yield make
     for one in made:
-        if one.started:
-            one.close()
+        one.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from dash_export.decision import Setting
+from dash_export.errors import PolicyError
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Request, Scheduler
 from tests.listening import listening
@@ -43,7 +45,10 @@ def answering(http: httpx.Client) -> str:
 
 
 def test_the_first_that_has_room(http: httpx.Client) -> None:
-    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["best", "fast", "auto"]
+    listed = http.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["best", "fast", "auto"]
+    assert http.get("/v1/models/fast").json() == listed[1]
+    assert http.get("/v1/models/slow").json()["error"]["code"] == "model_not_found"
     assert answering(http) == "best"
     with under_way(http, "best"):
         assert answering(http) == "best", "a row is free"
@@ -78,6 +83,15 @@ def test_seconds_of_a_step(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyP
     now = one.seconds_with(0)
     assert now >= 0.02, "from the first step on"
     assert one.seconds_with(2) == pytest.approx(2 * now, rel=0.4)
+
+
+def test_a_setting_goes_where_it_can_be_had(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = {"best": scheduler(False, rows=1), "fast": scheduler(False, rows=1)}
+    monkeypatch.setattr(Server, "_has_time", lambda _, name: name == "fast")
+    monkeypatch.setattr(served["fast"], "runtime", Mock(rules=Mock(side_effect=PolicyError)))
+    server = Server(served)
+    assert server.scheduler("auto")[0] == "fast"
+    assert server.scheduler("auto", Setting("token", budget=0.9))[0] == "best"
 
 
 @pytest.mark.parametrize("model", ["", "car"])

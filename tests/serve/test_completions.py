@@ -45,9 +45,13 @@ def test_logprobs_are_of_the_answer(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("path", "field", "names"),
     [
-        ("chat/completions", "messages", ("n", "stream", "logprobs", "parallel_tool_calls")),
-        ("completions", "prompt", ("n", "stream", "best_of", "echo", "stream_options")),
-        ("responses", "input", ("stream", "parallel_tool_calls", "background", "top_logprobs")),
+        (
+            "chat/completions",
+            "messages",
+            ("n", "stream", "logprobs", "parallel_tool_calls", "tools", "tool_choice", "dash"),
+        ),
+        ("completions", "prompt", ("n", "stream", "best_of", "echo", "stream_options", "dash")),
+        ("responses", "input", ("stream", "parallel_tool_calls", "background", "top_logprobs", "text", "dash")),
     ],
 )
 def test_null_is_nothing(path: str, field: str, names: tuple[str, ...], http: httpx.Client) -> None:
@@ -58,6 +62,28 @@ def test_null_is_nothing(path: str, field: str, names: tuple[str, ...], http: ht
         reply = http.post(f"/v1/{path}", json=dict.fromkeys(names) | limit | {field: given})
         assert reply.status_code == status, reply.text
     assert reply.json()["error"]["param"] == field
+
+
+def test_a_limit_that_is_null_is_the_default(http: httpx.Client) -> None:
+    body = {"prompt": "hello", "max_tokens": None, "temperature": 0} | DENSE
+    assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "why"),
+    [
+        ("completions", {"prompt": "x", "stop": 5}, "stop", "valid string; or Input should be a valid array"),
+        ("chat/completions", {"messages": MESSAGES, "tool_choice": 5}, "tool_choice", "Input should be 'none', 'auto'"),
+        ("responses", {"input": [*MESSAGES, {"type": "reasoning"}]}, "input.1.type", "Input should be 'message'"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, "messages.0.role", "Field required"),
+    ],
+)
+def test_the_wrong_field_is_named(path: str, body: dict[str, Any], field: str, why: str, http: httpx.Client) -> None:
+    """As it is in the body, without the kinds that it may have."""
+    said = http.post(f"/v1/{path}", json=body).json()["error"]
+    assert said["param"] == field
+    assert said["message"].startswith(f"{field}: ")
+    assert why in said["message"]
 
 
 def test_time_begins_as_a_request_comes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

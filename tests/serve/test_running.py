@@ -26,6 +26,18 @@ def test_pieces_of_logprobs_keep_their_space() -> None:
     assert [entry["token"] for entry in said] == [" it", "a"]
 
 
+def test_a_stop_string_has_no_logprobs() -> None:
+    """Where the answer continues the prompt, its first space is its text's."""
+    tokenizer = sentence_pieces()
+    text: Any = SimpleNamespace(tokenizer=tokenizer, eos_ids=(), encode=lambda *_, **__: [0], decode=tokenizer.decode)
+    scheduler: Any = SimpleNamespace(runtime=SimpleNamespace(text=text))
+    running = RunningAnswers("x", scheduler, [], Mock(), Mock(stop=["a"]))
+    ticket = Mock(ids=[0], request=Mock(continues=True))
+    tokens: list[Any] = [Mock(token=token, logprobs=[(token, -0.5)]) for token in (1, 1, 0)]
+    said = running.likelihoods(Mock(text=" it it", finish_reason="stop", ticket=ticket), tokens)
+    assert [entries[0]["token"] for entries in said] == [" it", " it"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -19,7 +19,7 @@ from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Sampler
 from dash_export.runtime.session import Session
 from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
-from tests.serve.conftest import MakeScheduler
+from tests.serve.conftest import MakeScheduler, slow_down
 from tests.tiny import random_ids
 
 DENSE = Setting("dense")
@@ -107,19 +107,27 @@ def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest
     assert done[: done.index(5) + 3] == [10, 11, 9, "step", 32, "step", 8, "step", 5, "step", "step"]
 
 
-def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None:
-    """The only row skips as was said, rows together as was said for those."""
-    made = scheduler(rows=2, alone=Setting("static", skip=(2, 3)), together=Setting("static", skip=(4,)))
+def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only row skips as was said, rows together are dense."""
+    slow_down(0.005, monkeypatch)
+    made = scheduler(rows=2, alone=Setting("static", skip=(2, 3)))
     one = [step.actions.tolist() for step in made.stream(Request(random_ids(4), 6))][1:]
     assert one == [[0, 0, 1, 1, 0, 0]] * 5
     second: SimpleQueue[Response] = SimpleQueue()
     taken = []
-    for step in made.stream(Request(random_ids(4), 300)):
+    for step in made.stream(Request(random_ids(4, seed=1), 40)):
         if step.statistics.tokens == 4:
             made.submit(Request(random_ids(5), 10), second.put)
         taken.append(step.actions.tolist())
-    assert [0, 0, 0, 0, 1, 0] in taken
+    assert [0] * 6 in taken[1:]
     assert taken[1] == taken[-1] == [0, 0, 1, 1, 0, 0]
+
+
+def test_engines_of_several_rows_do_not_load_while_answers_wait(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    for rows in (1, 2):
+        vars(runtime.engines).pop("mixed", None)
+        scheduler(False, rows=rows)
+        assert ("mixed" in vars(runtime.engines)) == (rows > 1)
 
 
 def test_a_full_queue(scheduler: MakeScheduler) -> None:

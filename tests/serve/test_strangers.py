@@ -6,7 +6,7 @@ import resource
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,7 +21,7 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
-from dash_export.serve.protocol import http_error
+from dash_export.serve.http_errors import http_error
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
 from tests.serve.conftest import Serve
@@ -83,14 +83,14 @@ def test_likelihoods_are_bounded(stream: bool, http: httpx.Client, monkeypatch: 
 
 def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each may hold 24 MB while its answer waits. Those that have ended hold nothing."""
-    monkeypatch.setattr(running, "GUIDED", 3)
+    monkeypatch.setattr(scheduler, "GUIDED", 3)
     address, form = serve(rows=1), {"type": "json_object"}
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5, "response_format": form, "n": 2}
     for _ in range(3):
         assert httpx.post(f"{address}{CHAT}", json=body, timeout=30).status_code == 200
     refused = httpx.post(f"{address}{CHAT}", json=body | {"n": 4}, timeout=30)
     assert refused.status_code == 429
-    assert "3 answers with a grammar are under way" in refused.json()["error"]["message"]
+    assert "The server takes 3 answers with a grammar at a time" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stop", [["x"] * 17, ["x" * 257]])
@@ -122,6 +122,26 @@ def test_memory_for_one_that_is_not_there(serve: Serve, monkeypatch: pytest.Monk
         assert (reply.status_code, reply.json()["error"]["message"]) == (500, NO_MEMORY)
         for other in others:
             assert other.result().json()["choices"][0]["text"] == alone
+
+
+def test_memory_that_a_row_grows_out_of(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone fails, in the middle of its answer."""
+    address = serve(rows=3)
+    body = {"model": "tiny", "max_tokens": 100, "temperature": 0, **DENSE}
+    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
+    sound = KVCache.reserve
+
+    def short(self: KVCache, rows: int) -> None:
+        if rows > 150 and len(self.lengths) > 1:
+            raise MemoryError
+        sound(self, rows)
+
+    monkeypatch.setattr(KVCache, "reserve", short)
+    asked = [body | {"prompt": prompt} for prompt in ("hello", [5] * 100, "hello")]
+    with ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda one: httpx.post(f"{address}{COMPLETIONS}", json=one), asked))
+    assert (replies[1].status_code, replies[1].json()["error"]["message"]) == (500, NO_MEMORY)
+    assert [replies[place].json()["choices"][0]["text"] for place in (0, 2)] == [alone, alone]
 
 
 def test_rows_have_what_memory_allows(
@@ -200,8 +220,10 @@ def test_a_thousand_connections(address: str, http: httpx.Client) -> None:
         assert http.get("/health").status_code == 200
 
 
-def test_requests_that_are_read_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_are_read_at_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for these, as many as may wait for an answer."""
     monkeypatch.setattr(app, "ENTERING", 2)
+    address = serve(rows=1, waiting=1)
     sound, go, entered = Text.chat, threading.Event(), threading.Semaphore(0)
 
     def slow(*arguments: Any) -> list[int]:
@@ -211,14 +233,16 @@ def test_requests_that_are_read_at_a_time(address: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Text, "chat", slow)
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
-    with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(httpx.post, f"{address}{CHAT}", json=body, timeout=20) for _ in range(2)]
-        for _ in waiting:
+    with ThreadPoolExecutor(5) as pool:
+        given = [pool.submit(httpx.post, f"{address}{CHAT}", json=body, timeout=20) for _ in range(5)]
+        for _ in range(2):
             entered.acquire()
-        reply = httpx.post(f"{address}{CHAT}", json=body, timeout=20)
+        refused = next(as_completed(given)).result()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "at this moment" in refused.text
+        assert not entered.acquire(timeout=0.2)
         go.set()
-        assert [one.result().status_code for one in waiting] == [200, 200]
-    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        assert 200 in {one.result().status_code for one in given}
 
 
 def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture) -> None:

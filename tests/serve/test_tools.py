@@ -335,3 +335,7 @@ def test_calls_among_words() -> None:
         assert said + stream.held == text
     stream = TextBeforeCalls()
     assert "".join(map(stream.push, "a <tool b")) == "a <tool b"
+    stream = TextBeforeCalls()
+    assert [*map(stream.push, ("\n", "<tool_call>", "{"))] == ["", "", ""], "white space before a call is no text"
+    stream = TextBeforeCalls()
+    assert [*map(stream.push, ("\n", "a", "\n", "b"))] == ["", "\na", "\n", "b"]

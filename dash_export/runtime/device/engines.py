@@ -34,6 +34,7 @@ class DeviceEngines:
     """
 
     mixes = takes_embeddings = gives_state = grows = False
+    mixed = ()
 
     def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:
         """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`

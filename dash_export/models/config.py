@@ -17,11 +17,16 @@ from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.models.spec import DecoderSpec, Float32Array
 from dash_export.typed_json import shown
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3"),
+    "olmo2",
+)
 """Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
 a function `decoder(config)`; its name is added here.
 """
 MAX_INTERMEDIATE, MAX_FACTOR = 1 << 19, 1e6
+MAX_ROPE_BYTES = 1 << 30
+"""Bytes of sines and cosines: those of Mistral Nemo, with a million positions, have 524 MB."""
 SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ONLY: dict[str, tuple[object, str]] = {
@@ -90,7 +95,15 @@ def gated_decoder(
     rotary = rotary_embedding(config, head_dim, max_positions, rope, partial_rotary)
     if rotary.positions < 2:
         raise CheckpointError("a context of 1 token (max_position_embeddings) leaves no room for an answer")
+    turned = len(rotary.frequencies) + len(fields.get("window_frequencies", ()))
+    if (size := 8 * turned * rotary.positions) > MAX_ROPE_BYTES:
+        raise CheckpointError(
+            f"RoPE tables for {rotary.positions} positions take {size >> 20} MB, over {MAX_ROPE_BYTES >> 20}: set a "
+            "lower max_position_embeddings in config.json"
+        )
     windows = attention_windows(config) if windows is None else windows
+    if not traits.window_rope and all(not window or window >= rotary.positions for window in windows):
+        windows = ()  # no query ever is so far from a key
     attention_bias, mlp_bias = (name in biases and flag(config, name) for name in ("attention_bias", "mlp_bias"))
     return DecoderSpec(
         model_type=config["model_type"],

@@ -15,7 +15,7 @@ from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
 from dash_export.models.config import base_frequencies, decoder_spec, llama3_frequencies, positive
-from dash_export.models.gguf_families import ARCHITECTURES
+from dash_export.models.gguf_families import ARCHITECTURES, LONG, SHORT
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
@@ -77,6 +77,8 @@ def open_gguf(path: Path) -> Checkpoint:
     }
     heads, width = (positive(own, _SIZES[size], 1 << 20) for size in ("num_attention_heads", "hidden_size"))
     head_dim = config["head_dim"] = positive(own, _SIZES["head_dim"], 1 << 20, width // heads)  # llama.cpp's default
+    if own.get("rope.scaling.type") == "longrope" and {LONG, SHORT} <= {*family.extra} & tensors.keys():
+        own["rope.scaling.type"] = "none"  # the factors say it
     config["rope_parameters"] = _rope(own, tensors.get(_ROPE_FACTORS), head_dim)
     config |= family.more(own, tensors, config)
     spec = decoder_spec(config, path.absolute().stem)
@@ -134,7 +136,9 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     # An unknown key can change the model: experts, a window, a scale, soft-capping, a misspelled RoPE base.
     known = {*_KNOWN, *ARCHITECTURES[family].keys.values(), *ARCHITECTURES[family].known}
+    seeing = ("vision.", "mm.") if family == "gemma3" else ()  # of the half that a file of the text half lacks
     wrong = [key for key, value in own.items() if key not in known and value not in (0, "")]
+    wrong = [key for key in wrong if not key.startswith(seeing)]
     if wrong or own.get(_CAUSAL, True) is not True:
         raise CheckpointError(
             f"the GGUF file sets {prefix}{[*wrong, _CAUSAL][0]:.100}, which is not supported here: the model "

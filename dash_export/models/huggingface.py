@@ -12,6 +12,7 @@ from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.hub import download
 from dash_export.models.config import decoder_spec
+from dash_export.models.published import family_config, family_name
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.models.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.text_files import load_tokenizer
@@ -34,16 +35,21 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     files = _weight_files(folder)
     # Identify all files before reading any of them, so that `check_same` notices one that is replaced from here on.
     seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
-    config_text, config = read_json(folder / "config.json")
+    config_text, given = read_json(folder / "config.json")
+    if (config := family_config(given)) is not given:
+        config_text = json.dumps(config, indent=2) + "\n"
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
     stored = open_weights(files)
+    if config is not given:
+        stored = {family_name(name): weight for name, weight in stored.items()}
     if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # saved as a base model
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
     tied, table = "lm_head.weight", "model.embed_tokens.weight"
     if spec.tie_embeddings and tied in stored and table not in stored:  # save_model keeps one of two tied names
         stored[table] = replace(stored.pop(tied), name=table)
-    stored = {name: _with_norm_offset(spec, weight) for name, weight in unfused(spec, stored).items()}
+    stored = unfused(spec if config is given else replace(spec, fused=True), stored)
+    stored = {name: _with_norm_offset(spec, weight) for name, weight in stored.items()}
     _refuse_unused(spec, stored, folder)
     return build_checkpoint(source, spec, config, stored, assets, files, seen)
 

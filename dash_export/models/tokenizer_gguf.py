@@ -43,6 +43,9 @@ _PRE_TOKENIZERS = {
     "deepseek-r1-qwen": _split(_QWEN2),
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
+    "llama-v3": _split(_LLAMA3),
+    "falcon3": _split(_LLAMA3),
+    "pixtral": _split(_LLAMA3),
     "smaug-bpe": _split(_LLAMA3),  # of SmolLM3
     "dbrx": _split(_LLAMA3),  # of OLMo 2
     "tekken": _split(_TEKKEN),  # of Mistral Nemo
@@ -51,17 +54,21 @@ _PRE_TOKENIZERS = {
     "default": _split(*_LLAMA_CPP_DEFAULT),
 }
 # llama.cpp, for these names, takes a word that is in the vocabulary as that token, and begins a text with bos.
-_IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
+_IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 
 
 _ENDS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
-    *("<EOT>", "_<EOT>", "<eos>", "<end_of_utterance>", "[EOS]", "[EOT]", "<|return|>", "<|call|>"),
-    *("<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>"),  # between files of code
+    *("<EOT>", "_<EOT>", "<eos>", "<end_of_utterance>", "[EOS]", "[EOT]", "[PAD]", "<PAD>"),
+    *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<fim-repo>", "<REPO>"),  # between files of code
+    *("<|repo_name|>", "<reponame>", "<|file_sep|>"),
 }
 """Names of the tokens at which llama.cpp ends an answer. `</s>` is one only as a control token: else it may be HTML."""
 _SPM_IDS = 1, 2
 """Ids of the beginning and the end of a text in SentencePiece's vocabularies, for files that name none."""
+_GEMMA = ("<start_of_turn>", "<start_of_image>", "<end_of_image>")
+"""Special tokens that Google's own GGUF files of Gemma have as plain ones."""
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 """Special tokens of Phi-3 that keep the white space after them; in its own tokenizer.json the others strip it."""
 
@@ -75,6 +82,8 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     wanted: dict[str, tuple[str, ...]] = {"model": (_BPE, _SPM)}
     if metadata.get("tokenizer.ggml.model") == _BPE:
         wanted["pre"] = tuple(_PRE_TOKENIZERS)
+        usual = "qwen2" if metadata.get("general.architecture") == "qwen2" else "default"
+        metadata = {"tokenizer.ggml.pre": usual, **metadata}  # as llama.cpp reads files from before May 2024
     for key, known in wanted.items():
         if (value := metadata.get(f"tokenizer.ggml.{key}")) not in known:
             raise CheckpointError(
@@ -104,7 +113,8 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
         index for index, token in enumerate(tokens) if token in _ENDS or (token == "</s>" and kinds[index] == _CONTROL)
     ]
     ends = list(dict.fromkeys(end for end in (eos, eot, eom, *named) if end is not None))
-    for index in named:
+    gemma = _GEMMA if str(metadata.get("general.architecture")).startswith("gemma") else ()
+    for index in (*named, *(tokens.index(token) for token in gemma if token in tokens)):
         kinds[index] = _CONTROL
     parts = spm_parts(metadata, tokens, kinds) if spm else _bpe_parts(metadata, tokens, str(pre))
     rstrip = metadata.get("general.architecture") == "phi3" and spm

@@ -23,7 +23,8 @@ NORMAL, UNKNOWN, BYTE = 1, 2, 6
 
 def spm_parts(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
     """Return `normalizer`, `pre_tokenizer`, `decoder` and `model` of a tokenizer.json. Raises CheckpointError."""
-    prefix = flag(metadata, "tokenizer.ggml.add_space_prefix", True)
+    gemma = str(metadata.get("general.architecture")).startswith("gemma")  # Google's own files do not say it
+    prefix = flag(metadata, "tokenizer.ggml.add_space_prefix", not gemma)
     begins = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": 9, "head_dim": 16}),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 9, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
     "qwen2-windows-everywhere": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
     "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),

@@ -87,6 +87,7 @@ GRANITE_4 = {
             },
             {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0},
         ),
+        ("gemma3_text", GEMMA, {"gemma3.mm.tokens_per_image": 256, "gemma3.vision.block_count": 27}),
         ("phi3", {"sliding_window": 9}, {"phi3.rope.dimension_count": 16}),
         (
             "phi3",
@@ -97,6 +98,11 @@ GRANITE_4 = {
             "phi3",
             {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
             {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
+            {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.type": "longrope"},
         ),
         ("granite", GRANITE, {"granite.rope.scaling.finetuned": True}),
         ("granite", GRANITE, GRANITE_4),
@@ -130,7 +136,7 @@ def test_as_the_folder_of_the_same_model(
 
 def test_what_the_first_converters_of_gemma_2_left_out(tmp_path: Path) -> None:
     """llama.cpp and transformers take the released models' values."""
-    model = save_tiny(tmp_path / "folder", "gemma2", pad_token_id=0, **GEMMA)
+    model = save_tiny(tmp_path / "folder", "gemma2", pad_token_id=0, **GEMMA | {"max_position_embeddings": 8192})
     left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
     write_gguf(tmp_path / "tiny.gguf", model, remove=tuple(f"gemma2.{key}" for key in left_out))
     traits = open_checkpoint(tmp_path / "tiny.gguf").spec.traits

@@ -91,6 +91,13 @@ def test_bos_is_added_where_the_file_or_the_family_says_so() -> None:
     assert build("llama-bpe").encode("a", add_special_tokens=False).ids[0] != 257
 
 
+@pytest.mark.parametrize(("architecture", "pre"), [("qwen2", "qwen2"), ("llama", "default")])
+def test_old_files_name_no_pre_tokenizer(architecture: str, pre: str) -> None:
+    told = metadata(pre, **{"ggml.add_bos_token": False}) | {"general.architecture": architecture}
+    old = {key: value for key, value in told.items() if key != "tokenizer.ggml.pre"}
+    assert tokenizer_assets(old, 400) == tokenizer_assets(told, 400)
+
+
 def with_token(token: str, kind: int) -> dict[str, str]:
     """The assets of a vocabulary whose token 256 is this one."""
     tokens = [*byte_tokens()[:256], token, *byte_tokens()[257:]]

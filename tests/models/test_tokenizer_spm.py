@@ -106,6 +106,18 @@ def test_old_files_name_neither_beginning_nor_end(metadata: dict[str, Any]) -> N
     assert tokenizer_assets(old, 1000) == told
 
 
+def test_googles_own_files_of_gemma(metadata: dict[str, Any]) -> None:
+    """They do not say that no space is put before a text, nor that the tokens of a turn are special."""
+    given = {key: value for key, value in metadata.items() if not key.endswith("add_space_prefix")}
+    tokens = [*given["tokenizer.ggml.tokens"]]
+    tokens[-1] = "<start_of_turn>"
+    given |= {"general.architecture": "gemma3", "tokenizer.ggml.tokens": tokens}
+    tokenizer = Tokenizer.from_str(tokenizer_assets(given, 1000)["tokenizer.json"])
+    words = tokenizer.encode("the", add_special_tokens=False).ids
+    assert tokenizer.encode("<start_of_turn>the", add_special_tokens=False).ids == [len(tokens) - 1, *words]
+    assert not tokenizer.id_to_token(words[0]).startswith(SPACE)
+
+
 def test_a_model_with_it(metadata: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model("gemma2", vocab_size=1000, head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True)
     write_gguf(tmp_path / "a.gguf", model, metadata=metadata, remove=("tokenizer.ggml.merges",))

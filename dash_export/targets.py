@@ -45,7 +45,8 @@ class WeightsRecipe:
     `qkv` and `ungated` keep finer than `layers` what 4 bits hurt most: `qkv`, the projections into attention (their
     errors enter the cache and every later token), and `ungated`, the layers in no unit (the sensitive ones). `rounding`
     chooses int4 codes: `nearest` to each weight, `gptq` by the inputs of the layer, or `as-is`, the codes that the
-    weights have already, else 8 bits (graphs/grid.py).
+    weights have already, else 8 bits (graphs/grid.py). `preview`: where the head has 8 bits (dialect `ort`), only so
+    many logits of a token do, the largest by a copy of it in 4 bits, which gives the others; 0: all.
     """
 
     layers: Precision = "int4"
@@ -57,6 +58,7 @@ class WeightsRecipe:
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
     rounding: Rounding = "nearest"
+    preview: Annotated[int, Within(0, 4096)] = 0
 
     @property
     def calibrates(self) -> bool:
@@ -216,6 +218,8 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
             yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
     if weights.rounding == "as-is":
         yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
+    if weights.preview:
+        yield f"preview = {weights.preview} is for CPUs: leave it out."
     if not weights.symmetric:
         yield "symmetric must be true in [weights]: GPU engines take no zero points."
     for part, value in precisions.items():

@@ -238,11 +238,12 @@ async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) 
             raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
         came = Came(len(body), time.perf_counter())
         async with server.entering():
-            check_parts(bytes(body))
+            content = bytes(body)
+            check_parts(content)
             try:
-                asked = kind.model_validate_json(bytes(body))
+                asked = kind.model_validate_json(content)
             except ValidationError as error:
-                raise wrong_field(error, bytes(body)) from None
+                raise wrong_field(error, content) from None
             yield asked, came
     finally:
         server.reading -= len(body)

@@ -25,7 +25,7 @@ help:
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
 	@echo "make fuzz    damaged files for every parser, for an hour (SECONDS=60: a minute)"
-	@echo "make bench   the benchmarks of tools/bench (half an hour; nothing else should run)"
+	@echo "make bench   the benchmarks of tools/bench (ten minutes; nothing else should run)"
 	@echo "make clean   remove .venv, build outputs and tool caches; .cache (the demo's model and bundle) stays"
 	@echo "make distclean   the same, and .cache too"
 	@echo "Each sets up .venv when it is missing. PYTHON=python3.12 chooses the interpreter (>= 3.11)."
@@ -49,7 +49,7 @@ fuzz: $(VENV)/.test
 	@nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: $(VENV)/.demo
-	@$(BIN)/python tools/bench_bundle.py
+	@$(BIN)/dash-export build "$$($(BIN)/python tools/fetch.py)" --policy smollm2-135m-instruct --target cpu -o $(BUNDLE)
 	@set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python tools/bench/$$name.py $(BUNDLE); done
 
 clean:

@@ -337,6 +337,8 @@ def trade_off_for(
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
-    low, high = points[before].trade_off, points[after].trade_off
-    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away.
-    return low * (high / low) ** share if low > 0 else share * high
+    high = points[after].trade_off
+    low = points[before].trade_off or high / 2
+    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
+    # dense on it begins at half the first one that skips: far below that nothing is skipped.
+    return low * (high / low) ** share if high else 0.0

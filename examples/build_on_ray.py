@@ -1,8 +1,9 @@
 """Build for several targets on a Ray cluster: `python examples/build_on_ray.py /shared/my.dash cpu l4 --address auto`.
 
 Each build is a task of the node that says it has the target (`ray start --address HEAD --resources '{"l4": 1}'`), or of
-any node, where none says so. All nodes see the bundle under one path. A task whose node dies is tried again and goes
-on where it was; a target that is built already costs its check.
+any node, where none says so: then give one target at a time, for builds beside each other measure wrong costs. All
+nodes see the bundle under one path. A task whose node dies is tried again and goes on where it was; a target that is
+built already costs its check.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def built(bundle: str, target: str) -> str:
         made = build(bundle, target)
     except DashError as error:
         return f"{target}: {error}"
-    return f"{target}: {len(made.engines)} engines in {made.seconds:.0f} s for {made.device}"
+    return f"{target}: {len(made.engines)} engines in {made.seconds:.0f} s for {made.device}. {made.cost.disturbed}"
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ DIAL = [
         ({"budget": 0.9}, 2.0),
         ({"budget": 0.86}, 24**0.5),  # halfway from 4 to 6, geometrically
         ({"budget": 0.75}, 9.0),
-        ({"skipped": 2}, 1.0),
+        ({"skipped": 2}, 2**0.5),  # from half the first on
         ({"skipped": 9}, 54**0.5),
         ({"max_kl": 0}, 0.0),
         ({"max_kl": 0.125}, 24**0.5),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -113,7 +113,7 @@ def _prepare(name: str) -> tuple[Bundle, Build]:
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
     best = runtime.recommended
-    token = FASTER if best.budget is None else replace(best, hold=False)  # where no budget pays it is dense
+    token = FASTER if best.budget is None else best  # where no budget pays it is dense
     settings = [Setting("dense"), token, FIXED]
     path = resource_folder("calibration") / "heldout.txt"
     console.print(
@@ -127,8 +127,7 @@ def _compare(bundle: Bundle) -> list[Mode]:
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
-        tuple(runtime.session_with(replace(setting, hold=True)).generate(ids, MAX_TOKENS) for ids in prompts)
-        for setting in settings
+        tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in settings
     ]
     return [Mode(label(point.quality.setting), own, point) for point, own in zip(points, answers, strict=True)]
 

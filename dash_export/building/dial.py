@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from dash_export.runtime.device.cuda import Cuda
     from dash_export.runtime.ort_engine import OrtBackend
 
-WINDOWS = 8
+WINDOWS = 16
 TOKENS = 128
 PREFIX = 32
 """Dense tokens at the beginning of a window, like a prompt. The tokens after them are measured."""
-SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
+SHARES = (0.005, 0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
 """Shares of units that the trade-offs skip, by the damage of a dense pass. Two more skip nothing and everything."""
 
 

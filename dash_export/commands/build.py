@@ -164,7 +164,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         fastest = min(point.time for point in build.dial)
         budget = recommended_budget(build.dial)
         loss = f"{RECOMMENDED_LOSS:.0%} of perplexity on the calibration text"
-        advice = f"{budget:g} costs {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
+        advice = f"{budget:g} costs about {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
         click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}.")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')

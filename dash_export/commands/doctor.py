@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ PACKAGES = {
 }
 LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 """Modules that are imported too, because a package is often installed but broken."""
+ORT_PYTHON = (3, 11)
 LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
 """Packages that building a lowered target needs beside its backend, and that running does not need."""
 
@@ -238,7 +240,9 @@ def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str
     recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
     package = BACKENDS[recipe.backend][1]
     found = imports.get(package)
-    if found is not None and found.error is not None:
+    if package == "onnxruntime" and found is None and sys.version_info < ORT_PYTHON:
+        build = run = "ONNX Runtime needs Python {}.{} or newer.".format(*ORT_PYTHON)
+    elif found is not None and found.error is not None:
         broken = f"the package {package} cannot be imported."
         build, run = build or (None if recipe.backend == "onnxruntime_cuda" else broken), run or broken
     elif found is not None and found.version is not None:

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -109,11 +109,10 @@ def command(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
     if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
-        recommended = runtime.recommended
-        setting = recommended if recommended.budget is None else replace(recommended, hold=setting.hold)
+        setting = runtime.recommended
         if setting.budget is not None:
-            told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"
-            click.echo(told, err=True)
+            told = f"[budget {setting.budget:g} on the calibration text, as this bundle recommends"
+            click.echo(f"{told}; --policy dense skips nothing]", err=True)
     if chat and not templated:
         raise RequestError("This model has no chat template, so there is no --chat: give it plain text.")
     options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)

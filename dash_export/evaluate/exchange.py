@@ -40,25 +40,29 @@ class Point:
 
     @property
     def exchange_rate(self) -> Interval | None:
-        """Per cent of perplexity paid per per cent of decode time saved, both measured. Its bounds are the rates at the
+        """Per cent of perplexity paid per per cent of decode time saved, both measured; of a slower build, what the
+        first one's dense mode pays and saves beside it. Its bounds are the rates at the
         bounds of the two, which are independent: their distances are added as squares (the method of variance
         estimates recovery). None where the interval of the time does not tell whether any was saved or lost; without
         bounds where the time has none.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
-        paid, time = self.quality.figures["perplexity_ratio"], self.timing
+        paid = self.quality.figures["perplexity_ratio"]
+        time = Interval(self.timing.ratio, self.timing.low, self.timing.high)
+        if time.value > 1:
+            paid, time = (Interval(1 / one.value, 1 / one.high, 1 / one.low) for one in (paid, time))
 
         def rate(ratio: float, of_dense: float) -> float:
             return (ratio - 1) / (1 - of_dense)
 
-        value = rate(paid.value, time.ratio)
+        value = rate(paid.value, time.value)
         if time.low == time.high:
             return Interval(value, value, value)
         by_paid, by_time = (
             sorted(bound - value for bound in bounds)
             for bounds in (
-                (rate(paid.low, time.ratio), rate(paid.high, time.ratio)),
+                (rate(paid.low, time.value), rate(paid.high, time.value)),
                 (rate(paid.value, time.low), rate(paid.value, time.high)),
             )
         )

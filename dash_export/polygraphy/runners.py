@@ -145,14 +145,15 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
     """
 
     def __init__(self, bundle: str, target: str, tokens: int = 1, name: str | None = None, **setting: Any) -> None:
-        """`setting`: the arguments of `DashRuntime.session`."""
+        """`setting`: the arguments of `DashRuntime.session`; a budget is not held, as in `profile`."""
         words = [f"{key}={value}" for key, value in setting.items()]
         super().__init__(name=name, prefix=" ".join(["dash", target, *words]))
         self._place, self._tokens, self._setting = (bundle, target), tokens, setting
 
     def activate_impl(self) -> None:
         with polygraphy_errors():
-            self.session: Session = DashRuntime.load(*self._place).session_with(Setting(**self._setting))
+            setting = Setting(**{"hold": False, **self._setting})
+            self.session: Session = DashRuntime.load(*self._place).session_with(setting)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("input_ids", np.dtype(np.int64), (1, None))

@@ -71,6 +71,8 @@ def timed_once(bundle: Path, target: str, skipped: float, context: int, rounds: 
 
         return run
 
+    mean = float(actions.sum(axis=1).mean())
+    print(f"These tokens skip {mean:.2f} layers each (on the calibration text, {skipped:g}).")
     skips = unit_skips(actions, runtime.engines.units)
     forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in skips.T]
     runs = (passes([DENSE] * TOKENS), passes(forced), passes(forced, bypasses=False))

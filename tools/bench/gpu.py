@@ -24,6 +24,7 @@ from dash_export.runtime.device.cuda import MAIN
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE
 
+TOKENS = 32
 SETTINGS = {
     "sync": [
         Setting("dense"),
@@ -41,10 +42,10 @@ SETTINGS = {
 @click.option("--target", required=True)
 @click.option("--whole", type=click.Path(path_type=Path), help="The same model without units, built alike.")
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
-@click.option("--rounds", default=30, show_default=True, help="Interleaved blocks of eight tokens.")
+@click.option("--rounds", default=30, show_default=True, help=f"Interleaved passes of {TOKENS} tokens.")
 def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: int) -> None:
-    """Time decoded tokens of a real text: medians of blocks, layers run, and what a launch costs the host. (`profile`
-    has every token's quantiles.)
+    """Time decoded tokens of a real text: means (skips come in clusters), layers run, and what a launch costs the host.
+    (`profile` has every token's quantiles.)
     """
     runtimes = {mode: DashRuntime.load(bundle, target, dispatch=mode) for mode in SETTINGS}
     runs = {
@@ -56,20 +57,21 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
     runs[f"sync: dense, {full} tokens cached"] = _token(runtimes["sync"], Setting("dense"), full)
     if whole is not None:
         runs["one engine for all layers"] = _token(DashRuntime.load(whole, target), Setting("dense"), context)
-    times = timed({name: run for name, (run, _) in runs.items()}, rounds)
+    passes = timed({name: run for name, (run, _) in runs.items()}, rounds, block=1, settle=0)
+    times = {name: [seconds / TOKENS for seconds in own] for name, own in passes.items()}
     if runtimes["device"].dispatch != "device":
         for name in [name for name in runs if name.startswith("device")]:
             del runs[name]
         print("No row for 'device': steps cannot be recorded here, see the warning above.")
     shown = []
-    base = np.median(times["sync: dense"])
+    base = np.mean(times["sync: dense"])
     rows = {}
     for name, (_, layers) in runs.items():
-        middle, slow = (float(value) * 1e3 for value in np.quantile(times[name], (0.5, 0.9)))
-        ratio = float(np.median(np.array(times[name]) / base))
+        middle, slow = (1e3 * float(value) for value in (np.mean(times[name]), np.quantile(times[name], 0.9)))
+        ratio = float(np.mean(times[name]) / base)
         shown.append((name, f"{np.mean(layers):.1f}", f"{middle:.3f}", f"{slow:.3f}", f"{ratio:.3f}"))
         rows[name] = {"layers": float(np.mean(layers)), "ms": middle, "slow_ms": slow, "of_dense": ratio}
-    heads = ("layers", "ms/token", "slowest tenth of blocks", "of dense")
+    heads = ("layers", "ms/token", "slowest tenth of passes", "of dense")
     print_table(f"{bundle.name}, {target}", ("mode",), heads, shown)
     launch = _launch_us(runtimes["sync"], context)
     print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
@@ -79,19 +81,21 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
 
 
 def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callable[[], object], list[int]]:
-    """Decode the next token of the held-out text, starting over when the cache is full; and the layers each ran."""
+    """Decode the next TOKENS tokens of the held-out text, starting over when the cache is full; and the layers each
+    ran.
+    """
     ids = held_out(runtime.text.encode, 4096).tolist()
     session = runtime.session_with(setting)
     layers: list[int] = []
     session.prefill(ids[:context])
 
     def run() -> None:
-        if session.context_left < 2:
+        if session.context_left < TOKENS + 1:
             session.reset()
             session.prefill(ids[:context])
-        position = len(session.tokens)
-        _, actions = session.decode_one(ids[position % len(ids)])
-        layers.append(len(actions) - int(actions.sum()))
+        for position in range(len(session.tokens), len(session.tokens) + TOKENS):
+            _, actions = session.decode_one(ids[position % len(ids)])
+            layers.append(len(actions) - int(actions.sum()))
 
     return run, layers
 

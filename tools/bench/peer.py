@@ -141,32 +141,11 @@ class LlamaCpp(Peer):
         return np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.llama.n_vocab(),))
 
 
-class Transformers(Peer):
-    def __init__(self, model: str, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-
-    def begin(self) -> None:
-        self.past = None
-
-    def after(self, tokens: list[int]) -> Any:
-        ids = self.torch.tensor([tokens])
-        out = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        self.past = out.past_key_values
-        return out.logits[0, -1].numpy()
-
-
 PEERS: dict[str, Any] = {
     "dash-export": DashExport,
     "onnxruntime-genai": OnnxRuntimeGenai,
     "openvino-genai": OpenVinoGenai,
     "llama.cpp": LlamaCpp,
-    "transformers": Transformers,
 }
 
 

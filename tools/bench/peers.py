@@ -38,15 +38,12 @@ PACKAGES = {
     "onnxruntime-genai": ("onnxruntime-genai", "onnx_ir", "onnx", "transformers", "torch", "huggingface_hub"),
     "openvino-genai": ("openvino-genai", "numpy"),
     "llama.cpp": ("llama-cpp-python", "numpy"),
-    "transformers": ("transformers", "torch", "numpy", "safetensors"),
 }
 # Name -> kind, and the form of the model that it reads.
 PEERS = {
     "onnxruntime-genai int4": ("onnxruntime-genai", "int4"),
-    "onnxruntime-genai fp32": ("onnxruntime-genai", "fp32"),
     "OpenVINO GenAI, the GGUF": ("openvino-genai", "gguf"),
     "llama.cpp, the GGUF": ("llama.cpp", "gguf"),
-    "transformers fp32": ("transformers", "folder"),
 }
 
 

@@ -271,7 +271,7 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
         DashRuntime(device_bundle, replace(build, dial=found), TensorRT("tensorrt"), dispatch)
         for dispatch in ("overlapped", "device")
     )
-    assert [runtime.recommended for runtime in runtimes] == [Setting("token", budget=0.8), Setting("dense")]
+    assert [runtime.recommended for runtime in runtimes] == [Setting("token", budget=0.8, hold=False), Setting("dense")]
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)

@@ -11,8 +11,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,24 @@ def main() -> int:
     if sys.version_info < OLDEST_PYTHON:
         return fail("Python 3.10 or newer is needed: run this script with another python3.")
     lines = (HERE / "requirements.txt").read_text().splitlines()  # after `;`: for Python 3.10 only
-    packages = [line.partition(">=")[0] for line in lines if ";" not in line or sys.version_info < (3, 11)]
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    wanted = [line.partition(";")[0] for line in lines if ";" not in line or sys.version_info < (3, 11)]
+    missing = [line for line in wanted if not installed(line)]
     if missing:
         return fail(f"Missing: {', '.join(missing)}. Run in {HERE}: {INSTALL}")
     return build(kit)
+
+
+def installed(line: str) -> bool:
+    """Return whether a package is there, in the version or a newer one that its line asks for (`numpy>=1.26`)."""
+    name, _, least = line.partition(">=")
+    if importlib.util.find_spec(name.strip()) is None:
+        return False
+    try:
+        found = version(name.strip())
+    except PackageNotFoundError:  # without metadata: nobody knows
+        return True
+    numbers, floor = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, least))
+    return numbers >= floor
 
 
 def sha256(path: Path) -> str:

@@ -210,8 +210,8 @@ def problems(
     offers = ort.providers if ort is not None and ort.error is None else ("CUDAExecutionProvider",)
     if gpu_package and not both and has_gpu and "CUDAExecutionProvider" not in offers:
         yield {
-            "problem": "onnxruntime-gpu does not offer CUDA here: its CUDA libraries are missing.",
-            "fix": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            "problem": "onnxruntime-gpu does not offer CUDA here: another onnxruntime has overwritten its files.",
+            "fix": "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'",
         }
 
 

@@ -114,7 +114,7 @@ def test_missing_cuda_of_onnxruntime() -> None:
     ort = doctor.Import("1.0", None, ("CPUExecutionProvider",))
     imports = dict.fromkeys(doctor.LOADED) | {"onnxruntime": ort}
     (cuda,) = doctor.problems(gpu, imports, NOTHING | {"devices": ["one"]})
-    assert "CUDA libraries are missing" in cuda["problem"]
+    assert "overwritten its files" in cuda["problem"]
     assert not list(doctor.problems(gpu, imports, NOTHING))
 
 

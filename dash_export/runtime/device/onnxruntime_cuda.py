@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ class OrtCuda(Cuda):
     def __init__(self) -> None:
         super().__init__()
         require_cuda()
+        with redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # of NVIDIA's pip packages, which the loader does not find by itself
 
     def load(self, path: Path, stream: str) -> OrtCudaEngine:
         return OrtCudaEngine(path, self.device.index, self.stream(stream))

@@ -187,6 +187,8 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
                 yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
             if recipe.dialect == "portable" and value != "fp32":
                 yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
+        if weights.preview and (recipe.dialect != "ort" or weights.head not in QUANTISED):
+            yield f"preview = {weights.preview} is of a head in 8 bits, in dialect 'ort'."
         if weights.rounding == "as-is" and (weights.block_size != 32 or weights.symmetric):
             yield "rounding = 'as-is' takes blocks of 32 and zero points (symmetric = false): see --target cpu-gguf."
         if recipe.runtime.dispatch != "sync":
@@ -250,8 +252,9 @@ def with_weights(
     chosen = {part: weights for part in moved if part not in left}
     given = {"head": head, "embedding": embedding, "rounding": rounding}
     chosen |= {name: value for name, value in given.items() if value is not None}
+    own = asdict(recipe.weights) | ({"preview": 0} if "head" in chosen else {})  # it is another head
     try:
-        changed = typed(WeightsRecipe, asdict(recipe.weights) | chosen, "the command line")
+        changed = typed(WeightsRecipe, own | chosen, "the command line")
     except WrongFieldError as error:
         raise RecipeError(str(error)) from error
     if changed == recipe.weights:

@@ -109,6 +109,8 @@ def command(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
     if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
+        if not setting.hold:
+            raise click.UsageError("--no-hold is of a --budget: what the bundle recommends is not held.")
         setting = runtime.recommended
         if setting.budget is not None:
             told = f"[budget {setting.budget:g} on the calibration text, as this bundle recommends"

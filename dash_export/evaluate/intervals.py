@@ -44,9 +44,9 @@ def interval(
     return _bootstrapped(ratio, (top, bottom), fewest=2)
 
 
-def median(values: Floats) -> Interval:
-    """Return the median over rounds. With fewer rounds than `FEWEST` there is no width."""
-    return _bootstrapped(np.median, (values,), FEWEST)
+def over_rounds(statistic: Callable[..., Any], values: Floats) -> Interval:
+    """Return a statistic of values over rounds. With fewer rounds than `FEWEST` there is no width."""
+    return _bootstrapped(statistic, (values,), FEWEST)
 
 
 def median_ratios(seconds: Floats) -> list[Interval]:

@@ -22,6 +22,9 @@ CONTRIB = "com.microsoft"
 ACCURACY_LEVEL = 4
 """Activations are quantised to int8 per block: the fast kernels on AVX2, AVX-512-VNNI and NEON."""
 
+FEWEST = 32
+"""Columns for each that is exact, below which a preview saves nothing."""
+
 Codes = npt.NDArray[Any]
 Blocks = tuple[Codes, Float32Array, Codes | None]
 """Packed codes [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, and zero points (packed, uint8)
@@ -122,7 +125,7 @@ class ProductWriter(GraphWriter):
             value = self.op("MatMul", [source, self.initializer(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
         found = self.quantized(node, wide, BITS[precision])
-        if precision == "int8" and bias is None and 0 < preview < sum(widths) // 32:
+        if precision == "int8" and bias is None and 0 < preview < sum(widths) / FEWEST:
             return self.previewed(source, node, wide, *found, preview)
         return self.nbits(source, node, rows, BITS[precision], *found, bias)
 

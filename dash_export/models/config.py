@@ -18,9 +18,8 @@ from dash_export.models.spec import DecoderSpec, Float32Array
 from dash_export.typed_json import shown
 
 FAMILIES = (
-    *("llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3"),
-    "olmo2",
-)
+    "llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"
+)  # fmt: skip
 """Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
 a function `decoder(config)`; its name is added here.
 """
@@ -99,7 +98,7 @@ def gated_decoder(
     if (size := 8 * turned * rotary.positions) > MAX_ROPE_BYTES:
         raise CheckpointError(
             f"RoPE tables for {rotary.positions} positions take {size >> 20} MB, over {MAX_ROPE_BYTES >> 20}: set a "
-            "lower max_position_embeddings in config.json"
+            "lower max_position_embeddings (a GGUF file's context_length)"
         )
     windows = attention_windows(config) if windows is None else windows
     if not traits.window_rope and all(not window or window >= rotary.positions for window in windows):

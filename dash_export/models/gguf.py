@@ -136,9 +136,10 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     # An unknown key can change the model: experts, a window, a scale, soft-capping, a misspelled RoPE base.
     known = {*_KNOWN, *ARCHITECTURES[family].keys.values(), *ARCHITECTURES[family].known}
-    seeing = ("vision.", "mm.") if family == "gemma3" else ()  # of the half that a file of the text half lacks
-    wrong = [key for key, value in own.items() if key not in known and value not in (0, "")]
-    wrong = [key for key in wrong if not key.startswith(seeing)]
+    seeing = ("vision.", "mm.") if family == "gemma3" else ()  # of the half of the model that is not in such a file
+    wrong = [
+        key for key, value in own.items() if key not in known and value not in (0, "") and not key.startswith(seeing)
+    ]
     if wrong or own.get(_CAUSAL, True) is not True:
         raise CheckpointError(
             f"the GGUF file sets {prefix}{[*wrong, _CAUSAL][0]:.100}, which is not supported here: the model "

@@ -22,9 +22,9 @@ from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 _T = TypeVar("_T")
 _PIECE = 1 << 18
 """Letters that `encode_in_pieces` encodes at a time."""
-_SHORT, _LONG = 1 << 12, 1 << 16
-"""A text that is not shorter than _SHORT letters is encoded as a batch of one, which lets other Python threads run. Of
-texts of _LONG letters or more only one is encoded at a time, because it takes a hundred times its memory.
+_APART, _LONG = 1 << 12, 1 << 16
+"""A text of _APART letters or more is encoded as a batch of one, which lets other Python threads run. Of texts of _LONG
+letters or more only one is encoded at a time, because it takes a hundred times its memory.
 """
 _one_long = Lock()
 _READS = "does not read this text"
@@ -69,7 +69,7 @@ class Text:
             raise RequestError(
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
-        if len(text) < _SHORT:
+        if len(text) < _APART:
             return call_tokenizer(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
         with _one_long if len(text) >= _LONG else nullcontext():
             return call_tokenizer(

@@ -31,6 +31,7 @@ from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import document
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import DeadlineError
 
 PAGE = Path(__file__).with_name("page.html")
 _PORTS = {"http": 80, "https": 443}
@@ -139,16 +140,22 @@ class Server:
         )
 
     @contextlib.asynccontextmanager
-    async def entering(self) -> AsyncIterator[None]:
+    async def entering(self) -> AsyncIterator[Callable[[], None]]:
         """Hold one of ENTERING places while a request is parsed and its prompt is made: more at a time would need too
-        much memory and too much work of the chat templates. Raises HttpError where more wait than all queues take.
+        much memory and too much work of the chat templates. Yield a function that gives the place back before. Raises
+        HttpError where more wait than all queues take, and DeadlineError.
         """
         if self._entering >= ENTERING + sum(one.size + one.most_waiting for one in self.served.values()):
             raise HttpError(429, "Too many requests at this moment: ask again later.")
         self._entering += 1
         try:
-            async with self._places:
-                yield
+            try:
+                await asyncio.wait_for(self._places.acquire(), self.deadline)
+            except asyncio.TimeoutError:  # not the built-in one in Python 3.10
+                raise DeadlineError("The deadline passed before the request was read.") from None
+            with contextlib.ExitStack() as place:
+                place.callback(self._places.release)
+                yield place.close
         finally:
             self._entering -= 1
 
@@ -232,7 +239,7 @@ async def _models(server: Server, _: HttpRequest) -> Response:
 
 async def _model(server: Server, http: HttpRequest) -> Response:
     name = http.path_params["name"]
-    server.scheduler(name)  # raises where there is none
+    server.scheduler(name or "/")  # raises where there is none
     return JSONResponse(server.record(name))
 
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
-from dash_export.serve.answers import usage
+from dash_export.serve.answers import Answer, usage
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest, CompletionRequest
 from dash_export.serve.running import (
@@ -34,8 +34,8 @@ Chunks = Callable[[int, Token], Iterator[dict[str, Any]]]
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, ChatRequest, http) as (request, came):
-        running = await begin_chat(server, request, came)
+    async with parsed_request(server, ChatRequest, http) as (request, arrival):
+        running = await begin_chat(server, request, arrival)
 
     def chances(each: list[list[dict[str, Any]]]) -> dict[str, Any]:
         return {"content": [entries[0] | {"top_logprobs": entries[1:]} for entries in each if entries]}
@@ -96,16 +96,24 @@ def _chat_chunks(
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, CompletionRequest, http) as (request, came):
+    async with parsed_request(server, CompletionRequest, http) as (request, arrival):
         running = await begin(
-            server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, came
+            server,
+            request,
+            lambda scheduler: scheduler.ids(request.prompt),
+            request.max_tokens,
+            request.logprobs,
+            arrival,
         )
+
+    def choice(index: int, said: Answer | Token, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish_reason}
+
     if request.stream:
 
         def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
             logprobs = None if request.logprobs is None else _likelihoods([running.logprobs(token)])
-            choice = {"text": token.text, "logprobs": logprobs, "finish_reason": token.finish_reason}
-            yield {"choices": [{"index": index, **choice}], **running.skips(token)}
+            yield {"choices": [choice(index, token, logprobs)], **running.skips(token)}
 
         return _streamed(running, "text_completion", (), chunks)
     found = await collected_tokens(running, http)
@@ -114,8 +122,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
             likely = None if request.logprobs is None else _likelihoods(running.likelihoods(answer, tokens))
-            choice = {"text": answer.text, "logprobs": likely, "finish_reason": answer.finish_reason}
-            choices.append({"index": index, **choice})
+            choices.append(choice(index, answer, likely))
         return JSONResponse(running.common | {"object": "text_completion", "choices": choices} | _figures(running))
 
     return await asyncio.to_thread(whole)

@@ -41,7 +41,7 @@ def http_error(error: DashError, prompt: str = "messages") -> HttpError:
     return HttpError(500, str(error) if str(error) in (NO_MEMORY, NOT_NUMBERS) else MISTAKE)
 
 
-def wrong_field(error: ValidationError, body: bytes) -> HttpError:
+def wrong_field(error: ValidationError, body: bytes | bytearray) -> HttpError:
     """Return the error that names the wrong field of a JSON body, like `stop` or `messages.1.role`. Where a field may
     be of several kinds pydantic has a mistake for each: those that lead furthest into the body are told.
     """

@@ -20,7 +20,7 @@ log = logging.getLogger("dash_export.answers")
 """At level INFO: every answer that has ended, as a line of JSON."""
 _COUNTERS = {
     "requests": "Requests that were taken.",
-    "refused": "Requests refused because the queue was full.",
+    "refused": "Requests refused: the queue was full, too many grammars, or the server closes.",
     "finished": "Answers that ended well.",
     "failed": "Answers that ended with an error.",
     "cancelled": "Answers that ended early, because their clients left.",

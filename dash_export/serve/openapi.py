@@ -28,6 +28,7 @@ _POSTS: dict[str, tuple[type[BaseModel], str, str]] = {
 }
 _GETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "/v1/models": ("The models.", "application/json", {"type": "object", "required": ["object", "data"]}),
+    "/v1/models/{name}": ("A model.", "application/json", {"type": "object", "required": ["id"]}),
     "/health": ("Whether requests are taken.", "application/json", {"type": "object", "required": ["status"]}),
     "/metrics": ("Counters, for Prometheus.", "text/plain", {"type": "string"}),
 }
@@ -77,7 +78,11 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
         answers = {"200": {"description": what, **_content(kind, schema)}, "403": refused["403"]}
         answers |= {"401": refused["401"]} if path.startswith("/v1/") else {}
         answers |= {"503": {"description": "Not now.", **_content(kind, schema)}} if path == "/health" else {}
-        paths[path] = {"get": {"summary": what, "responses": answers}}
+        operation: dict[str, Any] = {"summary": what, "responses": answers}
+        if path.endswith("{name}"):
+            answers["404"] = refused["404"]
+            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"enum": [*models]}}]
+        paths[path] = {"get": operation}
     made: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "dash-export", "version": __version__, "description": "OpenAI's API, with `dash`: how fast."},
@@ -86,7 +91,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     }
     if keyed:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path in (*_POSTS, "/v1/models"):
+        for path in (*_POSTS, "/v1/models", "/v1/models/{name}"):
             for operation in paths[path].values():
                 operation["security"] = [{"key": []}]
     return made

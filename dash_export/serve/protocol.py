@@ -53,7 +53,7 @@ def _one_prompt(given: Any) -> Any:
     raise ValueError("expected a text, or token ids")
 
 
-def check_parts(body: bytes) -> None:
+def check_parts(body: bytes | bytearray) -> None:
     """Raise RequestError for JSON of more than PARTS lists and objects, before parsing it. Invalid JSON passes here."""
     if body.count(b"[") + body.count(b"{") > PARTS:
         outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts

@@ -133,12 +133,12 @@ class ResponsesRequest(Body):
 
 
 async def responses(server: Server, http: HttpRequest) -> Response:
-    async with parsed_request(server, ResponsesRequest, http) as (request, came):
+    async with parsed_request(server, ResponsesRequest, http) as (request, arrival):
         try:
             chat = request.chat()
         except ValidationError as error:  # mistakes that only a chat shows, like bad arguments
             raise HttpError(400, f"input: {error.errors(include_url=False)[0]['msg']}.", "input") from None
-        running = await begin_chat(server, chat, came)
+        running = await begin_chat(server, chat, arrival)
     reply = _Reply(request, chat, running)
     if request.stream:
         return AnswerStream(running, _events(reply))

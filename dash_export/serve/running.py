@@ -92,11 +92,14 @@ class RunningAnswers:
         return [entries for token in tokens[: len(ids)] if (entries := self.logprobs(token))]
 
 
-class Came(NamedTuple):
-    """The body of a request: its bytes, and when it was read, in seconds of `time.perf_counter`."""
+class Arrival(NamedTuple):
+    """A request whose body has been read: its bytes, when that was, in seconds of `time.perf_counter`, and the function
+    that gives its place back (`Server.entering`).
+    """
 
     size: int
     began: float
+    leave: Callable[[], None]
 
 
 async def begin(
@@ -105,10 +108,10 @@ async def begin(
     encode: Callable[[Scheduler], TokenIds],
     max_tokens: int | None,
     logprobs: int | None,
-    came: Came,
+    arrival: Arrival,
 ) -> RunningAnswers:
     """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; how long that may
-    take is told by the size of what `came`. Raises HttpError and DashError.
+    take is told by its size. Raises HttpError and DashError.
     """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base, setting)
@@ -123,10 +126,12 @@ async def begin(
             guides[:] = scheduler.runtime.text.guides.guides(found.grammar, len(guides))
         return encode(scheduler), found
 
-    threads = server.long if came.size > LONG_BYTES else server.guided if asked.guided() else None
+    threads = server.long if arrival.size > LONG_BYTES else server.guided if asked.guided() else None
+    if threads is not None:
+        arrival.leave()  # it waits for others of its kind, which must not keep everybody waiting
     ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
     answers, inbox = list[Answer](), Inbox(bool(asked.stream))
-    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - came.began)
+    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - arrival.began)
     if logprobs is not None:
         each = (logprobs + 1) * len(guides)
         if max_tokens is None:
@@ -140,7 +145,7 @@ async def begin(
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
             request = Request(ids, max_tokens, own, setting, deadline, asked.operation != "chat")
             ended = partial(server.metrics.answered, asked.operation, name)
-            answers.append(Answer(scheduler, request, inbox, guide, ended, came.began))
+            answers.append(Answer(scheduler, request, inbox, guide, ended, arrival.began))
         guides.clear()
     except DashError:
         for answer in answers:
@@ -149,7 +154,7 @@ async def begin(
     return RunningAnswers(name, scheduler, answers, inbox, asked)
 
 
-async def begin_chat(server: Server, request: ChatRequest, came: Came) -> RunningAnswers:
+async def begin_chat(server: Server, request: ChatRequest, arrival: Arrival) -> RunningAnswers:
     """Submit the answers to a chat, by `begin`. Raises HttpError and DashError."""
     messages = [message.plain() for message in request.messages]
 
@@ -157,7 +162,7 @@ async def begin_chat(server: Server, request: ChatRequest, came: Came) -> Runnin
         return np.array(scheduler.runtime.text.chat(messages, scheduler.context, request.given_tools()))
 
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return await begin(server, request, encode, request.most_tokens, logprobs, came)
+    return await begin(server, request, encode, request.most_tokens, logprobs, arrival)
 
 
 class AnswerStream(StreamingResponse):
@@ -226,8 +231,10 @@ async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[l
 
 
 @asynccontextmanager
-async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, Came]]:
-    """Read the body; yield it as `kind`, and what came. The request counts as one that is entering until the block
+async def parsed_request(
+    server: Server, kind: type[_Asked], http: HttpRequest
+) -> AsyncIterator[tuple[_Asked, Arrival]]:
+    """Read the body; yield it as `kind`, and what arrival. The request counts as one that is entering until the block
     ends. Raises HttpError, which names the wrong field.
     """
     body = bytearray()
@@ -236,15 +243,14 @@ async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) 
             await asyncio.wait_for(_read(server, http, body), BODY_SECONDS)
         except asyncio.TimeoutError:  # not the built-in one in Python 3.10
             raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
-        came = Came(len(body), time.perf_counter())
-        async with server.entering():
-            content = bytes(body)
-            check_parts(content)
+        began = time.perf_counter()
+        async with server.entering() as leave:
+            check_parts(body)
             try:
-                asked = kind.model_validate_json(content)
+                asked = kind.model_validate_json(body)
             except ValidationError as error:
-                raise wrong_field(error, content) from None
-            yield asked, came
+                raise wrong_field(error, body) from None
+            yield asked, Arrival(len(body), began, leave)
     finally:
         server.reading -= len(body)
 

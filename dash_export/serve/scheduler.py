@@ -111,15 +111,15 @@ class Scheduler:
         ids = self.runtime.text.encode(prompt, limit=self.context) if isinstance(prompt, str) else prompt
         return checked_tokens(ids, self.runtime.engines.model.vocab_size)
 
-    def check_queue(self, answers: int = 0) -> None:
+    def check_queue(self, guided: int = 0) -> None:
         """Raise BusyServerError, and count the request as refused, if the queue is full, the scheduler is closing, or
-        with `answers` more there would be over GUIDED answers with a grammar.
+        with `guided` more there would be over GUIDED answers with a grammar.
         """
         if self._closing:
             why = "is closing"
         elif len(self._waiting) >= self.most_waiting:
             why = f"has {self.most_waiting} requests waiting"
-        elif answers and self.guided + answers > GUIDED:
+        elif guided and self.guided + guided > GUIDED:
             why = f"takes {GUIDED} answers with a grammar at a time"
         else:
             return
@@ -303,14 +303,14 @@ class Scheduler:
                 row.rules = row.tag.alone if len(rows) == 1 and pressed else together
                 if pace is not None:
                     row.tag.alone.budget = pace.granted
-        began = time.perf_counter()
+        began, steps = time.perf_counter(), self._rows.decode_steps
         stopped = {row.tag for row in rows if row.tag.cancelled or row.tag.late}
         try:
             told = self._rows.advance(stopped)
         except BackendError as error:
             self._fail_all(error)
             return
-        if pace is not None:
+        if pace is not None and self._rows.decode_steps > steps:
             fraction = self.runtime.cost.token_time(self._rows.skipped[:, None])[0]
             pace.measured(float(fraction), time.perf_counter() - began, rest)
         for ticket, response in told:

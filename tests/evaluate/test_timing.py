@@ -48,11 +48,13 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     assert alone.predicted == pytest.approx(taken[2])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_who_is_slower(
-    runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    share: float, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a clock on which a dense token takes 2 seconds, and another one what the cost table says for it, and half a
-    second; but the first of each turn, and those that settle, take an hour. The mean counts, however skips cluster.
+    """By a clock on which a dense token takes 2 seconds; another one saves a share of what the cost table says, and
+    takes half a second more; but the first of each turn, and those that settle, take an hour. The mean counts, however
+    skips cluster, and whatever the cost table says.
     """
     said, asked = list[str](), Candidate(runtime, SETTINGS[2])
 
@@ -70,7 +72,8 @@ def test_who_is_slower(
     def slow(self: Session, token: int) -> Any:
         place, decoded[self] = decoded[self], decoded[self] + 1
         done = sound(self, token)
-        took = 2 * asked.taken(done[1][None])[2] + 0.5 if self.rules.rule.asks else 2.0
+        saved = share * (1 - asked.taken(done[1][None])[2])
+        took = 2 * (1 - saved) + 0.5 if self.rules.rule.asks else 2.0
         now[0] += took if place >= SETTLE and place % BLOCK >= FOUND else 3600.0
         return done
 
@@ -79,8 +82,8 @@ def test_who_is_slower(
     monkeypatch.setattr(sys, "stdin", io.StringIO(said[0]))
     main()
     found = json.loads(capsys.readouterr().out)
-    assert (found["ratio"], found["first_seconds"]) == pytest.approx((found["predicted"] + 0.25, 2.0))
-    assert 0 < found["predicted"] < 1
+    assert found["ratio"] == pytest.approx(1 - share * (1 - found["predicted"]) + 0.25)
+    assert (found["first_seconds"], 0 < found["predicted"] < 1) == (2.0, True)
 
 
 def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

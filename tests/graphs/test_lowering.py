@@ -82,9 +82,9 @@ def test_a_head_that_is_previewed(tmp_path: Path) -> None:
     exact, found = (score.logits for score in scores)
     assert exact is not None
     assert found is not None
-    wrong = np.sort(np.abs(found - exact), axis=1) / exact.std()
-    assert wrong[:, :8].max() < 0.02, "eight of each"
-    assert wrong[:, 16:].mean() > 0.03
+    wrong = np.take_along_axis(np.abs(found - exact), np.argsort(found), axis=1) / exact.std()
+    assert wrong[:, -4:].mean() < 0.01, "of the likeliest"
+    assert wrong[:, :-8].mean() > 0.03
     assert (found.argmax(1) == exact.argmax(1)).mean() > 0.95
 
 

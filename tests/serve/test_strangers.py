@@ -18,7 +18,7 @@ from dash_export.commands.serve import raise_open_file_limit
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.runtime import Sampling
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.rows import NO_MEMORY
+from dash_export.runtime.rows import NO_MEMORY, Rows
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.http_errors import http_error
@@ -129,15 +129,19 @@ def test_memory_that_a_row_grows_out_of(serve: Serve, monkeypatch: pytest.Monkey
     address = serve(rows=3)
     body = {"model": "tiny", "max_tokens": 100, "temperature": 0, **DENSE}
     alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
-    sound = KVCache.reserve
+    sound, began = KVCache.reserve, Rows.begin
 
     def short(self: KVCache, rows: int) -> None:
-        if rows > 150 and len(self.lengths) > 1:
+        if rows > 256 and len(self.lengths) > 1:
             raise MemoryError
         sound(self, rows)
 
+    def with_room_for_a_token(rows: Rows, *given: Any) -> Any:
+        return began(rows, *given[:-1], 1)
+
     monkeypatch.setattr(KVCache, "reserve", short)
-    asked = [body | {"prompt": prompt} for prompt in ("hello", [5] * 100, "hello")]
+    monkeypatch.setattr(Rows, "begin", with_room_for_a_token)
+    asked = [body | {"prompt": prompt} for prompt in ("hello", [5] * 230, "hello")]
     with ThreadPoolExecutor(3) as pool:
         replies = list(pool.map(lambda one: httpx.post(f"{address}{COMPLETIONS}", json=one), asked))
     assert (replies[1].status_code, replies[1].json()["error"]["message"]) == (500, NO_MEMORY)

@@ -81,20 +81,16 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
 
 
 def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callable[[], object], list[int]]:
-    """Decode the next TOKENS tokens of the held-out text, starting over when the cache is full; and the layers each
-    ran.
-    """
+    """Decode the same TOKENS tokens of the held-out text, again and again; and the layers each ran."""
     ids = held_out(runtime.text.encode, 4096).tolist()
     session = runtime.session_with(setting)
     layers: list[int] = []
     session.prefill(ids[:context])
 
     def run() -> None:
-        if session.context_left < TOKENS + 1:
-            session.reset()
-            session.prefill(ids[:context])
-        for position in range(len(session.tokens), len(session.tokens) + TOKENS):
-            _, actions = session.decode_one(ids[position % len(ids)])
+        session._rewind(context)
+        for token in ids[context : context + TOKENS]:
+            _, actions = session.decode_one(token)
             layers.append(len(actions) - int(actions.sum()))
 
     return run, layers

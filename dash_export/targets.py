@@ -45,8 +45,7 @@ class WeightsRecipe:
     `qkv` and `ungated` keep finer than `layers` what 4 bits hurt most: `qkv`, the projections into attention (their
     errors enter the cache and every later token), and `ungated`, the layers in no unit (the sensitive ones). `rounding`
     chooses int4 codes: `nearest` to each weight, `gptq` by the inputs of the layer, or `as-is`, the codes that the
-    weights have already, else 8 bits (graphs/grid.py). `preview`: where the head has 8 bits (dialect `ort`), only so
-    many logits of a token do, the largest by a copy of it in 4 bits, which gives the others; 0: all.
+    weights have already, else 8 bits (graphs/grid.py).
     """
 
     layers: Precision = "int4"
@@ -58,7 +57,6 @@ class WeightsRecipe:
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
     rounding: Rounding = "nearest"
-    preview: Annotated[int, Within(0, 4096)] = 0
 
     @property
     def calibrates(self) -> bool:
@@ -187,8 +185,6 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
                 yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
             if recipe.dialect == "portable" and value != "fp32":
                 yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
-        if weights.preview and (recipe.dialect != "ort" or weights.head not in QUANTISED):
-            yield f"preview = {weights.preview} is of a head in 8 bits, in dialect 'ort'."
         if weights.rounding == "as-is" and (weights.block_size != 32 or weights.symmetric):
             yield "rounding = 'as-is' takes blocks of 32 and zero points (symmetric = false): see --target cpu-gguf."
         if recipe.runtime.dispatch != "sync":
@@ -220,8 +216,6 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
             yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
     if weights.rounding == "as-is":
         yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
-    if weights.preview:
-        yield f"preview = {weights.preview} is for CPUs: leave it out."
     if not weights.symmetric:
         yield "symmetric must be true in [weights]: GPU engines take no zero points."
     for part, value in precisions.items():
@@ -252,9 +246,8 @@ def with_weights(
     chosen = {part: weights for part in moved if part not in left}
     given = {"head": head, "embedding": embedding, "rounding": rounding}
     chosen |= {name: value for name, value in given.items() if value is not None}
-    own = asdict(recipe.weights) | ({"preview": 0} if "head" in chosen else {})  # it is another head
     try:
-        changed = typed(WeightsRecipe, own | chosen, "the command line")
+        changed = typed(WeightsRecipe, asdict(recipe.weights) | chosen, "the command line")
     except WrongFieldError as error:
         raise RecipeError(str(error)) from error
     if changed == recipe.weights:

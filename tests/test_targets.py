@@ -118,7 +118,6 @@ CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
     "cpu dialect": ('"portable"', '"ort"', "'ort' is for the CPU"),
     "fused": ('"overlapped"', '"fused"', "is not one of"),
     "zero points": ("symmetric = true", "", "symmetric must be true"),
-    "preview": ("symmetric = true", "symmetric = true\npreview = 64", "preview = 64 is for CPUs"),
     "fp32 layers": (
         'layers = "int4"',
         'layers = "fp32"',

@@ -97,8 +97,7 @@ def tolerance(recipe: Recipe, graph: EngineGraph, gated: tuple[int, ...]) -> flo
     weights, segment = recipe.weights, graph.segment
     used: list[Precision] = [weights.bypass]
     if graph.name != POLICY and not graph.name.startswith("bypass"):
-        head: Precision = "int4" if weights.preview and recipe.dialect == "ort" else weights.head
-        used = [head] * segment.head + [weights.embedding] + [weights.bypass] * segment.gated
+        used = [weights.head] * segment.head + [weights.embedding] + [weights.bypass] * segment.gated
         for layer in segment.layers:
             used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]
     return max(TOLERANCE[precision] for precision in used)

@@ -74,8 +74,6 @@ def command(
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
     served: dict[str, Scheduler] = {}
     runtimes = [load_runtime(bundle, target, trusted_key=trusted_key) for bundle in bundles]
-    for runtime in runtimes:
-        _ = rows != 1 and runtime.engines.mixed  # loaded before memory is shared out
     memory = available_memory() // 2 // len(bundles)
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:

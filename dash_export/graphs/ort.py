@@ -230,8 +230,7 @@ class OrtWriter(ProductWriter):
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
-        scale, preview = self.traits.logits_scale, self.recipe.preview
-        logits = self.linear(normed, "head/logits", [HEAD_MATRIX], scale, preview)
+        logits = self.linear(normed, "head/logits", [HEAD_MATRIX], self.traits.logits_scale)
         if cap := self.traits.logits_cap:
             most = self.initializer("head.cap", np.array([cap], np.float32))
             turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")

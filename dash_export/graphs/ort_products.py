@@ -22,9 +22,6 @@ CONTRIB = "com.microsoft"
 ACCURACY_LEVEL = 4
 """Activations are quantised to int8 per block: the fast kernels on AVX2, AVX-512-VNNI and NEON."""
 
-FEWEST = 32
-"""Columns for each that is exact, below which a preview saves nothing."""
-
 Codes = npt.NDArray[Any]
 Blocks = tuple[Codes, Float32Array, Codes | None]
 """Packed codes [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, and zero points (packed, uint8)
@@ -92,11 +89,9 @@ class ProductWriter(GraphWriter):
             value, self.initializer(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
         )
 
-    def linear(
-        self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0, preview: int = 0
-    ) -> ir.Value:
+    def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
         """Return source @ weights + biases. The matrices [in, out] lie side by side, quantised where the recipe says
-        so. The first matrix and its bias are multiplied by `times`. `preview`: see `previewed`, for 8 bits.
+        so. The first matrix and its bias are multiplied by `times`.
         """
         rows, widths = self.shape(weights[0])[0], [self.shape(weight)[1] for weight in weights]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
@@ -124,28 +119,7 @@ class ProductWriter(GraphWriter):
         if precision not in QUANTISED or small:  # smaller than a block: stays float32
             value = self.op("MatMul", [source, self.initializer(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
-        found = self.quantized(node, wide, BITS[precision])
-        if precision == "int8" and bias is None and 0 < preview < sum(widths) / FEWEST:
-            return self.previewed(source, node, wide, *found, preview)
-        return self.nbits(source, node, rows, BITS[precision], *found, bias)
-
-    def previewed(
-        self, source: ir.Value, node: str, matrix: Float32Array, block: int, found: Blocks, best: int
-    ) -> ir.Value:
-        """Return source @ matrix [in, out] by a 4-bit copy of the matrix, but the `best` largest results by its 8-bit
-        codes `found`: of these, only so many columns are read.
-        """
-        finest = quantize_block(matrix, 4, block, symmetric=True)
-        rough = self.nbits(source, f"{node}/preview", len(matrix), 4, block, finest, None)
-        count = self.initializer(f"{node}/count", np.array([best]))
-        _, places = self.node("TopK", [rough, count], f"{node}/best", 2, axis=-1, sorted=0)
-        codes, *grid = self.blocks(f"{node}.weight", 8, found[0].reshape(matrix.shape[1], -1), *found[1:])
-        options = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-        columns = self.contrib("GatherBlockQuantized", [codes, places, *grid], f"{node}/columns", **options)
-        last = self.initializer(f"{node}/last_axis", np.array([-1]))
-        state = self.op("Unsqueeze", [source, last], f"{node}/state")
-        exact = self.op("Squeeze", [self.op("MatMul", [columns, state], f"{node}/products"), last], f"{node}/exact")
-        return self.op("ScatterElements", [rough, places, exact], node, axis=-1)
+        return self.nbits(source, node, rows, BITS[precision], *self.quantized(node, wide, BITS[precision]), bias)
 
     def quantized(self, node: str, matrix: Float32Array, bits: int) -> tuple[int, Blocks]:
         """Return the block size and the blocks of a node's matrix [in, out], each weight rounded to nearest."""

@@ -22,7 +22,8 @@ def family_config(config: dict[str, Any]) -> dict[str, Any]:
     Granite 4 that is not dense.
     """
     if config.get("model_type") == "gemma3":
-        return config | _GEMMA3 | section(config, "text_config") | {"model_type": "gemma3_text"}
+        whole = {name: one for name, one in config.items() if name not in ("text_config", "vision_config")}
+        return whole | _GEMMA3 | section(config, "text_config") | {"model_type": "gemma3_text"}
     if config.get("model_type") == "granitemoehybrid":
         _check_dense(config)
         size = config.get("shared_intermediate_size", 1024)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
 
 Floats = npt.NDArray[np.float32]
-_Array = TypeVar("_Array", bound="npt.NDArray[Any]")
 MAX_SEQUENCES = 1024
 SCORES = 32 << 20
 """Most bytes of attention scores in one pass: a larger buffer is mapped and cleared anew by glibc for every layer."""
@@ -248,12 +247,11 @@ class BoundStep:
         entering = hidden[first % 2].reshape(-1, engines.model.hidden_size)
         self._embedded = hidden[1]
         """The output of the first segment."""
-        self._state = State(
-            _read_only(entering),
-            _read_only(self.damage),
-            _read_only(self._position_ids.reshape(-1)),
-            _read_only(self.input_ids.reshape(-1)),
-        )
+        shown: list[Any] = [entering, self.damage, self._position_ids.reshape(-1), self.input_ids.reshape(-1)]
+        shown = [array.view() for array in shown]
+        for view in shown:  # to policies of the user's: the next engines take what lies there
+            view.flags.writeable = False
+        self._state = State(*shown)
         for index, item in enumerate(engines.segments):
             before, after = hidden[index % 2], hidden[(index + 1) % 2]
             run = self._bind_run(item.run, before, after)
@@ -304,10 +302,3 @@ class BoundStep:
                 into[start : start + sequence] = found
 
         return launch_and_write
-
-
-def _read_only(array: _Array) -> _Array:
-    """Return a view that cannot be written: what a policy of the user's reads is what the next engines take."""
-    view = array.view()
-    view.flags.writeable = False
-    return cast(_Array, view)

@@ -62,7 +62,7 @@ class Scheduler:
         self.context = engines.model.max_positions
         """Positions that each row may have."""
         if engines.grows:
-            _ = rows > 1 and engines.mixed  # loaded now: not while answers wait, and before memory is shared out
+            _ = rows > 1 and engines.mixed  # loaded now: not while answers wait
             room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
             # Room for all rows, which are copied as one of them grows, and for the prompt that is being prefilled.
             each = room // self._prompt.cache.position_nbytes // (rows + 1)

@@ -107,6 +107,12 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = dash("doctor").stdout
     assert "pip install 'dash-export[cpu,export]'" in printed
     assert "pip install 'dash-export[cpu]'" in printed
+    monkeypatch.setattr(doctor, "ORT_PYTHON", (99, 0))
+    found = rows()["cpu"]
+    assert (found["install"], found["reason"]) == (
+        "pip install 'dash-export[export]'",
+        "ONNX Runtime needs Python 99.0 or newer",
+    )
 
 
 def test_missing_cuda_of_onnxruntime() -> None:

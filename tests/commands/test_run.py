@@ -93,6 +93,7 @@ def test_without_an_amount_the_recommended_budget_is_taken(
         run_json(tiny_root, "hello", *FP32, "--budget", budget, hold, "--max-tokens", 40)["actions"]
         for hold in ("--no-hold", "--hold")
     )
+    assert "--no-hold is of a --budget" in refused("run", tiny_root, "hello", *FP32, "--no-hold", code=2)
     assert found["actions"] == loose != held, "it is not held: that would cost more than was recommended"
 
 

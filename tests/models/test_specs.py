@@ -157,6 +157,13 @@ def test_unsupported_or_invalid_options_are_named(change: dict[str, Any], messag
         decoder_spec(CONFIG | change)
 
 
+def test_a_window_of_the_whole_context_is_none() -> None:
+    windows = [
+        decoder_spec(CONFIG | {"model_type": "mistral", "sliding_window": size}).traits.windows for size in (511, 512)
+    ]
+    assert windows == [(511, 511), ()]
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "x" * 10_000, None, 3, ["llama"], {}])
 def test_unknown_families(model_type: object) -> None:
     with pytest.raises(CheckpointError, match="not supported; supported: llama, qwen2, qwen3") as raised:

@@ -14,10 +14,11 @@ from dash_export.errors import PolicyError, RequestError
 from dash_export.manifest import CostTable
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import Response, Statistics
+from dash_export.runtime.session import Session
 from dash_export.serve.pace import Pace
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from tests.serve.conftest import MakeScheduler
+from tests.serve.conftest import MakeScheduler, slow_down
 from tests.tiny import random_ids
 
 COST = (0.2, 0.1, 0.15)
@@ -104,6 +105,23 @@ def test_with_time_for_all_nothing_is_skipped(scheduler: MakeScheduler) -> None:
     made = scheduler(rows=2, alone=Setting("token", trade_off=0.3), pace=100.0)
     *_, last = made.stream(Request(random_ids(5), 60))
     assert last.statistics.layers_per_token == 6
+
+
+def test_a_prompt_that_nobody_waits_for_is_in_no_pace(
+    scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(0.005, monkeypatch)
+    prefill, measured, rests = Session.prefill, Pace.measured, list[float]()
+    monkeypatch.setattr(Session, "prefill", lambda *given: (time.sleep(0.05), prefill(*given))[1])
+    monkeypatch.setattr(Pace, "measured", lambda pace, *given: (rests.append(given[-1]), measured(pace, *given))[1])
+    made = scheduler(rows=2, alone=Setting("token", trade_off=0.3), pace=100.0)
+    list(made.stream(Request(random_ids(60), 5)))
+    assert max(rests) < 0.04
+    running = made.stream(Request(random_ids(4, seed=1), 100, setting=Setting("dense")))
+    next(running)
+    list(made.stream(Request(random_ids(60, seed=2), 5)))
+    assert max(rests) > 0.05, "a row waited for this one"
+    running.close()
 
 
 def test_it_needs_a_policy(runtime: DashRuntime) -> None:

@@ -279,6 +279,16 @@ def test_a_prompt_that_goes_on_is_not_computed_again(scheduler: MakeScheduler, r
     assert made.figures["known_tokens"] - before == 3 * 48, "whole tiles of 60"
 
 
+def test_a_prompt_that_is_kept_is_not_copied_again(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    sound = KVCache.alone
+    monkeypatch.setattr(KVCache, "alone", lambda cache, row: copied.append(row) or sound(cache, row))  # type: ignore[func-returns-value]
+    made = scheduler(rows=1)
+    for _ in range(3):
+        list(made.stream(Request(random_ids(60), 2)))
+    assert copied == [0]
+
+
 def test_idle_it_waits(scheduler: MakeScheduler) -> None:
     made = scheduler()
     list(made.stream(Request(random_ids(4), 3)))

@@ -22,6 +22,7 @@ from dash_export.runtime.rows import NO_MEMORY, Rows
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.http_errors import http_error
+from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
 from tests.serve.conftest import Serve
@@ -247,6 +248,42 @@ def test_requests_that_are_read_at_a_time(serve: Serve, monkeypatch: pytest.Monk
         assert not entered.acquire(timeout=0.2)
         go.set()
         assert 200 in {one.result().status_code for one in given}
+
+
+def test_a_place_is_waited_for_until_the_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "ENTERING", 1)
+    address, go, entered = serve(deadline=0.5), threading.Event(), threading.Event()
+    monkeypatch.setattr(Text, "chat", lambda *_: (entered.set(), go.wait(20), [1])[2])
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(httpx.post, f"{address}{CHAT}", json=body, timeout=20)
+        entered.wait(20)
+        reply = httpx.post(f"{address}{CHAT}", json=body, timeout=20)
+        go.set()
+    assert (reply.status_code, "before the request was read" in reply.text) == (504, True)
+
+
+def test_a_grammar_that_is_long_in_the_making_keeps_no_plain_chat_out(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "ENTERING", 1)
+    address, go, entered, sound = serve(), threading.Event(), threading.Event(), ChatRequest.grammar
+
+    def slow(asked: ChatRequest, tokenizer: Any) -> str | None:
+        if asked.guided():
+            entered.set()
+            go.wait(20)
+        return sound(asked, tokenizer)
+
+    monkeypatch.setattr(ChatRequest, "grammar", slow)
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+    with ThreadPoolExecutor(1) as pool:
+        form = {"response_format": {"type": "json_object"}}
+        guided = pool.submit(httpx.post, f"{address}{CHAT}", json=body | form, timeout=20)
+        entered.wait(20)
+        assert httpx.post(f"{address}{CHAT}", json=body, timeout=10).status_code == 200
+        go.set()
+        assert guided.result().status_code == 200
 
 
 def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture) -> None:

@@ -85,8 +85,7 @@ class Session:
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         self.cache.length = len(self.tokens)  # as in `reserve`
         twin.cache.take(0, self.cache)
-        twin.tokens, twin._pending = list(self.tokens), list(self._pending)
-        twin._first_decoded = self._first_decoded
+        twin.tokens, twin._pending, twin._first_decoded = [*self.tokens], [*self._pending], self._first_decoded
         twin._hidden = None if self._hidden is None else self._hidden.copy()  # the next step overwrites it
         return twin
 
@@ -180,8 +179,7 @@ class Session:
         """Return the embeddings [n, hidden] of tokens, as they enter the first layer; the conversation is unchanged."""
         tokens = self.checked_ids(ids)
         self._embeddings()
-        chunk = self.chunk
-        parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
+        parts = [tokens[start : start + self.chunk] for start in range(0, len(tokens), self.chunk)]
         return np.concatenate([cast("BoundStep", self.bound(len(part))).embed(part) for part in parts])
 
     @property

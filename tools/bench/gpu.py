@@ -53,7 +53,8 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
         for mode, settings in SETTINGS.items()
         for setting in settings
     }
-    full = min(3 * (runtimes["sync"].engines.model.max_positions - TOKENS) // 4, 4000)  # whether attention reads what is in use
+    # A long cache: whether attention reads only what is in use of it.
+    full = min(3 * (runtimes["sync"].engines.model.max_positions - TOKENS) // 4, 4000)
     runs[f"sync: dense, {full} tokens cached"] = _token(runtimes["sync"], Setting("dense"), full)
     if whole is not None:
         runs["one engine for all layers"] = _token(DashRuntime.load(whole, target), Setting("dense"), context)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Damages, Skips, layer_actions
+from dash_export.decision import layer_actions
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate
 from dash_export.evaluate.timing import FOUND, in_turns
@@ -33,7 +33,7 @@ class Probe:
     """
 
     def __init__(self, step: BoundStep, session: Session) -> None:
-        self.step, self._session = step, session
+        self.step = step
         # Begin and end of each, as plain numbers in one flat list: nothing for the garbage collector to follow.
         self.stamps = [0] * 2 * (len(step.segments) + 3)
         self.decide = self._timed(len(step.segments), lambda state: skips_for(session.rules.rule, state))
@@ -41,13 +41,6 @@ class Probe:
             replace(item, run=self._timed(index, item.run), bypass=item.bypass and self._timed(index, item.bypass))
             for index, item in enumerate(step.segments)
         ]
-
-    @property
-    def asks(self) -> bool:
-        return self._session.rules.rule.asks
-
-    def skips(self, damage: Damages) -> Skips:
-        return self._session.rules.rule.skips(damage)
 
     def _timed(self, place: int, work: Callable[..., Any]) -> Callable[..., Any]:
         stamps, here = self.stamps, slice(2 * place, 2 * place + 2)
@@ -126,7 +119,7 @@ def measure(
         found = []
         for position, token in enumerate(ids[start:].tolist(), start):
             began = perf_counter_ns()
-            step.decode(token, probes[index])
+            step.decode(token, probes[index])  # type: ignore[arg-type]  # a rule with `decide` needs no more
             session.rules.decoded(step.skipped)
             session.tokens.append(token)
             decoded = perf_counter_ns()

@@ -32,7 +32,7 @@ def interval(
     sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
 ) -> Interval:
     """Return the ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean);
-    `transform` is a function of the ratio, like `np.exp` for perplexity. Raises ValueError without items.
+    `transform` is a function of the ratio, like `np.exp` for perplexity.
     """
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
@@ -66,8 +66,6 @@ def median_ratios(seconds: Floats) -> list[Interval]:
 
 def _bootstrapped(statistic: Callable[..., Any], samples: tuple[Floats, ...], fewest: int) -> Interval:
     """Return the bootstrapped interval, without width for fewer than `fewest` samples. All calls resample alike."""
-    if samples[0].size == 0:
-        raise ValueError("There is nothing to average.")
     value = float(statistic(*samples))
     if samples[0].size < fewest:
         return Interval(value, value, value)

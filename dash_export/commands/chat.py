@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dash_export.runtime import Response, Session
 
 HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
-LONGEST_LINE = 1 << 20
 SLOWER = 1.5
 """An answer's figures mention its slowdown from this ratio on: measured decode time over that of the cost table."""
 HEAT = ("blue", "cyan", "green", "yellow", "red")
@@ -135,16 +134,15 @@ def _turn(
 
 
 def _read() -> str | None:
-    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text or too long; on a
-    terminal a line that is not UTF-8 is told, and is empty.
+    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text; on a terminal that is
+    told, and the line is empty.
     """
     terminal = sys.stdin.isatty()
     try:
         if terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # for keys, and lines over the kernel's 4,095 bytes
-            return input("> ")
-        line = sys.stdin.readline(LONGEST_LINE + 1)
+        return input("> " if terminal else "")
     except EOFError:
         return None
     except UnicodeDecodeError as error:
@@ -153,9 +151,6 @@ def _read() -> str | None:
             raise wrong from error
         click.echo(f"Error: {wrong}", err=True)
         return ""
-    if len(line) > LONGEST_LINE:
-        raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
-    return line.removesuffix("\n") if line else None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Turns and intervals are those of the package (`dash_export/evaluate/timing.py`, 
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +19,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from dash_export import __version__
 from dash_export.building.engine_graphs import EngineGraph, lower_graph, save_extending
 from dash_export.bundle import Bundle
 from dash_export.commands.options import with_bounds
 from dash_export.commands.tables import print_table
+from dash_export.evaluate.breakdown import this_machine
 from dash_export.evaluate.intervals import Interval, median_ratios
 from dash_export.evaluate.timing import in_turns
 from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
-from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.ort_engine import OrtBackend
 from dash_export.runtime.rules import DENSE, Rule
@@ -96,9 +93,7 @@ def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
 
 def print_json(name: str, result: dict[str, Any]) -> None:
     """One line for machines, with where it ran."""
-    machine = {"processor": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}
-    versions = {"dash-export": __version__, "onnxruntime": onnxruntime.__version__}
-    print(json.dumps({"benchmark": name, **result, "machine": machine | versions}))
+    print(json.dumps({"benchmark": name, **result, "machine": this_machine()}))
 
 
 @contextmanager

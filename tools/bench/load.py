@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 from common import print_json
@@ -42,12 +43,8 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     engines = sum(file.stat().st_size for file in (bundle / "engines" / target).iterdir()) / 1e6
     rows = {}
     for how in ("verified", "unverified"):
-        rows[how] = _median([_alone(bundle, target, how) for _ in range(rounds)])
-    pair = [_start(bundle, target, "unverified") for _ in range(2)]
-    found = [_told(process) for process in pair]
-    for process in pair:
-        process.communicate()
-    rows["each of two at once"] = _median(found)
+        rows[how] = _median([_measured(bundle, target, how) for _ in range(rounds)])
+    rows["each of two at once"] = _measured(bundle, target, "unverified", 2)
     shown = []
     for name, row in rows.items():
         memory = (f"{row[key] / 1e3:.0f}" for key in ("Rss", "Pss"))
@@ -57,22 +54,15 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     print_json("load", {"target": target, "engine_mb": round(engines, 1), "rows": rows})
 
 
-def _start(bundle: Path, target: str, how: str) -> subprocess.Popen[str]:
+def _measured(bundle: Path, target: str, how: str, count: int = 1) -> dict[str, float]:
+    """Medians of what so many processes at once tell; each stays until all have told."""
     command = [sys.executable, "-c", PROCESS, str(bundle), target, how]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _told(process: subprocess.Popen[str]) -> dict[str, float]:
-    assert process.stdout is not None
-    told: dict[str, float] = json.loads(process.stdout.readline())
-    return told
-
-
-def _alone(bundle: Path, target: str, how: str) -> dict[str, float]:
-    process = _start(bundle, target, how)
-    told = _told(process)
-    process.communicate()
-    return told
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen[str](command, **pipes) for _ in range(count)]
+    told = [json.loads(process.stdout.readline()) for process in processes if process.stdout is not None]
+    for process in processes:
+        process.communicate()
+    return _median(told)
 
 
 def _median(rows: list[dict[str, float]]) -> dict[str, float]:

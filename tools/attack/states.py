@@ -9,15 +9,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from shared import (
-    BUNDLE,
-    PICTURE,
-    POLICY,
-    SEEDS,
-    TARGETS,
-    Fault,
-    Stage,
-)
+from shared import BUNDLE, PICTURE, POLICY, SEEDS, TARGETS, Fault, Stage
+
+STRAYS = {
+    ".lock": "a lock",
+    ".tmp-": "a temporary name",
+    ".unfinished": "an unfinished folder",
+    "": "a file that no record lists",
+}
+"""What is in a name that is left behind -> what it is of; the first counts."""
 
 
 def sha(path: Path) -> str:
@@ -148,16 +148,5 @@ def leftovers(folder: Path) -> list[Fault]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in strays:
         part = next((part for part in name.split("/") if part.startswith(".") or ".unfinished" in part), "")
-        kind = (
-            "a lock"
-            if part.endswith(".lock")
-            else "a previous bundle"
-            if part.endswith(".previous")
-            else "a temporary name"
-            if part.startswith(".tmp-")
-            else "an unfinished folder"
-            if ".unfinished" in part
-            else "a file that no record lists"
-        )
-        kinds[kind].append(name)
+        kinds[next(kind for sign, kind in STRAYS.items() if sign in part)].append(name)
     return [Fault(f"left behind: {kind}", ", ".join(given[:4])) for kind, given in kinds.items()]

@@ -7,11 +7,7 @@ serves on.
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -19,12 +15,11 @@ from typing import Any
 
 import click
 import httpx
-from shared import ROOT
+from shared import serving
 
 from dash_export.commands.tables import print_table
 from tests.fuzz.mutators import damaged, in_json
 
-assert ROOT  # whose import makes `tests` importable
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}}, "required": ["a"]}
 CALL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": SCHEMA}}
@@ -65,37 +60,30 @@ def seeds(model: str) -> dict[str, list[bytes]]:
 def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
     """Send damaged bodies one after the other, and a sound one after every hundred."""
     rng, statuses, faults = Random(seed), Counter[str](), list[str]()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
     with (
         tempfile.TemporaryFile("w+") as told,
-        subprocess.Popen([*command, "--deadline", "20"], stdout=told, stderr=told) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client,
+        serving(bundle, target, "--deadline", "20", output=told) as (address, process),
+        httpx.Client(base_url=address, timeout=PATIENCE) as client,
     ):
-        try:
-            _wait(client, process)
-            sound = {  # which others are depends on the model: not every chat template takes tools
-                path: [body for body in known if client.post(path, content=body, headers=JSON).status_code == 200]
-                for path, known in seeds(client.get("/v1/models").json()["data"][0]["id"]).items()
-            }
-            print(f"Sound bodies: {', '.join(f'{path} {len(known)}' for path, known in sound.items())}")
-            for number in range(bodies):
-                path = rng.choice([*sound])
-                body = damaged(rng, sound[path], in_json)
-                try:
-                    status = client.post(path, content=body, headers=JSON).status_code
-                except httpx.HTTPError as error:
-                    status = 0
-                    faults.append(f"{path}: {error!r}: {body!r:.500}")
-                statuses[str(status)] += 1
-                if status >= 500:
-                    faults.append(f"{path}: {status}: {body!r:.500}")
-                if number % 100 == 0 and client.post(path, content=sound[path][0], headers=JSON).status_code != 200:
-                    faults.append(f"{path}: a sound body is refused after {number}")
-        finally:
-            process.terminate()
+        sound = {  # which others are depends on the model: not every chat template takes tools
+            path: [body for body in known if client.post(path, content=body, headers=JSON).status_code == 200]
+            for path, known in seeds(client.get("/v1/models").json()["data"][0]["id"]).items()
+        }
+        print(f"Sound bodies: {', '.join(f'{path} {len(known)}' for path, known in sound.items())}")
+        for number in range(bodies):
+            path = rng.choice([*sound])
+            body = damaged(rng, sound[path], in_json)
+            try:
+                status = client.post(path, content=body, headers=JSON).status_code
+            except httpx.HTTPError as error:
+                status = 0
+                faults.append(f"{path}: {error!r}: {body!r:.500}")
+            statuses[str(status)] += 1
+            if status >= 500:
+                faults.append(f"{path}: {status}: {body!r:.500}")
+            if number % 100 == 0 and client.post(path, content=sound[path][0], headers=JSON).status_code != 200:
+                faults.append(f"{path}: a sound body is refused after {number}")
+        process.terminate()
         process.wait(PATIENCE)
         told.seek(0)
         faults += [line for line in told.read().splitlines() if "Traceback" in line]
@@ -103,16 +91,6 @@ def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
     print(*faults[:10], sep="\n")
     print(json.dumps({"attack": "bodies", "done": dict(statuses), "faults": len(faults)}))
     raise SystemExit(bool(faults))
-
-
-def _wait(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            if client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise SystemExit("The server has ended.")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,18 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 _PATHS = [str(ROOT), str(Path(__file__).parent)]
@@ -44,6 +46,7 @@ BUNDLE, POLICY, PICTURE = "m.dash", "p.safetensors", "picture"
 SEEDS = {"a": 0, "b": 1}
 """The two policies, by the seed that trains them."""
 TARGETS = {"fp32": "cpu-fp32", "int8": "cpu-int8"}
+Process = subprocess.Popen[bytes]
 LAYERS = 5
 LAST_OPERATIONS = 12
 PATIENCE = 120
@@ -157,6 +160,30 @@ def _frontier(folder: Path) -> str:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         cli.main(["frontier", str(folder / BUNDLE), *few, "-o", str(folder / PICTURE)], standalone_mode=False)
     return ""
+
+
+@contextmanager
+def serving(bundle: Path, target: str, *options: str, output: IO[str] | None = None) -> Iterator[tuple[str, Process]]:
+    """A server's address, once it answers, and its process. What it prints goes to `output`."""
+    import httpx
+
+    from tests.commands.helpers import free_port
+
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
+    process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
+    try:
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise SystemExit("The server has ended.")
+            time.sleep(0.1)
+        yield address, process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def start(target: Callable[..., None], *args: object) -> ForkServerProcess:

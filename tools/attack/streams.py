@@ -13,9 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -26,6 +23,7 @@ from typing import Any
 
 import click
 import httpx
+from shared import Process, serving
 from soak import growth, resident
 
 from dash_export.bundle import Bundle
@@ -132,7 +130,7 @@ def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[s
 
 async def load(
     address: str,
-    process: subprocess.Popen[bytes],
+    process: Process,
     bodies: list[tuple[str, dict[str, Any]]],
     minutes: float,
     streams: int,
@@ -140,11 +138,6 @@ async def load(
 ) -> tuple[Load, list[Any]]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
-        while True:
-            with suppress(httpx.TransportError):
-                if (await client.get("/health")).status_code == 200:
-                    break
-            await asyncio.sleep(0.1)
         found = Load(client, bodies, [], float("inf"))
         for index in range(len(found.bodies)):
             text, ended = await found.answer(index, "whole", 0)
@@ -171,19 +164,13 @@ async def load(
 @click.option("--seed", default=0, show_default=True)
 def main(bundle: Path, target: str, minutes: float, streams: int, seed: int) -> None:
     """Ask alone, then with all."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
-    process = subprocess.Popen([*command, "--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN)])
     opened = Bundle.open(bundle)
     letters = min(900, opened.manifest.model.max_positions // 4)
     bodies = drawn(Random(seed), 60, letters, Text(opened.root).template is not None)
-    try:
-        done, samples = asyncio.run(load(f"http://127.0.0.1:{port}", process, bodies, minutes, streams, seed))
+    options = ("--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN))
+    with serving(bundle, target, *options) as (address, process):
+        done, samples = asyncio.run(load(address, process, bodies, minutes, streams, seed))
         code = process.wait(DRAIN + 10)
-    finally:
-        process.kill()
     done.faults += [] if code in (0, -signal.SIGTERM) else [f"the server ended with {code}"]
     print_table(f"{streams} streams, {minutes:g} minutes", ("requests",), ("",), sorted(done.counts.items()))
     figures = growth(samples, minutes, FLAT)

@@ -104,10 +104,8 @@ def command(
 
     runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads, trusted_key=trusted_key)
     templated = runtime.text.template is not None and not raw
-    if system is not None and not templated:
-        raise RequestError(
-            "This model has no chat template, so there is no place for --system: put it into the prompt."
-        )
+    if not templated and (chat or system is not None):
+        raise RequestError("This model has no chat template, so there is no --chat and no --system: give plain text.")
     if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
         if not setting.hold:
             raise click.UsageError("--no-hold is of a --budget: what the bundle recommends is not held.")
@@ -115,8 +113,6 @@ def command(
         if setting.budget is not None:
             told = f"[budget {setting.budget:g} on the calibration text, as this bundle recommends"
             click.echo(f"{told}; --policy dense skips nothing]", err=True)
-    if chat and not templated:
-        raise RequestError("This model has no chat template, so there is no --chat: give it plain text.")
     options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)

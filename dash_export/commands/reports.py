@@ -21,12 +21,12 @@ from dash_export.replacing import check_movable, check_outside_bundles
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BEGINNING, _LONGEST_NAME = 8192, 200
+_BEGINNING = 8192
 
 
 def check_reports(*outputs: Path) -> None:
-    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this program's
-    and for too long a name, OutputError for a place in a bundle or a work folder.
+    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this
+    program's, OutputError for a place in a bundle or a work folder.
     """
     for path in outputs:
         ours = not os.path.lexists(path)
@@ -39,8 +39,6 @@ def check_reports(*outputs: Path) -> None:
                 pass
         if not ours:
             raise RequestError(f"{path} exists and is no report of ours: it will not be overwritten. Choose another.")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise RequestError(f"The name {path.name[:40]}... is too long: {_LONGEST_NAME} bytes at most.")
         check_outside_bundles(path)
 
 

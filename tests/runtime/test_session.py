@@ -209,18 +209,23 @@ def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf
     assert [twin.prefilled for twin in twins] == [12, 9]
 
 
+class Counts:
+    """A policy that skips nothing, and begins so many conversations."""
+
+    def __init__(self, most: int = 99) -> None:
+        self.begun, self.most = 0, most
+
+    def begin(self, *_: object) -> None:
+        self.begun += 1
+        if self.begun > self.most:
+            raise ValueError("no more")
+
+    def skips(self, state: Any) -> np.ndarray:
+        return np.zeros((2, len(state.tokens)), np.bool_)
+
+
 def test_another_conversation_begins_anew(runtime: DashRuntime) -> None:
     """Also where it has its beginning in common with the last one; one that goes on does not begin."""
-
-    class Counts:
-        begun = 0
-
-        def begin(self, *_: object) -> None:
-            self.begun += 1
-
-        def skips(self, state: Any) -> np.ndarray:
-            return np.zeros((2, len(state.tokens)), np.bool_)
-
     policy = Counts()
     live = runtime.session_under(policy)
     for number in range(3):
@@ -235,21 +240,9 @@ def test_another_conversation_begins_anew(runtime: DashRuntime) -> None:
 
 def test_a_reset_that_breaks_off(runtime: DashRuntime) -> None:
     """Whatever is left, a fork is what its parent is."""
-
-    class Once:
-        begun = 0
-
-        def begin(self, *_: object) -> None:
-            self.begun += 1
-            if self.begun > 1:
-                raise ValueError("once only")
-
-        def skips(self, state: Any) -> np.ndarray:
-            return np.zeros((2, len(state.tokens)), np.bool_)
-
-    live = runtime.session_under(Once())
+    live = runtime.session_under(Counts(1))
     live.prefill(FIRST)
-    with pytest.raises(PolicyError, match="once only"):
+    with pytest.raises(PolicyError, match="no more"):
         live.reset()
     expected = runtime.session().prefill([*live.tokens, 7])
     np.testing.assert_allclose(live.fork().prefill([7]), expected, atol=1e-5)

@@ -20,9 +20,12 @@ from tests.evaluate.test_score import SETTINGS, TEXT
 
 def point(kind: str, time: float, kl: float = 0.1, more: float = 0.0, spread: float = 0.0, build: str = "") -> Point:
     """`more` perplexity; its bounds and those of the time are as far as `spread`."""
-    around = Interval(kl, kl, kl)
-    ratio = Interval(1 + more, 1 + more - spread, 1 + more + spread)
-    quality = Result(build, Setting(kind), 100, 30.0, time, 4, {"kl": around, "perplexity_ratio": ratio})
+    figures = {
+        "kl": Interval(kl, 0.9 * kl, 1.2 * kl),
+        "perplexity": Interval(30 + 10 * kl, 25.0, 60.0),
+        "perplexity_ratio": Interval(1 + more, 1 + more - spread, 1 + more + spread),
+    }
+    quality = Result(build, Setting(kind), 100, 30.0, time, 4, figures)
     return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time))
 
 

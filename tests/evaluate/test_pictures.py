@@ -4,39 +4,29 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dash_export.decision import Setting, Unit
+from dash_export.decision import Unit
 from dash_export.evaluate.exchange import Point
-from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.score import Result
-from dash_export.evaluate.timing import Timing
+from tests.evaluate.test_exchange import point
 
 pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
 from dash_export.evaluate.pictures import frontier_figure, render, skip_map_figure, visible
 
 
-def point(setting: Setting, time: float, kl: float, measured: bool = True, build: str = "") -> Point:
-    around = Interval(kl, 0.9 * kl, 1.2 * kl)
-    perplexity = Interval(30 + 10 * kl, 25.0, 60.0)
-    quality = Result(build, setting, 100, 28.0, time, 4, {"kl": around, "perplexity": perplexity})
-    return Point(quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
-
-
-def points(*builds: str, measured: bool = True) -> list[Point]:
-    own = [
-        point(setting, time, kl, measured)
-        for setting, time, kl in (
-            (Setting("dense"), 1.0, 0.0),
-            (Setting("static", skipped=2.0), 0.95, 0.3),
-            (Setting("static", skipped=4.0), 0.9, 0.5),
-            (Setting("token", skipped=2.0), 0.96, 0.1),
-            (Setting("token", skipped=4.0), 0.91, 0.2),
-        )
-    ]
-    return own + [point(Setting("dense"), 0.8, 0.4, measured, build) for build in builds]
+def points(*builds: str) -> list[Point]:
+    kinds = (
+        ("dense", 1.0, 0.0),
+        ("static", 0.95, 0.3),
+        ("static", 0.9, 0.5),
+        ("token", 0.96, 0.1),
+        ("token", 0.91, 0.2),
+    )
+    own = [point(kind, time, kl, spread=0.2) for kind, time, kl in kinds]
+    return own + [point("dense", 0.8, 0.4, spread=0.2, build=build) for build in builds]
 
 
 def texts(figure: object) -> list[str]:
@@ -51,7 +41,7 @@ def test_frontier_says_what_it_shows() -> None:
     for expected in ("KL from dense (nats per token)", "perplexity", "dense", "static", "token", "pruned:cpu",
                      "own$x_{:cpu$", "$y^", "decode time per token, fraction of dense (measured)"):  # fmt: skip
         assert expected in said, expected
-    predicted = texts(frontier_figure(points(measured=False), "t", "c"))
+    predicted = texts(frontier_figure([replace(one, timing=None) for one in points()], "t", "c"))
     assert "decode time per token, fraction of dense (predicted)" in predicted
     left = next(axes for axes in figure.axes if "KL" in axes.get_ylabel())
     (low, high), (fast, slow) = left.get_ylim(), left.get_xlim()

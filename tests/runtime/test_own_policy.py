@@ -110,20 +110,12 @@ class Floats(ByPosition):
     def skips(self, state):
         return state.damage
 
-class Needs:
-    def __init__(self, what):
-        pass
-
 class Fails(ByPosition):
     def __init__(self):
         raise ValueError("not today")
 
 class Begins(ByPosition):
     def begin(self, model, units, cost):
-        raise ValueError("not today")
-
-class Raises(ByPosition):
-    def skips(self, state):
         raise ValueError("not today")
 
 class Writes(ByPosition):
@@ -172,16 +164,13 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
     [
         ("{own}:Wrong", r"Wrong.skips must return bool \[2, 1\], units and tokens; got bool \[1, 1\]"),
         ("{own}:Floats", r"Floats.skips must return bool .*; got float32 \[2, 1\]"),
-        ("{own}:Needs", "cannot be made without arguments"),
         ("{own}:Fails", "cannot be made without arguments: not today"),
         ("{own}:Begins", "Begins.begin: ValueError: not today"),
-        ("{own}:Raises", "Raises.skips: ValueError: not today"),
         ("{own}:Exits", "Exits.skips: SystemExit: 0"),
         ("{own}:Writes", "Writes.skips: ValueError: output array is read-only"),
         ("{own}:Ragged", "Ragged.skips: ValueError"),
         ("{own}:NoPolicy", r"is no policy: it needs the methods begin\(model, units, cost\) and skips\(state\)"),
         ("{own}:thing", "has no class 'thing'"),
-        ("{own}:Missing", "has no class 'Missing'"),
         ("{own}.py:ByPosition", "cannot be imported: FileNotFoundError"),
         ("no.such.module:ByPosition", "no.such.module cannot be imported: ModuleNotFoundError"),
         (":", " cannot be imported: ValueError"),
@@ -202,12 +191,9 @@ def test_amounts_mean_nothing_to_it(own: str, runtime: DashRuntime) -> None:
         runtime.session(f"{own}:ByPosition", budget=0.9)
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"), [("import sys\nsys.exit(0)\n", "SystemExit"), ("def broken(:\n", "SyntaxError")]
-)
-def test_a_file_that_ends_the_program_or_is_no_python(text: str, wrong: str, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(text)
-    with pytest.raises(PolicyError, match=f"cannot be imported: {wrong}"):
+def test_a_file_that_ends_the_program(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(PolicyError, match="cannot be imported: SystemExit"):
         load_policy(f"{tmp_path / 'own.py'}:Policy")
 
 

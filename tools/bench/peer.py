@@ -52,13 +52,11 @@ class DashExport(Peer):
 
     def __init__(self, model: str, threads: int) -> None:
         from dash_export import DashRuntime
-        from dash_export.runtime.ort_engine import start_thread_pool
 
         bundle, target, setting = model.split("::")
-        start_thread_pool(threads)
         key, _, value = setting.partition("=")
         options: dict[str, Any] = {"policy": key} if not value else {"policy": "token", key: float(value)}
-        self.session = DashRuntime.load(bundle, target).session(**options)
+        self.session = DashRuntime.load(bundle, target, threads=threads).session(**options)
 
     def begin(self) -> None:
         self.session.reset()

@@ -1,7 +1,6 @@
 """`polygraphy run --dash`, as a user calls it: engines against their portable graphs, whole steps, and the errors."""
 
 import importlib.metadata
-import inspect
 import re
 import subprocess
 import sys
@@ -21,6 +20,8 @@ MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
 CLOSE = ("--atol", "1e-4", "--rtol", "1e-3")
 HALF = ("--atol", "2e-3", "--rtol", "1e-3")
 """For a bypass's K and V beside its layer's: a bundle keeps those of the bypass in 16 bits."""
+SEQUENTIAL = "--sequential-runners"
+"""Side by side they report no times."""
 FP32 = ("--dash-target", "cpu-fp32")
 Here = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -46,14 +47,6 @@ def here(capsys: pytest.CaptureFixture[str]) -> Here:
     return run
 
 
-def sequential() -> list[str]:
-    """Newer versions run all runners side by side, and then report no times."""
-    from polygraphy.tools.args import ComparatorCompareArgs
-
-    known = inspect.signature(ComparatorCompareArgs.__init__).parameters
-    return ["--sequential-runners"] if "allow_sequential_runners" in known else []
-
-
 def passed(result: subprocess.CompletedProcess[str]) -> bool:
     assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
     assert ("PASSED | Runtime" in result.stdout) == (result.returncode == 0), result.stdout + result.stderr
@@ -70,7 +63,7 @@ def test_a_prefill_by_the_graphs_path(tiny_root: Path) -> None:
     """The model names bundle and engine; the runners in the other order; more steps than positions are left."""
     steps = ("--dash-tokens", "7", "--dash-context", "30", "--iterations", "20")
     graph = tiny_root / "onnx" / "layer_04.onnx"
-    result = polygraphy(graph, "--dash", *FP32, "--onnxrt", *steps, *CLOSE, *sequential())
+    result = polygraphy(graph, "--dash", *FP32, "--onnxrt", *steps, *CLOSE, SEQUENTIAL)
     assert passed(result), result.stdout
     assert "hidden [dtype=float32, shape=(1, 7, " in result.stdout
     times = re.findall(r"Completed 20 iteration\(s\) in ([\d.e+-]+) ms \| Average inference time", result.stdout)
@@ -105,7 +98,7 @@ def test_engines_that_are_not_their_graphs_fail(own_bundle: Path) -> None:
 def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: Path) -> None:
     kept = tmp_path / "dense.json"
     steps = ("--dash-tokens", "2", "--iterations", "3")
-    dense = polygraphy(tiny_root, "--dash", *FP32, *steps, "--save-outputs", kept, *sequential())
+    dense = polygraphy(tiny_root, "--dash", *FP32, *steps, "--save-outputs", kept, SEQUENTIAL)
     assert passed(dense), dense.stdout
     assert "{input_ids [dtype=int64, shape=(1, 66)]}" in dense.stdout
     assert "{logits [dtype=float32, shape=(1, 2, 300)]}" in dense.stdout

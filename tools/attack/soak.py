@@ -34,7 +34,7 @@ import numpy as np
 from dash_export import DashRuntime
 from dash_export.commands.tables import print_table
 from dash_export.decision import Setting
-from dash_export.errors import DashError, PolicyError, RequestError
+from dash_export.errors import DashError, PolicyError
 from dash_export.resources import resource_folder
 from dash_export.runtime import Response, Sampling, Session
 
@@ -156,10 +156,8 @@ def cancel(task: Task, _runtime: DashRuntime, session: Session) -> Answer:
 
 def leave(task: Task, _runtime: DashRuntime, session: Session) -> Answer:
     """Left in the middle, and another prompt after it."""
-    answer = []
     stream = session.stream(task.prompts[0], task.tokens, task.sampling)
-    for _, response in zip(range(task.stop_at), stream, strict=False):
-        answer.append(bits(response))
+    answer = [bits(response) for _, response in zip(range(task.stop_at), stream, strict=False)]
     return answer + [bits(each) for each in session.stream(task.prompts[1], task.stop_at, task.sampling)]
 
 
@@ -273,12 +271,7 @@ def possible(runtime: DashRuntime) -> tuple[list[str], list[Setting]]:
             settings.append(setting)
         except PolicyError:
             pass
-    kinds = list(KINDS)
-    try:
-        runtime.text.chat([{"role": "user", "content": "Hello"}])
-    except RequestError:
-        kinds.remove("chat")
-    return kinds, settings
+    return [kind for kind in KINDS if kind != "chat" or runtime.text.template is not None], settings
 
 
 def resident(process: int | str = "self") -> float:
@@ -349,8 +342,7 @@ def report(soak: Soak, samples: list[tuple[float, float]], minutes: float, threa
     print(*soak.faults[:10], sep="\n")
     done = {"done": dict(soak.counts), "faults": len(soak.faults), "first_faults": soak.faults[:3]}
     print(json.dumps({"attack": "soak", "threads": threads, "minutes": minutes, **done, **figures}))
-    if soak.faults or not figures["flat"]:
-        raise SystemExit(1)
+    raise SystemExit(bool(soak.faults) or not figures["flat"])
 
 
 if __name__ == "__main__":

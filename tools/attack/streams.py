@@ -177,8 +177,7 @@ def main(bundle: Path, target: str, minutes: float, streams: int, seed: int) -> 
     print(*done.faults[:10], sep="\n")
     counts = {"done": dict(done.counts), "faults": len(done.faults), "first_faults": done.faults[:3]}
     print(json.dumps({"attack": "streams", "streams": streams, "minutes": minutes, **counts, **figures}))
-    if done.faults or not figures["flat"]:
-        raise SystemExit(1)
+    raise SystemExit(bool(done.faults) or not figures["flat"])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Everything is kept in .cache/: a second run reuses it.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -161,10 +162,7 @@ def _print_modes(name: str, bundle: Bundle, made: Build, modes: Sequence[Mode]) 
 
 
 def _print_next(bundle: Bundle, seconds: float) -> None:
-    try:
-        where = bundle.root.relative_to(Path.cwd())
-    except ValueError:
-        where = bundle.root
+    where = os.path.relpath(bundle.root)
     command = ".venv/bin/dash-export"
     console.print(f"The bundle lies in [bold]{where}[/]. All of this took {seconds:.0f} s. Next:", soft_wrap=True)
     story = f'run {where} "Tell me a story" --budget 0.85 --show-skips'

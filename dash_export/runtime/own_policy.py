@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,6 +51,15 @@ class Policy(Protocol):
         ...
 
 
+@contextmanager
+def _own_errors(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises inside the block into a PolicyError that begins with `what`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise PolicyError(f"{what}: {type(error).__name__}: {error!s:.300}") from error
+
+
 class OwnRule:
     """Rule that asks a policy of the user's, and checks the answer."""
 
@@ -60,18 +70,13 @@ class OwnRule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnRule:
         """Copy the policy, for a fork or a row of a batch. Raises PolicyError where it cannot be copied."""
-        try:
+        with _own_errors(f"{type(self.policy).__name__} cannot be copied, as forks and batches need it"):
             return OwnRule(deepcopy(self.policy, memo), *self._facts)
-        except Exception as error:
-            name = type(self.policy).__name__
-            raise PolicyError(f"{name} cannot be copied, as forks and batches need it: {error!s:.300}") from error
 
     def restart(self) -> None:
         """Begin a conversation. Raises PolicyError for whatever the policy raises."""
-        try:
+        with _own_errors(f"{type(self.policy).__name__}.begin"):
             self.policy.begin(*self._facts)
-        except (Exception, SystemExit) as error:
-            raise PolicyError(f"{type(self.policy).__name__}.begin: {type(error).__name__}: {error!s:.300}") from error
 
     def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
         """Raise PolicyError: a policy of the user's needs the whole state, and a device shows the host only damage."""
@@ -80,10 +85,8 @@ class OwnRule:
     def decide(self, state: State) -> Skips:
         """Return the policy's decision [units, tokens]. Raises PolicyError where it raises or gives something else."""
         shape, name = (self._units, len(state.tokens)), type(self.policy).__name__
-        try:
+        with _own_errors(f"{name}.skips"):
             found = np.asarray(self.policy.skips(state))
-        except (Exception, SystemExit) as error:  # a class of the user's may raise anything
-            raise PolicyError(f"{name}.skips: {type(error).__name__}: {error!s:.300}") from error
         if found.shape != shape or found.dtype != np.bool_:
             raise PolicyError(
                 f"{name}.skips must return bool {list(shape)}, units and tokens; got {found.dtype} {list(found.shape)}."
@@ -96,19 +99,15 @@ def load_policy(text: str) -> Policy:
     ones: the current folder is not searched. Raises PolicyError.
     """
     module, _, name = text.rpartition(":")
-    try:
+    with _own_errors(f"{module} cannot be imported"):
         if module.endswith(".py"):
             found = run_path(module, run_name="dash_export_own_policy").get(name)
         else:
             found = getattr(import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # a file of the user's may raise anything when it is run
-        raise PolicyError(f"{module} cannot be imported: {type(error).__name__}: {error!s:.300}") from error
     if not isinstance(found, type):
         raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
-    try:
+    with _own_errors(f"{text} cannot be made without arguments"):
         policy = found()
-    except (Exception, SystemExit) as error:
-        raise PolicyError(f"{text} cannot be made without arguments: {error!s:.300}") from error
     if not isinstance(policy, Policy):
         raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")
     return policy

@@ -164,7 +164,7 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
     [
         ("{own}:Wrong", r"Wrong.skips must return bool \[2, 1\], units and tokens; got bool \[1, 1\]"),
         ("{own}:Floats", r"Floats.skips must return bool .*; got float32 \[2, 1\]"),
-        ("{own}:Fails", "cannot be made without arguments: not today"),
+        ("{own}:Fails", "cannot be made without arguments: ValueError: not today"),
         ("{own}:Begins", "Begins.begin: ValueError: not today"),
         ("{own}:Exits", "Exits.skips: SystemExit: 0"),
         ("{own}:Writes", "Writes.skips: ValueError: output array is read-only"),

@@ -132,24 +132,20 @@ def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, bui
     """Return places of units that a static policy skips: of the listed layers, or as many of its order as are asked."""
     if setting.skip is not None:
         return units_of(setting.skip, policy.units)
+    wanted = setting.skipped or 0.0
     if setting.max_layers is not None:
         check_max_layers(setting.max_layers, policy.units, model.num_layers)
+        wanted = model.num_layers - setting.max_layers
     order = policy.static_order
     if not order:
         raise PolicyError(
             "The policy in this bundle has no order in which 'static' skips units: it was not trained. List the layers "
             "to skip, or export with a trained policy."
         )
-    skipped, time = 0, 1.0
     for count in range(len(order) + 1):
-        if count:
-            skipped += len(policy.units[order[count - 1]].layers)
-            time -= build.cost.cost[order[count - 1]]
-        if (
-            (setting.budget is not None and time <= setting.budget + 1e-9)
-            or (setting.skipped is not None and skipped >= setting.skipped)
-            or (setting.max_layers is not None and model.num_layers - skipped <= setting.max_layers)
-        ):
+        skipped = sum(len(policy.units[place].layers) for place in order[:count])
+        time = 1.0 - sum(build.cost.cost[place] for place in order[:count])
+        if skipped >= wanted if setting.budget is None else time <= setting.budget + 1e-9:
             return order[:count]
     raise PolicyError(
         f"That is more than the policy 'static' can give: with all of its units skipped a token runs "

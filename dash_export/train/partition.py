@@ -58,13 +58,6 @@ def candidate_groups(num_layers: int, every: int = 1) -> list[list[Unit]]:
     return [[Unit(a, a + size - 1) for a in group for size in LENGTHS if a + size <= num_layers] for group in groups]
 
 
-def judged_candidate(
-    unit: Unit, damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]
-) -> Candidate:
-    """Return a candidate, judged by the damage [tokens] of skipping its unit alone."""
-    return Candidate(unit, float(damage.mean()), saved, mean_gain(damage, saved, trade_offs))
-
-
 def mean_gain(damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]) -> float:
     """Return what a unit gains per token, over tokens of this damage [tokens] and the dial."""
     return float(np.maximum(saved - damage[:, None] / np.geomspace(*trade_offs, GRID), 0).mean())

@@ -39,7 +39,6 @@ from dash_export.train.partition import (
     best_partition,
     candidate_groups,
     greedy_order,
-    judged_candidate,
     mean_gain,
     static_damage,
     units_that_pay,
@@ -205,7 +204,8 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
 
         for unit, damage in zip(group, run.work.once(f"candidates-{number}", damages), strict=True):
             share = saved(model.spec, len(unit.layers))
-            tried.append(judged_candidate(unit, damage.numpy(), share, settings.trade_offs))
+            gain = mean_gain(damage.numpy(), share, settings.trade_offs)
+            tried.append(Candidate(unit, float(damage.mean()), share, gain))
     best = best_partition(tried, model.spec.num_layers)
     if not best:
         raise PolicyError(

@@ -280,7 +280,6 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
                         for of in (facts, spec))  # fmt: skip
         if known != given:
             raise PolicyError(f"it is the policy of {known}; this model is {given}")
-        check_units(facts.units, facts.read, spec.num_layers)
         norm, homes = tensors.pop(_FINAL_NORM, None), defaultdict[str, dict[str, Float32Array]](dict)
         for name, array in tensors.items():
             home, _, own = name.rpartition(".")

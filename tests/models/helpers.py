@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
@@ -111,13 +111,13 @@ def assert_same_model(checkpoint: Checkpoint, model: Any) -> None:
     assert checkpoint.spec.rms_norm_eps == model.config.rms_norm_eps
 
 
-def with_header(data: bytes, change: Callable[[dict[str, Any]], object], tail: bytes = b"") -> bytes:
-    """A safetensors file whose header is changed, and `tail` after its data."""
+def with_header(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A safetensors file whose header is changed."""
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
     change(header)
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[size:] + tail
+    return len(text).to_bytes(8, "little") + text + data[size:]
 
 
 def moved(header: dict[str, Any], which: int, begin: int, end: int) -> None:
@@ -129,26 +129,21 @@ def moved(header: dict[str, Any], which: int, begin: int, end: int) -> None:
 
 
 def twice(data: bytes) -> bytes:
-    """The file with one tensor's name twice in its header, each time with the same place and another shape."""
-    size = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:size])
-    name = next(name for name in header if name != "__metadata__")
-    entry = header[name] | {"shape": [*header[name]["shape"], 1]}
-    text = (json.dumps({name: entry})[:-1] + ", " + json.dumps(header)[1:]).encode()
-    return len(text).to_bytes(8, "little") + text + data[size:]
+    """The file with the final norm's name twice in its header, each time with the same place and another shape."""
+    name, other = "model.norm.weight", "model.norm.weighT"
+
+    def add(header: dict[str, Any]) -> None:
+        header[other] = header[name] | {"shape": [*header[name]["shape"], 1]}
+
+    return with_header(data, add).replace(other.encode(), name.encode())
 
 
 SAFETENSORS_LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
     "overlap": lambda data: with_header(data, lambda header: moved(header, 1, -4, -4)),
-    "gap": lambda data: with_header(data, lambda header: moved(header, -1, 4, 4), bytes(4)),
+    "gap": lambda data: with_header(data, lambda header: moved(header, -1, 4, 4)) + bytes(4),
     "trailing": lambda data: data + bytes(4),
     "beyond": lambda data: with_header(data, lambda header: moved(header, -1, 1 << 40, 1 << 40)),
-    "same": lambda data: with_header(
-        data,
-        lambda header: header.update(
-            other=header["model.final_norm"] if "model.final_norm" in header else header["model.norm.weight"]
-        ),
-    ),
+    "same": lambda data: with_header(data, lambda header: header.update(other=header[max(header)])),
     "twice": twice,
     "header longer than the file": lambda data: (len(data) * 4).to_bytes(8, "little") + data[8:],
     "absurd header": lambda data: ((1 << 64) - 1).to_bytes(8, "little") + data[8:],
@@ -162,23 +157,16 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-class GgufOption(NamedTuple):
-    """A key of some architectures: the config's name for it, and its type."""
-
-    name: str
-    kind: Callable[[Any], Any]
-    families: tuple[str, ...]
-
-
 GGUF_OPTIONS = {
-    "attention.sliding_window": GgufOption("sliding_window", int, ("gemma2", "gemma3", "phi3")),
-    "attn_logit_softcapping": GgufOption("attn_logit_softcapping", float, ("gemma2",)),
-    "final_logit_softcapping": GgufOption("final_logit_softcapping", float, ("gemma2", "gemma3")),
-    "attention.scale": GgufOption("attention_multiplier", float, ("granite",)),
-    "embedding_scale": GgufOption("embedding_multiplier", float, ("granite",)),
-    "residual_scale": GgufOption("residual_multiplier", float, ("granite",)),
-    "logit_scale": GgufOption("logits_scaling", float, ("granite",)),
+    "attention.sliding_window": ("sliding_window", ("gemma2", "gemma3", "phi3")),
+    "attn_logit_softcapping": ("attn_logit_softcapping", ("gemma2",)),
+    "final_logit_softcapping": ("final_logit_softcapping", ("gemma2", "gemma3")),
+    "attention.scale": ("attention_multiplier", ("granite",)),
+    "embedding_scale": ("embedding_multiplier", ("granite",)),
+    "residual_scale": ("residual_multiplier", ("granite",)),
+    "logit_scale": ("logits_scaling", ("granite",)),
 }
+"""Key of some architectures -> the config's name for it, and these architectures."""
 
 
 def random_blocks(kind: str, rows: int = 8, columns: int = 512) -> np.ndarray:
@@ -228,9 +216,9 @@ def write_gguf(
     }
     if family == "llama":
         values["llama.rope.dimension_count"] = head_dim
-    for key, option in GGUF_OPTIONS.items():
-        if family in option.families and getattr(config, option.name, None):
-            values[f"{family}.{key}"] = option.kind(getattr(config, option.name))
+    for key, (option, families) in GGUF_OPTIONS.items():
+        if family in families and getattr(config, option, None):
+            values[f"{family}.{key}"] = getattr(config, option)
     values |= {
         "tokenizer.ggml.tokens": byte_tokens(),
         "tokenizer.ggml.token_type": [1] * 257 + [3, 3],

@@ -16,27 +16,6 @@ from tests.tiny import LLAMA3
 CONFIG: dict[str, Any] = {"model_type": "llama", **DIMENSIONS}
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("llama", {"head_dim": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}),
-        ("llama", {"rope_parameters": LLAMA3}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
-        ("qwen2", {"num_hidden_layers": 3}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {"head_dim": 16}),
-        ("qwen3", {"head_dim": 32, "attention_bias": True}),
-    ],
-)
-def test_equals_transformers(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
-    model = save_tiny(tmp_path, family, **options)
-    assert_same_model(open_checkpoint(tmp_path), model)
-
-
 OLDER = {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
 
 
@@ -60,12 +39,14 @@ OLDER = {name: value for name, value in LLAMA3.items() if name not in ("rope_typ
             {"rope_theta": 10_000.0, "sliding_window": 131_072, "head_dim": None},
         ),
         ("qwen3", {}, ("head_dim",), {}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, (), {}),
     ],
-    ids=["type llama3", "type linear", "llama3", "linear", "a window not in use", "no head_dim"],
+    ids=["type llama3", "type linear", "llama3", "linear", "a window not in use", "no head_dim", "dynamic"],
 )
 def test_older_spellings(
     tmp_path: Path, family: str, options: dict[str, Any], removed: tuple[str, ...], written: dict[str, Any]
 ) -> None:
+    """And a scaling that the context does not need. Every family and option in its usual form: graphs/test_families."""
     model = save_tiny(tmp_path, family, **options)
     edit_config(tmp_path, removed, **written)
     assert_same_model(open_checkpoint(tmp_path), model)

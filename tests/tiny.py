@@ -11,7 +11,7 @@ from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
 from dash_export.policy import SkipPolicy, stored_columns, untrained_policy
-from tests.models.helpers import tiny_model, tiny_tokenizer
+from tests.models.helpers import save_tiny
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -39,9 +39,7 @@ def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
     """A random model of `family` with a tokenizer and a chat template; 6 layers unless said otherwise. Returns the
     transformers model.
     """
-    model = tiny_model(family, scaled=True, **({"num_hidden_layers": 6} | options))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    model = save_tiny(folder, family, **({"scaled": True, "num_hidden_layers": 6} | options))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return model
 

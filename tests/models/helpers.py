@@ -62,14 +62,14 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(family: str, scaled: bool = False, **options: Any) -> Any:
+def tiny_model(family: str, scaled: bool = False, kind: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
     """A random float32 transformers model; every tensor (biases and norms too) differs from its initial value.
     `scaled`: gains near one and matrices that keep the scale, so that attention is far from uniform and no layer is
     lost in another's noise.
     """
     config = transformers.AutoConfig.for_model(family, **(DIMENSIONS | options))
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = kind.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)

@@ -14,27 +14,17 @@ from dash_export.models import open_checkpoint
 from dash_export.models.config import decoder_spec
 from dash_export.models.published import family_config
 from dash_export.models.torch_model import torch_model
-from tests.models.helpers import DIMENSIONS, edit_config, tiny_tokenizer
+from tests.models.helpers import DIMENSIONS, edit_config, save_tiny
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA_3 = {
     "text_config": DIMENSIONS | {"head_dim": 16, "tie_word_embeddings": True},
     "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+    "tie_word_embeddings": True,
 }
-GRANITE_4 = DIMENSIONS | {"shared_intermediate_size": 96, "intermediate_size": 7, "num_local_experts": 0}
+GRANITE_4 = {"shared_intermediate_size": 96, "intermediate_size": 7, "num_local_experts": 0}
 GRANITE_4 |= {"position_embedding_type": "rope", "layer_types": ["full_attention"] * 2, "attention_multiplier": 0.3}
 GRANITE_4 |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0}
-
-
-def save(folder: Path, family: str, kind: Any, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = kind.from_config(transformers.AutoConfig.for_model(family, **options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    return model
 
 
 def check(folder: Path, model: Any) -> None:
@@ -51,7 +41,7 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
 
 
 def test_the_text_half_of_a_gemma_3_that_sees(tmp_path: Path) -> None:
-    model = save(tmp_path, "gemma3", transformers.AutoModelForImageTextToText, **GEMMA_3)
+    model = save_tiny(tmp_path, "gemma3", scaled=True, kind=transformers.AutoModelForImageTextToText, **GEMMA_3)
     check(tmp_path, model)
     there, other = "language_model.model.", "model.language_model."
     new = any(name.startswith(other) for name in load_file(tmp_path / "model.safetensors"))
@@ -69,7 +59,7 @@ def test_what_the_first_gemma_3_leaves_out() -> None:
 
 
 def test_a_dense_granite_4(tmp_path: Path) -> None:
-    model = save(tmp_path, "granitemoehybrid", transformers.AutoModelForCausalLM, **GRANITE_4)
+    model = save_tiny(tmp_path, "granitemoehybrid", scaled=True, **GRANITE_4)
     check(tmp_path, model)
     edit_config(tmp_path, layer_types=["attention"] * 2)
     check(tmp_path, model)

@@ -1,3 +1,4 @@
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,19 +216,14 @@ METADATA = [
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor"),
     ({"llama.rope.scaling.type": "linear"}, "factor"),
     ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
-    ({"llama.attention.causal": "false"}, "attention.causal"),
     ({"llama.rope.freq_base": -1.0}, "rope_theta"),
     ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
-    ({"llama.expert_count": 8}, "expert"),
     ({"llama.attention.sliding_window": 4096}, "sliding"),
     ({"llama.rope.freq_bast": 500000.0}, "freq_bast"),
-    ({"llama.attn_logit_softcapping": 50.0}, "softcapping"),
     ({"llama.attention.causal": False}, "causal"),
     ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor"),
     ({"gemma2.attention.sliding_window": "x"}, "sliding_window"),
-    ({"gemma2.expert_count": 2}, "gemma2.expert_count, which is not supported"),
     ({"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}, "embedding_length"),
-    ({"gemma2.attention.key_length": [1, 2]}, "key_length"),
     ({"gemma2.rope.dimension_count": 8}, "rope.dimension_count 8 is not supported"),
     ({"granite.rope.scaling.finetuned": False}, "without RoPE"),
     ({"phi3.rope.scaling.attn_factor": 1.3}, r"attn_factor 1\.3 is not supported; expected 1"),
@@ -315,9 +311,7 @@ def with_offset(data: bytes, name: str, change: Callable[[int], int]) -> bytes:
 
 
 LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
-    "unaligned": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - 3),
     "overlap": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - 32),
-    "same place": lambda data: with_offset(data, "blk.1.attn_q.weight", lambda _: 0),
     "gap": lambda data: with_offset(data, "output.weight", lambda offset: offset + 32) + bytes(32),
     "wrapping": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - (1 << 63)),
     "trailing": lambda data: data + bytes(1),
@@ -346,25 +340,11 @@ def test_the_end_may_be_padded_or_not(tmp_path: Path) -> None:
         assert_same_model(open_checkpoint(path), model)
 
 
-@pytest.mark.parametrize(
-    ("kind", "item"),
-    [(0, b"\x7f"), (5, b"\x7f" * 4), (8, (2).to_bytes(8, "little") + b"ab")],
-    ids=["bytes", "int", "text"],
-)
-def test_metadata_takes_no_multiple_of_the_file(tmp_path: Path, tiny_bytes: bytes, kind: int, item: bytes) -> None:
+def test_metadata_takes_no_multiple_of_the_file(tmp_path: Path, tiny_bytes: bytes) -> None:
     """Arrays nobody reads, far more than a vocabulary has: Python's objects are larger than what they are made of."""
-    count = 1 << 19
-    entries = b"".join(
-        len(key := f"a{index}".encode()).to_bytes(8, "little")
-        + key
-        + (9).to_bytes(4, "little")
-        + kind.to_bytes(4, "little")
-        + count.to_bytes(8, "little")
-        + item * count
-        for index in range(16)
-    )
-    keys = int.from_bytes(tiny_bytes[16:24], "little") + 16
-    path = tmp_path / "tiny.gguf"
+    arrays, count, path = 5, 1 << 19, tmp_path / "tiny.gguf"
+    keys = int.from_bytes(tiny_bytes[16:24], "little") + arrays
+    entries = b"".join(struct.pack("<QcIIQ", 1, b"%d" % name, 9, 0, count) + bytes(count) for name in range(arrays))
     path.write_bytes(tiny_bytes[:16] + keys.to_bytes(8, "little") + entries + tiny_bytes[24:])
     with pytest.raises(CheckpointError, match="elements in arrays"):
         open_checkpoint(path)

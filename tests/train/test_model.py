@@ -58,20 +58,15 @@ def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
 
 
 @torch.no_grad()
-def forced(model: GatedModel, policy: SkipPolicy, ids: np.ndarray, actions: np.ndarray) -> Rollout:
-    skips = torch.from_numpy(unit_skips(actions, policy.units).T[None])
-    return model.rollout(
-        torch.from_numpy(ids[None]), SkipModules(policy), lambda _: skips, torch.zeros(1, len(ids), dtype=torch.bool)
-    )
-
-
 def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
     ids = random_ids(TOKENS)
     actions = random_actions(TOKENS, checkpoint.spec.num_layers, policy.units)
     expected = Oracle(checkpoint, policy).forward(ids, actions=actions)
-    rollout = forced(model, policy, ids, actions)
+    skips = torch.from_numpy(unit_skips(actions, policy.units).T[None])
+    modules, dense = SkipModules(policy), torch.zeros(1, TOKENS, dtype=torch.bool)
+    rollout = model.rollout(torch.from_numpy(ids[None]), modules, lambda _: skips, dense)
     np.testing.assert_allclose(logits(model, rollout), expected.logits, atol=1e-4)
-    damage = SkipModules(policy).damage(rollout.state)[0].detach()
+    damage = modules.damage(rollout.state)[0]
     np.testing.assert_allclose(damage.numpy(), expected.damage, atol=1e-5)
 
 

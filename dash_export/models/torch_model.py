@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -109,11 +108,7 @@ def _unfuse(layer: Any, spec: DecoderSpec) -> None:
             parts.append(torch.nn.Linear(columns, rows, bias=False))
             setattr(module, f"{name}_proj", parts[-1])
         delattr(module, whole)  # a function in its place: it has no weights of its own
-        setattr(module, whole, partial(_side_by_side, parts))
-
-
-def _side_by_side(parts: list[torch.nn.Linear], hidden: torch.Tensor) -> torch.Tensor:
-    return torch.cat([part(hidden) for part in parts], -1)
+        setattr(module, whole, lambda hidden, parts=parts: torch.cat([part(hidden) for part in parts], -1))
 
 
 def unit_normed(hidden: torch.Tensor, spec: DecoderSpec) -> torch.Tensor:

@@ -78,7 +78,6 @@ class Oracle:
                     stack.enter_context(instead(decoder.get_submodule(name), skip[None], row))
                 for layer in own:
                     hidden = decoder.layers[layer](hidden, **inputs.of(layer))
-                    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             hidden = torch.where(skip[None, :, None], entered + update, hidden)
             index = own.stop
         logits = logits_of(self.model, decoder.norm(hidden)[0], self.spec.traits)

@@ -158,8 +158,7 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
 
 def _kinds(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
-    if not sound or not isinstance(kinds, list) or len(kinds) != len(tokens):
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not all(kind in range(1, 7) for kind in kinds):
         raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
     return [*kinds]
 

@@ -18,7 +18,7 @@ from dash_export.models.spec import LAYERS, Checkpoint, DecoderSpec, Weight, lay
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
 CHUNK_BYTES = 8 << 20
-MAX_AXES, MAX_HEADER = 4, 16 << 20
+MAX_HEADER = 16 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -133,8 +133,6 @@ def open_weights(files: list[Path]) -> dict[str, Weight]:
                 if name in weights:
                     raise ValueError(f"{name!r:.100} is in another file of the model too")
                 shape, dtype = tuple(entry["shape"]), entry["dtype"]
-                if len(shape) > MAX_AXES or 0 in shape:
-                    raise ValueError(f"{name!r:.100} has the shape {list(shape)}")
                 offset = data + entry["data_offsets"][0]
                 weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype, shape, offset))
         except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:

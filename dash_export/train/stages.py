@@ -320,10 +320,7 @@ def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> 
 
     def told(name: str, done: int, steps: int) -> None:
         stage = name.partition(",")[0].removeprefix("further ")
-        if stage in passes and steps:
-            before = sum(list(passes.values())[: list(passes).index(stage)])
-            progress(f"{name}, {done} of {steps}", round(before + passes[stage] * done / steps), total)
-        else:
-            progress(name, 0, 0)
+        before = sum(list(passes.values())[: list(passes).index(stage)])
+        progress(f"{name}, {done} of {steps}", round(before + passes[stage] * done / steps), total)
 
     return told

@@ -22,6 +22,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("policy") / "model")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> GatedModel:
     return GatedModel(checkpoint, torch.device("cpu"), torch.float32)

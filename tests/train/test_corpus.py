@@ -5,18 +5,17 @@ import pytest
 import torch
 
 from dash_export.errors import RequestError
+from dash_export.models import Checkpoint
 from dash_export.runtime.text import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
+from dash_export.train.training import _text
 from tests.models.helpers import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Text:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    return Text(folder)
+def text(checkpoint: Checkpoint) -> Text:
+    return _text(checkpoint)
 
 
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:

@@ -43,11 +43,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return of_few_bits(tiny_checkpoint(tmp_path_factory.mktemp("policy") / "model"))
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint: Checkpoint) -> GatedModel:
-    return GatedModel(checkpoint, torch.device("cpu"), torch.float32)
-
-
 @pytest.fixture(params=["2-3,4", "1,3-5", "2-5"])
 def policy(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> SkipPolicy:
     return policy_of(checkpoint, request.param)

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dash_export.decision import Unit
-from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
 from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, instead, torch_model, unit_normed
@@ -44,13 +43,11 @@ class Head(NamedTuple):
 
 class SkipModules(nn.Module):
     """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
-    tokens [..., hidden]. Raises PolicyError for a bypass without weights: there is nothing to train.
+    tokens [..., hidden]. Every bypass has weights.
     """
 
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
-        if not all(policy.bypasses):
-            raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
         self.units = policy.units
         self.read = policy.read
         self.network = _parameters(policy.network or {})

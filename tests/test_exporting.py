@@ -33,20 +33,17 @@ MEGABYTES = 1 << 20
 # Peak resident set in MB over that after the imports, of exporting argv[1] to argv[2].
 PEAK = """
 import sys
-from pathlib import Path
 import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggingface
 from dash_export.models import open_checkpoint
 from dash_export.policy import untrained_policy
+from dash_export.runtime.cpus import peak_memory
 
-def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-
-before = peak()
+before = peak_memory()
 checkpoint = open_checkpoint(sys.argv[1])
 dash_export.exporting.export(checkpoint, sys.argv[2], untrained_policy(checkpoint.spec))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
-print(peak() - before)
+print((peak_memory() - before) / (1 << 20))
 """
 
 

@@ -26,24 +26,21 @@ DIMENSIONS: dict[str, Any] = {
 }
 
 # Opens argv[1], reads all by blocks, prints how far the peak resident set rises while it is read, in MB.
-# VmHWM, not ru_maxrss: that one a child inherits from its parent, and pytest with torch hides any growth.
 WALK = """
 import sys
 from pathlib import Path
 from dash_export.models import open_checkpoint, row_blocks
+from dash_export.runtime.cpus import peak_memory
 import dash_export.models.gguf, dash_export.models.huggingface, gguf, safetensors
-
-def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
 
 checkpoint = open_checkpoint(sys.argv[1])  # its tokenizer takes more than all that follows
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = peak()
+before = peak_memory()
 for weight in checkpoint.weights.values():
     for rows in row_blocks(weight):
         pass
 assert "torch" not in sys.modules and "transformers" not in sys.modules
-print(peak() - before)
+print((peak_memory() - before) >> 20)
 """
 
 

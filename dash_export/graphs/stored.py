@@ -16,6 +16,7 @@ import onnx_ir as ir
 from dash_export.errors import BundleError
 from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, split_blocks
 from dash_export.graphs.writer import lazy_weight
+from dash_export.manifest import DAMAGED
 from dash_export.models.spec import Weight
 
 STORED = "stored"
@@ -36,9 +37,7 @@ class Stored:
         """Return (factors, other bytes). Raises BundleError for factors that are NaN or infinite."""
         factors = self.factors.numpy()
         if not np.isfinite(factors).all():
-            raise BundleError(
-                f"{self.factors.name:.100} has numbers that are none. The bundle is damaged: export it again."
-            )
+            raise BundleError(f"{self.factors.name:.100} has numbers that are none. {DAMAGED}")
         return factors, self.others.numpy()
 
 
@@ -85,7 +84,7 @@ def fold_conversions(model: ir.Model) -> None:
         if (found := _restored(node, name, tensors)) is None:
             continue
         if twice := seen & (sources := {str(one.name) for one in values if one is not None}):
-            raise BundleError(f"{min(twice):.100} is converted twice. The bundle is damaged: export it again.")
+            raise BundleError(f"{min(twice):.100} is converted twice. {DAMAGED}")
         seen |= sources
         value = ir.val(name, const_value=found)
         graph.register_initializer(value)
@@ -144,4 +143,4 @@ def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor
             found = lazy(lambda: dequantized(stored.kind, *stored.read()), (rows, blocks * block.weights))
             found.meta[STORED] = stored
             return found
-    raise BundleError(f"{name:.100} is no {node.op_type:.100} of {DOMAIN}. The bundle is damaged: export it again.")
+    raise BundleError(f"{name:.100} is no {node.op_type:.100} of {DOMAIN}. {DAMAGED}")

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dash_export.errors import BAD_GRAPH, BundleError
 from dash_export.graphs.stored import fold_conversions
 from dash_export.graphs.writer import GraphWriter
+from dash_export.manifest import DAMAGED
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -23,11 +24,9 @@ def load_graph(path: Path) -> ir.Model:
         ir.to_proto(model)  # fails for names that are not text: onnx reads them as bytes
         ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
-        raise BundleError(
-            f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again."
-        ) from error
+        raise BundleError(f"{path} is not a readable ONNX graph ({error}). {DAMAGED}") from error
     if not len(model.graph):
-        raise BundleError(f"{path} holds no graph. The bundle is damaged: export it again.")
+        raise BundleError(f"{path} holds no graph. {DAMAGED}")
     attributes = [
         item for node in ir.traversal.RecursiveGraphIterator(model.graph) for item in node.attributes.values()
     ]
@@ -39,9 +38,7 @@ def load_graph(path: Path) -> ir.Model:
                 _check_external(path, tensor)
         fold_conversions(model)
     except BAD_GRAPH as error:
-        raise BundleError(
-            f"{path}: its weights cannot be read ({error}). The bundle is damaged: export it again."
-        ) from error
+        raise BundleError(f"{path}: its weights cannot be read ({error}). {DAMAGED}") from error
     return model
 
 
@@ -59,18 +56,16 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
             f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
         )
     if not file.exists():
-        raise BundleError(f"{file}, with {tensor.name}, is missing. The bundle is damaged: export it again.")
+        raise BundleError(f"{file}, with {tensor.name}, is missing. {DAMAGED}")
     if file.stat().st_nlink > 1:
         raise BundleError(
             f"{file} has a second name (a hard link), and weights that another name can change are not read. Copy the "
-            f"bundle (cp -r) and use the copy."
+            "bundle (cp -r) and use the copy."
         )
     if tensor.length not in (None, tensor.nbytes):
-        raise BundleError(
-            f"{path}: {tensor.name} has another size than its shape. The bundle is damaged: export it again."
-        )
+        raise BundleError(f"{path}: {tensor.name} has another size than its shape. {DAMAGED}")
     if file.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
-        raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
+        raise BundleError(f"{file} is cut short: {tensor.name} is not whole. {DAMAGED}")
 
 
 def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:

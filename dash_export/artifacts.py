@@ -1,6 +1,4 @@
-"""Files that are made once per key and survive a kill: written under a temporary name, renamed when whole, noted in a
-journal.
-"""
+"""Files made once per key, safe from kills: written under a temporary name, renamed when whole, noted in a journal."""
 
 import errno
 import fcntl
@@ -72,9 +70,7 @@ def record_of(folder: Path, name: str) -> FileRecord:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes. Raises OSError for anything else: a sparse file of
-    terabytes fills the memory.
-    """
+    """Return a regular file's bytes, `limit` at most. Raises OSError for anything else: a sparse file fills memory."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:

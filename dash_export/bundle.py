@@ -88,9 +88,7 @@ class Bundle:
 
     @classmethod
     def open(cls, root: str | Path, name: str | None = None) -> Bundle:
-        """Read and check `manifest.json`. Raises BundleError when it is missing, damaged, unsafe or from a newer
-        program.
-        """
+        """Read and check `manifest.json`. Raises BundleError for one that is missing, damaged, unsafe or newer."""
         root = Path(root)
         root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers use its name
         contents = _contents(root, MANIFEST)
@@ -226,9 +224,7 @@ class Bundle:
                 raise BundleError(f"{self.root}: {name} was replaced while it was read. {advice}")
 
     def check_listed(self, build: Build | None) -> None:
-        """Raise BundleError for a file that neither the manifest nor `build` lists, although tokenizer, template or
-        engines could be read from it.
-        """
+        """Raise BundleError for a file that no record lists, but from which text or engines would be read."""
         files = build.files if build is not None else ()
         listed = {record.name for record in (*self.manifest.files, *files)}
         folder = f"engines/{build.target}" if build is not None and files else "onnx"

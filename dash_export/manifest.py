@@ -292,9 +292,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
-    """Yield faults of a build's record: a layer in no segment or in two, a segment without its engine, a unit without
-    its cost.
-    """
+    """Yield faults of a build's record: a layer not in one segment, a segment without engine, a unit without cost."""
     units, engines = manifest.policy.units, build.engines
     yield from recipe_faults(build.recipe)
     if not _in_order(build.segments, units, manifest.model.num_layers):

@@ -6,8 +6,6 @@ PACKAGE = Path(__file__).parent
 
 
 def resource_folder(name: str) -> Path:
-    """Return the folder `engines` or `calibration`: the packaged one if there is one, else the package's sibling
-    (editable install).
-    """
+    """Return the folder `engines` or `calibration`: packaged or, in an editable install, the package's sibling."""
     packaged = PACKAGE / "_resources" / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name

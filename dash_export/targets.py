@@ -1,6 +1,4 @@
-"""Recipes: how to build for a target. A recipe is `engines/NAME.toml` in the repository, or a file at any path. Unknown
-keys are errors.
-"""
+"""Recipes: how to build for a target. A recipe is a shipped `engines/NAME.toml` or a file. Unknown keys are errors."""
 
 import re
 import sys

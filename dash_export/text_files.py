@@ -19,9 +19,7 @@ MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
 MAX_GROWTH, MAX_BEGINNING = 40, 32
-"""Bounds of how much longer a tokenizer makes a text (published ones are counted as 32 at most), and of the tokens that
-its template adds.
-"""
+"""Bounds of how much longer a tokenizer makes a text (published ones: 32 at most) and of its template's own tokens."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
@@ -116,9 +114,7 @@ def _repeats(pattern: str) -> int:
 
 
 def _check_growth(data: Any) -> None:
-    """Bound how much longer the declared parts make a text, before native code runs any of them (loading does). Raises
-    ValueError.
-    """
+    """Raise ValueError where the declared parts make a text too long. No native code runs before (loading does)."""
     chains = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_GROWTH, ("post_processor",): MAX_BEGINNING}
     try:
         for names, most in chains.items():

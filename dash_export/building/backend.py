@@ -44,9 +44,7 @@ def backend_of(recipe: Recipe) -> Backend:
 
 
 class Backend(ABC):
-    """Maker of one recipe's engines. Subclasses override what differs; the defaults lower, compile nothing, and work on
-    any machine.
-    """
+    """Maker of one recipe's engines. Its defaults lower, compile nothing, and work on any machine."""
 
     on_device = True
     """Whether engines run on a device with streams. The policy is then an engine of its own."""

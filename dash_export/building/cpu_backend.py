@@ -47,9 +47,7 @@ class CpuBackend(Backend):
         load_backend(self.recipe.backend, self.recipe.runtime.threads)
 
     def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
-        """Return the portable graphs where they are the engines. Raises BackendError where their head takes more memory
-        than is free.
-        """
+        """Return the portable graphs where they are the engines. Raises BackendError where their head is too large."""
         if self.recipe.dialect != "portable":
             return None
         sizes = {record.name: record.bytes for record in bundle.manifest.files}

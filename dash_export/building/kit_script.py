@@ -29,9 +29,7 @@ INSTALL = (
 
 
 def main() -> int:
-    """Check the kit and build. Return 0 on success; a failure is told in one paragraph, one of the build also in
-    report.json.
-    """
+    """Check the kit and build. Return 0 on success; a failure is told in a paragraph, a build's also in report.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only check that the kit arrived whole")
     options = parser.parse_args()

@@ -86,9 +86,7 @@ numpy, which every device has.
 
 
 def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded | float]]) -> None:
-    """Write (node, rounding) pairs, int4 matrices and fp8 ranges, one after the other, and the `key` of what they were
-    computed from.
-    """
+    """Write (node, rounding) pairs, int4 matrices and fp8 ranges, one by one, and the `key` of what made them."""
     with ZipFile(path, "w", ZIP_STORED) as file:
 
         def add(name: str, array: npt.NDArray[Any]) -> None:

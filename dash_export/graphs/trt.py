@@ -105,9 +105,7 @@ def _sum_policy(graph: ir.Graph) -> None:
 
 
 def _scale_queries(graph: ir.Graph) -> None:
-    """Scale the queries before Attention: by its `scale`, TensorRT's parser scales queries and keys, which is a pass
-    over all rows of the cache.
-    """
+    """Scale queries before Attention: by its `scale` TensorRT's parser scales keys, too, in a pass over the cache."""
     for node in [node for node in graph if node.op_type == "Attention"]:
         c, scale = Chain(graph, node, str(node.name)), node.attributes["scale"].as_float()
         factor = c.constant(f"attention.scale.{scale:g}", np.array([scale], np.float32))

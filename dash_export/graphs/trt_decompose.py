@@ -28,9 +28,7 @@ MASKED = -1e30
 
 
 def decompose(model: ir.Model, capacity: int) -> None:
-    """Replace the operators of opset 23 and 24 by operators of opset 21, in place. Shapes must be fixed already, and
-    queries scaled.
-    """
+    """Replace operators of opset 23 and 24 by those of opset 21, in place. Shapes are fixed, and queries scaled."""
     graph = model.graph
     for node in list(graph):
         if node.op_type == "RMSNormalization":

@@ -12,9 +12,8 @@ from dash_export import __version__
 from dash_export.models.spec import Weight, row_blocks
 
 OPSET = 24
-# Tensors up to this size stay inside the .onnx file, where a reader sees them; larger ones are external and
-# memory-mapped.
 INLINE_BYTES = 16 << 10
+"""Size up to which a tensor is in the .onnx file, where a reader sees it; larger ones are external, and mapped."""
 PAGE = 4096
 
 Shape = Sequence[int | str]

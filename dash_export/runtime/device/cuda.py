@@ -63,18 +63,14 @@ class DeviceEngine(Protocol):
     outputs: tuple[str, ...]
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
-        """Fix the shape of every input and the address of every input and output. An output may share its input's
-        memory (KV cache).
-        """
+        """Fix all inputs' shapes, and all addresses. An output may share its input's memory (KV cache)."""
 
 
 class Cuda:
     """CUDA runtime on the first device: the common part of all backends on CUDA."""
 
     def __init__(self) -> None:
-        """Open the first device; ask the driver first. Raises BackendError that names what is missing: driver, device
-        or bindings.
-        """
+        """Open the first device. Raises BackendError that names what is missing: driver, device or bindings."""
         self.device: CudaDevice = cuda_devices()[0]
         self.name = f"{self.device.name} (compute capability {self.device.capability})"
         self.rt: Any = require_bindings()

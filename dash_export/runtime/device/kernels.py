@@ -141,9 +141,7 @@ NAMES = ("decide", "write_rows", "likeliest", "weigh", "add_up", "follow")
 
 
 def compile_kernels(capability: str) -> bytes:
-    """Compile the kernels for a compute capability, such as "9.0", to machine code; no device is needed. Raises
-    BackendError.
-    """
+    """Compile the kernels for a compute capability ("9.0") to machine code, without a device. Raises BackendError."""
     try:
         nvrtc: Any = import_module("cuda.bindings.nvrtc")
         program = _checked(nvrtc.nvrtcCreateProgram(KERNELS.encode(), b"dash_export.cu", 0, [], []))

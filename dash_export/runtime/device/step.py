@@ -142,9 +142,7 @@ class DeviceStep(BoundEngines):
         return actions
 
     def _follows(self, ahead: Ahead, actions: Actions | None) -> bool:
-        """Return whether this step is the one that was launched ahead, if its tokens are: nothing else was done to the
-        cache since.
-        """
+        """Return whether this step, if its tokens are, is the one launched ahead: the cache is as it left it."""
         return (
             self._cache.ahead is ahead
             and ahead.actions == actions

@@ -74,10 +74,14 @@ class Backend(ABC):
     def run_obstacle(self) -> str | None:
         """Return why this machine cannot run the engines, in one sentence; None where it can, and can measure them."""
         try:
-            require_backend(self.recipe.backend)
+            self.require_runtime()
         except BackendError as error:
             return str(error)
         return None
+
+    def require_runtime(self) -> None:
+        """Raise BackendError where something that running needs is missing here."""
+        require_backend(self.recipe.backend)
 
     def needs_another_machine(self) -> bool:
         """Return whether no installation here would help, so that `build` writes a kit for another machine."""

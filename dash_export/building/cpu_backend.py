@@ -13,7 +13,7 @@ from dash_export.building.backend import Backend, plan_segments
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.manifest import EngineRecord, Manifest, Segment
-from dash_export.runtime.backends import load_backend, require_backend
+from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, usable_cores
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ class CpuBackend(Backend):
 
     on_device = False
     revision = 21
-
-    def require(self) -> None:
-        require_backend(self.recipe.backend)
 
     def build_obstacle(self) -> str | None:
         return self.run_obstacle()

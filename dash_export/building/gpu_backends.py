@@ -40,16 +40,10 @@ class GpuBackend(Backend):
         assert self.recipe.engine is not None
         return self.recipe.engine
 
-    def run_obstacle(self) -> str | None:
-        if (reason := self.device_obstacle() or super().run_obstacle()) is None:
-            try:
-                self.require_runtime()
-            except BackendError as error:
-                return str(error)
-        return reason
-
     def require_runtime(self) -> None:
-        """Raise BackendError where something is missing that running needs, beside the backend's package."""
+        if (reason := self.device_obstacle()) is not None:
+            raise BackendError(reason)
+        super().require_runtime()
         require_bindings()
 
     def device_obstacle(self) -> str | None:

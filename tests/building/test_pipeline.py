@@ -11,7 +11,6 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.building import build, cost_table, dial, pipeline
-from dash_export.building.backend import Backend
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
 from dash_export.building.gpu_backends import CudaBackend
 from dash_export.bundle import Bundle
@@ -137,9 +136,9 @@ def test_costs_of_another_machine_are_not_kept(bundle: Bundle, monkeypatch: pyte
 
 
 def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Backend, "run_obstacle", lambda _: "there is no such device.")
+    monkeypatch.setattr(CudaBackend, "run_obstacle", lambda _: "there is no such device.")
     with pytest.raises(BackendError, match="Nothing can be measured here: there is no such device"):
-        build(bundle, "cpu", weights="fp32", measure=True)
+        build(bundle, "cuda", measure=True)
 
 
 def test_another_policy_network_makes_only_what_gives_its_damage(

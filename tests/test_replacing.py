@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -32,13 +33,10 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
     work = folder_of(work_folder(output, "export"), *new)
     steps = iter(range(killed_before))
 
-    class KilledError(BaseException):
-        pass
-
     def dying(sound: Callable[..., object]) -> Callable[..., object]:
         def step(*given: object, **named: object) -> object:
             if next(steps, None) is None:
-                raise KilledError
+                raise KeyboardInterrupt
             return sound(*given, **named)
 
         return step
@@ -46,7 +44,7 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         for where, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "rmdir"), (os, "unlink")):
             patch.setattr(where, name, dying(getattr(where, name)))
-        with suppress(KilledError):
+        with suppress(KeyboardInterrupt):
             put_in_place(work, output, OURS, "record", "export")
     left = tree(tmp_path)
     recover(output, OURS, "record", "build --kit")  # another command's: it is not that one's to go on from
@@ -162,12 +160,8 @@ def test_an_export_that_was_ended_while_it_replaced_a_bundle(tiny_model: Checkpo
     build(export(tiny_model, output), "portable")
     folder_of(output, "notes/a.txt")
     kept = tree(output / "notes"), tree(output / "engines")
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replacing, "remove", interrupt)
+        patch.setattr(replacing, "remove", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             export(tiny_model, output, tiny_policy(tiny_model))
     with pytest.raises(BundleError, match="not a finished bundle"):

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -58,10 +59,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def devices(*found: CudaDevice) -> None:
         monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: list(found))
 
-    def none() -> list[CudaDevice]:
-        raise BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
-
-    monkeypatch.setattr(gpu_backends, "cuda_devices", none)
+    no_driver = BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
+    monkeypatch.setattr(gpu_backends, "cuda_devices", Mock(side_effect=no_driver))
     assert "needs a device of compute capability 9.0. There is no NVIDIA driver" in str(backend.build_obstacle())
     devices(CudaDevice(0, "NVIDIA L4", "8.9", 1, False, "13.0"))
     assert "needs compute capability 9.0, and NVIDIA L4 has 8.9" in str(backend.build_obstacle())
@@ -76,15 +75,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_cuda_bindings_it_compiles_but_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise BackendError("The package cuda-bindings is missing")
-
     monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: [H100])
     monkeypatch.setattr(gpu_backends, "find_spec", lambda _name: object())
     monkeypatch.setattr(backend_module, "require_backend", lambda _name: None)
     backend = backend_of(load_recipe("h100"))
     assert backend.run_obstacle() is None
-    monkeypatch.setattr(gpu_backends, "require_bindings", missing)
+    monkeypatch.setattr(gpu_backends, "require_bindings", Mock(side_effect=BackendError("cuda-bindings is missing")))
     assert backend.build_obstacle() is None
     assert "cuda-bindings is missing" in str(backend.run_obstacle())
 

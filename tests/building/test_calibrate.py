@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -217,8 +218,7 @@ def test_graphs_for_a_gpu_hold_what_was_calibrated(bundle: Bundle) -> None:
     assert one.engines[UNIT]["hidden_out"] != other.engines[UNIT]["hidden_out"], "verified as it is built"
 
 
-def refuse(*_given: object) -> None:
-    raise AssertionError("calibrated again")
+refuse = Mock(side_effect=AssertionError("calibrated again"))
 
 
 def test_it_is_kept(own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,11 +337,8 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
 def test_an_interrupted_calibration_leaves_nothing(
     error: BaseException, own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
-        raise error
-
     shutil.rmtree(own.path("engines/small-cpu"))
-    monkeypatch.setattr(calibrate, "gptq", stop)
+    monkeypatch.setattr(calibrate, "gptq", Mock(side_effect=error))
     with pytest.raises(type(error)):
         build(own, targets["cpu"])
     assert {path.name for path in own.path("engines/small-cpu").iterdir()} <= {".journal.json"}

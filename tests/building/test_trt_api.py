@@ -8,6 +8,7 @@ import ast
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -104,10 +105,7 @@ def test_what_the_dialects_are_for() -> None:
 
 
 def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(trt_api, "import_module", missing)
+    monkeypatch.setattr(trt_api, "import_module", Mock(side_effect=ImportError("No module named 'tensorrt'")))
     with pytest.raises(BackendError, match=r"pip install 'dash-export\[tensorrt\]'"):
         trt_api.Toolkit("tensorrt")
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -261,11 +262,7 @@ def test_a_device_without_kernels(
     on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its known actions are graphs all the same; it is asked once."""
-
-    def fails(*_: Any) -> None:
-        raise BackendError("NVRTC is missing")
-
-    monkeypatch.setattr(CudaGraph, "follow", fails)
+    monkeypatch.setattr(CudaGraph, "follow", Mock(side_effect=BackendError("NVRTC is missing")))
     made = on_card("portable")
     with caplog.at_level(logging.INFO, "dash_export.runtime.device.step"):
         for _ in range(2):

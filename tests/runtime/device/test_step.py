@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import cuda.bindings.runtime as rt
 import numpy as np
@@ -167,10 +168,7 @@ def test_kernels_for_prompts_are_compiled_beside_the_work(on_card: MakeOnCard) -
 
 
 def test_what_a_context_does_not_take_is_told(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(*_: Any) -> bool:
-        raise RuntimeError("odd")
-
-    monkeypatch.setattr(Context, "set_optimization_profile_async", odd)
+    monkeypatch.setattr(Context, "set_optimization_profile_async", Mock(side_effect=RuntimeError("odd")))
     with pytest.raises(BackendError, match=r"has no profile 1 \(odd\): build it again"):
         on_card("trt10").runtime.session().prefill(IDS[:20])
 

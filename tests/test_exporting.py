@@ -150,18 +150,19 @@ def test_what_is_no_bundle_is_not_overwritten(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("form", ["model", "model.gguf"])
+@pytest.mark.parametrize("form", ["model", "model.gguf", "blocks.gguf"])
 @pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.layers.4.input_layernorm.weight"])
 def test_nan_weights_leave_nothing_behind(name: str, form: str, tmp_path: Path) -> None:
-    """The small ones too, which lie inside the graph."""
+    """The small ones too, which lie inside the graph, and a factor of a block."""
     model = save_model(tmp_path / "model")
     with torch.no_grad():
-        model.get_parameter(name).view(-1)[3] = float("nan")
+        model.get_parameter(name).view(-1)[-3] = float("nan")  # not where opening looks
     model.save_pretrained(tmp_path / "model")
     write_gguf(tmp_path / "model.gguf", model)
+    write_gguf(tmp_path / "blocks.gguf", model, quantize="Q8_0")
     with pytest.raises(CheckpointError, match=f"^tensor {re.escape(name)} holds NaN"):
         export(tmp_path / form, tmp_path / "deep" / "a.dash")
-    assert names(tmp_path) == {"model", "model.gguf"}
+    assert names(tmp_path) == {"model", "model.gguf", "blocks.gguf"}
 
 
 @pytest.mark.parametrize("how", ["a full disk", "a bundle that could not be opened"])

@@ -182,10 +182,7 @@ class ArtifactStore:
         if entry is None or not hmac.compare_digest(entry.key.encode(), self._sealed(name, key, entry.files).encode()):
             return None
         with suppress(OSError):
-            paths = [self.folder / record.name for record in entry.files]
-            if all(
-                not path.is_symlink() and record.matches(path) for path, record in zip(paths, entry.files, strict=True)
-            ):
+            if all(not (path := self.folder / one.name).is_symlink() and one.matches(path) for one in entry.files):
                 return list(entry.files)
         return None
 

@@ -28,13 +28,7 @@ from dash_export.replacing import is_bundle
 from dash_export.typed_json import WrongFieldError, typed
 
 BUILD = "build.json"
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
@@ -272,11 +266,7 @@ def _no_bundle(root: Path) -> str:
     half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
-        hub = (
-            ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
-            if is_hub_id(root)
-            else ""
-        )
+        hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches" * is_hub_id(root)
         return f"{root} is a model{hub}. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():
         return f"There is no bundle at {root}. Make one: {export}"

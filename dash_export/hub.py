@@ -32,6 +32,8 @@ _FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, f"engines/*/{BUILD}"]
 _SECONDS, _LONGEST_CARD = 10, 1 << 20
 
 _T = TypeVar("_T")
+_Trusted = Callable[[Bundle], None] | None
+"""Check that raises BundleError for a bundle that may not run."""
 
 
 def download(name: str, error: type[DashError], **wanted: Any) -> Path:
@@ -39,15 +41,13 @@ def download(name: str, error: type[DashError], **wanted: Any) -> Path:
     return Path(_call_hub(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
 
 
-def load_from_hub(
-    name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
-) -> _T:
+def load_from_hub(name: str, target: str | None, trusted: _Trusted, load: Callable[[Bundle], _T]) -> _T:
     """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. The version is
     the hub's current one. Where the hub cannot be reached, or that version is damaged or not trusted, the version that
     was loaded last is taken, with a warning.
 
-    `trusted` raises BundleError for a bundle that may not run. Without `trusted` the engines of a GPU, which are code,
-    are refused. Other processes that want the same name wait. Raises BundleError.
+    Without `trusted` the engines of a GPU, which are code, are refused. Other processes that want the same name wait.
+    Raises BundleError.
     """
     base = cache_folder() / "hub" / name
     try:
@@ -92,9 +92,7 @@ def _held(root: Path, name: str) -> Bundle:
     return bundle
 
 
-def _load_version(
-    name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
-) -> _T:
+def _load_version(name: str, root: Path, target: str | None, trusted: _Trusted, load: Callable[[Bundle], _T]) -> _T:
     """Fetch what a run needs of one version into `root`, and load it. Damaged files are fetched anew, once."""
     for again in (False, True):
         wanted = {"revision": root.name, "local_dir": root}

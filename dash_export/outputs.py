@@ -214,9 +214,7 @@ def output_path(output: str | Path) -> Path:
 def check_writable(folder: Path) -> None:
     """Raise OutputError, before the work, where nothing could be written into `folder` in the end."""
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{folder} may not be written in. Check its permissions and the disk, or choose another output."
-        )
+        raise OutputError(f"{folder} may not be written in. Check permissions and the disk, or choose another output.")
 
 
 def refuse_link(output: Path) -> None:

@@ -151,9 +151,7 @@ def _read(path: Path) -> Recipe:
             raise ValueError("it has a key of over 8 parts")
         data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
-        raise RecipeError(
-            f"The recipe {path} cannot be read: {error}. Give a TOML file like engines/cpu.toml."
-        ) from error
+        raise RecipeError(f"The recipe {path} cannot be read: {error}. Give TOML like engines/cpu.toml.") from error
     if not _FOLDER.fullmatch(path.stem):
         raise RecipeError(f"The name of a recipe's file may only have letters, digits, - and _, not {path.stem!r}.")
     try:

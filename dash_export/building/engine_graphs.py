@@ -57,9 +57,8 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
         reads = policy.has_network and policy.read in segment.layers
         if reads and on_device:
             yield EngineGraph(POLICY, segment, [POLICY])
-        yield EngineGraph(
-            segment.name, segment, [*segment.graphs, POLICY] if reads and not on_device else segment.graphs
-        )
+        parts = [*segment.graphs, POLICY] if reads and not on_device else segment.graphs
+        yield EngineGraph(segment.name, segment, parts)
         if segment.gated:
             unit = Unit(segment.first, segment.last)
             yield EngineGraph(unit.bypass, segment, [unit.bypass])

@@ -195,11 +195,10 @@ def _make_engines(
         backend.start()
         # What extends an engine that is made again goes now: its key does not change, so after a kill it would stay.
         store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
+    check = partial(bundle.check_same, seal)
     for done, job in enumerate(jobs, 1):
         try:
-            found[job.name] = found[job.name] or store.make(
-                job.name, job.key, job.write, partial(bundle.check_same, seal)
-            )
+            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
         except BAD_GRAPH as error:
             # The hashes match, yet this is no graph that this program writes: only a forged bundle gets here.
             raise BackendError(

@@ -17,7 +17,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError
 from dash_export.graphs.ort_products import CONTRIB, ProductWriter
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
-from dash_export.graphs.rounded import Roundings, to_nearest
+from dash_export.graphs.rounded import Roundings
 from dash_export.manifest import Manifest
 from dash_export.models.spec import FINAL_NORM
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
@@ -46,12 +46,7 @@ Choice = tuple[ir.Value, ir.Value, ir.Value]
 
 
 def engine_graph(
-    name: str,
-    doc: str,
-    parts: Mapping[str, ir.Model],
-    manifest: Manifest,
-    recipe: Recipe,
-    roundings: Roundings = to_nearest,
+    name: str, doc: str, parts: Mapping[str, ir.Model], manifest: Manifest, recipe: Recipe, roundings: Roundings
 ) -> ir.Model:
     """Return the graph of one engine, from portable graphs by name and in their order. Raises BackendError for heads of
     a size that GroupQueryAttention does not take.
@@ -178,12 +173,7 @@ class OrtWriter(ProductWriter):
         inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
         inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
         inputs += [self.stored(f"{rope}.cos"), self.stored(f"{rope}.sin")] if rotates else []
-        options: dict[str, Any] = {
-            "num_heads": heads,
-            "kv_num_heads": kv_heads,
-            "do_rotary": int(rotates),
-            "scale": 1.0,
-        }
+        options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
         if window := self.traits.window(layer):
             options["local_window_size"] = window
         if self.traits.score_cap:
@@ -257,10 +247,8 @@ class OrtWriter(ProductWriter):
         if not isinstance(state, Sum):
             return self.op("RMSNormalization", [state, self.stored(gain)], node, epsilon=epsilon), state
         inputs = [state.left, state.right, self.stored(gain)]
-        normed, *unused, total = self.node(
-            "SkipSimplifiedLayerNormalization", inputs, node, 4, CONTRIB, epsilon=epsilon
-        )
-        for value in unused:
+        normed, *rest, total = self.node("SkipSimplifiedLayerNormalization", inputs, node, 4, CONTRIB, epsilon=epsilon)
+        for value in rest:
             value.name = ""
         return normed, total
 
@@ -274,9 +262,8 @@ class OrtWriter(ProductWriter):
         split = self.initializer(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
         value = self.op("Reshape", [value, split], f"{node}/split")
         value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
-        return self.op(
-            "Reshape", [value, self.initializer("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged"
-        )
+        merge = self.initializer("shape.merge_heads", np.array([0, 0, -1]))
+        return self.op("Reshape", [value, merge], f"{node}/merged")
 
     def rotary_size(self, rope: str) -> int:
         """Return how many dimensions of a head are rotated."""

@@ -85,9 +85,7 @@ class ProductWriter(GraphWriter):
         return self.node(op_type, inputs, name, 1, CONTRIB, **options)[0]
 
     def parts(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        return self.split(
-            value, self.initializer(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
-        )
+        return self.split(value, sizes, f"{value.name}/sizes", f"{value.name}/split")
 
     def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
         """Return source @ weights + biases. The matrices [in, out] lie side by side, quantised where the recipe says

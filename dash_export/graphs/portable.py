@@ -90,9 +90,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     mask = g.mask(layer, positions)
 
     normed = g.read(layer, hidden, "input_layernorm")
-    keys, values = (
-        g.heads(layer, name, g.linear(layer, normed, f"self_attn.{which}_proj"), which) for which in ("k", "v")
-    )
+    keys, values = (g.heads(layer, name, g.linear(layer, normed, f"self_attn.{which}_proj"), which) for which in "kv")
     keys, values = g.cached(layer, name, keys, values, positions, rows)
     queries = g.heads(layer, name, g.linear(layer, normed, "self_attn.q_proj"), "q")
     queries = g.rotated(layer, queries, positions, f"{name}/attention/q_rotary")
@@ -142,8 +140,8 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Weights) -> ir.Mode
     found = g.op("MatMul", [state, weight], f"{name}/product")
     found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
     updates = [spec.hidden_size] if bypass else []
-    sizes = np.array([*updates, *[key_value_size(spec)] * (2 * len(unit.layers))])
-    parts = g.split(found, g.initializer(f"{name}.sizes", sizes), f"{name}/parts", len(sizes))
+    sizes = [*updates, *[key_value_size(spec)] * (2 * len(unit.layers))]
+    parts = g.split(found, sizes, f"{name}.sizes", f"{name}/parts")
     passed = (
         g.op("Add", [hidden, parts.pop(0)], f"{name}/updated")
         if bypass
@@ -152,7 +150,7 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Weights) -> ir.Mode
     g.state_output(passed)
     for layer in unit.layers:
         own = f"{name}/layer_{layer:02d}"
-        keys, values = (g.heads(layer, own, parts.pop(0), which) for which in ("k", "v"))
+        keys, values = (g.heads(layer, own, parts.pop(0), which) for which in "kv")
         g.cache_outputs(layer, *g.cached(layer, own, keys, values, positions, rows))
     return g.model()
 
@@ -287,12 +285,10 @@ class PortableWriter(GraphWriter):
         name = f"layer_{layer:02d}/mask"
         if not (window := self.spec.traits.window(layer)):
             return given
-        first = self.op(
-            "Sub", [positions, self.initializer(f"mask.{window}", np.array(window))], f"{name}/before_first"
-        )
-        first = self.op(
-            "Unsqueeze", [first, self.initializer("mask.axes", np.array([1, 3]))], f"{name}/before_first_row"
-        )
+        width = self.initializer(f"mask.{window}", np.array(window))
+        axes = self.initializer("mask.axes", np.array([1, 3]))
+        first = self.op("Sub", [positions, width], f"{name}/before_first")
+        first = self.op("Unsqueeze", [first, axes], f"{name}/before_first_row")
         capacity = self.op("Squeeze", [self.op("Shape", [given], f"{name}/shape", start=3, end=4)], f"{name}/capacity")
         zero, one = (self.initializer(f"mask.step.{value}", np.array(value)) for value in (0, 1))
         rows = self.op("Range", [zero, capacity, one], f"{name}/rows")

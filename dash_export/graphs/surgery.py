@@ -27,9 +27,8 @@ def load_graph(path: Path) -> ir.Model:
         raise BundleError(f"{path} is not a readable ONNX graph ({error}). {DAMAGED}") from error
     if not len(model.graph):
         raise BundleError(f"{path} holds no graph. {DAMAGED}")
-    attributes = [
-        item for node in ir.traversal.RecursiveGraphIterator(model.graph) for item in node.attributes.values()
-    ]
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    attributes = [item for node in nodes for item in node.attributes.values()]
     tensors = [value.const_value for value in model.graph.initializers.values()]
     tensors += [item.value for item in attributes if item.type == ir.AttributeType.TENSOR]
     try:

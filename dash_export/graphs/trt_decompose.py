@@ -75,9 +75,8 @@ def _norm(graph: ir.Graph, node: ir.Node) -> None:
     """Decompose a norm: x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
     c = Chain(graph, node, str(node.name), float32=True)
     value, gain = node.inputs[0], node.inputs[1]
-    mean = c.op(
-        "ReduceMean", [c.op("Mul", [value, value], "square"), c.constant("norm.axis", [-1])], "mean", keepdims=1
-    )
+    square, axis = c.op("Mul", [value, value], "square"), c.constant("norm.axis", [-1])
+    mean = c.op("ReduceMean", [square, axis], "mean", keepdims=1)
     epsilon = np.array([node.attributes["epsilon"].as_float()], np.float32)
     shifted = c.op("Add", [mean, c.constant(f"norm.epsilon.{epsilon[0]:g}", epsilon)], "shifted")
     scaled = c.op("Div", [value, c.op("Sqrt", [shifted], "root")], "scaled")

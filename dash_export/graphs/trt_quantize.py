@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BundleError
-from dash_export.graphs.rounded import Rounded, Roundings, block_of, to_nearest, weight_precision
+from dash_export.graphs.rounded import Rounded, Roundings, block_of, weight_precision
 from dash_export.graphs.surgery import constant_value
 from dash_export.graphs.trt_decompose import Chain
 from dash_export.models.spec import Float32Array
@@ -25,9 +25,7 @@ MIDDLE = np.int8(8)
 _COLUMNS = 4096
 
 
-def quantize_symmetric(
-    matrix: Float32Array, bits: int, block: int
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_symmetric(matrix: Float32Array, bits: int, block: int) -> tuple[npt.NDArray[np.int8], Float32Array]:
     """Quantise [in, out] float32 to values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out]
     float32 > 0: weight = value * scale. A block's largest weight is just within the range.
     """
@@ -42,9 +40,7 @@ def quantize_symmetric(
     return values, scales
 
 
-def quantize_weights(
-    graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
-) -> None:
+def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings) -> None:
     """Quantise every projection, update (bypass, pruned unit) and the head, each at the precision that the recipe gives
     its part. At int4 a matrix that no block size divides stays as it is. So does the policy: it is small and sensitive.
     Raises BundleError for a rounding of another matrix, and for fp8 without a measured input.

@@ -62,9 +62,9 @@ class GraphWriter:
         """Append a node with one output, and return that."""
         return self.node(op_type, inputs, name, 1, **attributes)[0]
 
-    def split(self, value: ir.Value, sizes: ir.Value, name: str, count: int) -> list[ir.Value]:
-        """Split the last axis of `value` into `count` parts of these sizes."""
-        return self.node("Split", [value, sizes], name, count, axis=-1)
+    def split(self, value: ir.Value, sizes: Sequence[int], constant: str, name: str) -> list[ir.Value]:
+        """Split the last axis of `value` into parts of these sizes, which the initializer `constant` has."""
+        return self.node("Split", [value, self.initializer(constant, np.array(sizes))], name, len(sizes), axis=-1)
 
     def model(self) -> ir.Model:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)

@@ -154,10 +154,8 @@ class BoundEngines:
     def launches(self) -> list[tuple[HostLaunch, HostLaunch | None]]:
         """Return (run, bypass) of every segment, to be timed one by one after `place`. A call waits for its own end."""
 
-        def launch(part: Part, bypass: bool) -> None:
+        def run(part: Part, bypass: bool) -> None:
             self.launch(part, bypass)
             self.device.synchronize(MAIN)
 
-        return [
-            (partial(launch, part, False), partial(launch, part, True) if part.bypass else None) for part in self.parts
-        ]
+        return [(partial(run, part, False), partial(run, part, True) if part.bypass else None) for part in self.parts]

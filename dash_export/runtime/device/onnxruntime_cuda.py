@@ -57,9 +57,8 @@ class OrtCudaEngine:
         options.intra_op_num_threads = 1  # the host only works out shapes, and every engine has threads of its own
         cuda = {"device_id": device, "user_compute_stream": str(stream), "use_tf32": "0"}  # fp32 is fp32
         with ort_errors(path.name):
-            self._session = ort.InferenceSession(
-                str(path), options, providers=[(PROVIDER, cuda), "CPUExecutionProvider"]
-            )
+            providers = [(PROVIDER, cuda), "CPUExecutionProvider"]
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
         if self._session.get_providers()[0] != PROVIDER:
             raise BackendError(f"ONNX Runtime {ort.__version__} did not start CUDA; see its own message above.")
         self._name, self._device = path.name, device

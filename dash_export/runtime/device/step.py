@@ -51,6 +51,7 @@ DECIDED, ENDED, AHEAD = "decided", "ended", "ended ahead"
 """Events: the policy's damage is there; the token that the host waits for has ended, and so has the one after it."""
 Actions = bytes | tuple[tuple[float, ...], ...]
 """What a graph does: the units that it skips, a byte each; or the limits of each sequence by which it decides."""
+Tokens = int | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ class DeviceStep(BoundEngines):
         """Decode one token of every sequence, each under a rule of its own."""
         self._advance(np.array(tokens)[:, None], rules, draws)
 
-    def _advance(
-        self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule], draws: Sequence[Draw | None] = ()
-    ) -> None:
+    def _advance(self, tokens: Tokens, rules: Sequence[Rule], draws: Sequence[Draw | None] = ()) -> None:
         """Run a step for all sequences. `rules`, `draws`: one for each sequence."""
         with self.engines.turn:
             actions, running, side = self._actions(rules), self._ahead, 0
@@ -128,9 +127,7 @@ class DeviceStep(BoundEngines):
             for index in range(self.batch):
                 self._cache.lengths[index] += self.sequence
 
-    def _launched(
-        self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule], actions: Actions | None
-    ) -> Actions | None:
+    def _launched(self, tokens: Tokens, rules: Sequence[Rule], actions: Actions | None) -> Actions | None:
         """Launch a step of known tokens. Return what it does as a graph; None where it was launched one by one."""
         self._ids.host[:] = tokens
         self._note_positions()
@@ -149,7 +146,7 @@ class DeviceStep(BoundEngines):
             and ahead.positions == tuple(self._cache.lengths[: self.batch])
         )
 
-    def _drew(self, tokens: int | npt.NDArray[np.int64], side: int) -> bool:
+    def _drew(self, tokens: Tokens, side: int) -> bool:
         """Return whether the device drew these tokens for a step that was launched ahead and has ended."""
         return bool((self._ids.hosts[1 + side] == tokens).all())
 

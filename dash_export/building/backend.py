@@ -60,9 +60,7 @@ class Backend(ABC):
         return BACKENDS[self.recipe.backend][2]
 
     def require(self) -> None:
-        """Raise BackendError, which says what to install, when something is missing, and NotHereError when only another
-        machine can compile for the recipe.
-        """
+        """Raise BackendError where something is missing, NotHereError where only another machine can compile."""
         if (reason := self.build_obstacle()) is not None:
             kind = NotHereError if self.needs_another_machine() else BackendError
             raise kind(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")

@@ -93,9 +93,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> Co
 def _whole_tokens(
     step: DeviceStep, cache: DeviceCache, units: Sequence[Unit], asks: bool, repeats: int
 ) -> tuple[float, float, list[float]]:
-    """Return microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone. Where there
-    is a policy, it decides that skip.
-    """
+    """Return microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone."""
     context = cache.length
     sizes = tuple(len(unit.layers) for unit in units)
 

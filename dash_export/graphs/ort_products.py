@@ -1,6 +1,4 @@
-"""Products with a model's matrices in the `ort` dialect: float, rounded as the recipe says, or with 4-bit codes of a
-GGUF file or of a calibration (grid.py).
-"""
+"""Products with a model's matrices in the `ort` dialect: float, rounded as the recipe says, or codes kept (grid.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

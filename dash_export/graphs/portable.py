@@ -198,9 +198,7 @@ class PortableWriter(GraphWriter):
         return found
 
     def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
-        """Return rows of a weight, gathered before they are converted: ONNX Runtime would convert the whole weight to
-        float32, and take many times its memory.
-        """
+        """Return rows of a weight, gathered before their conversion: ONNX Runtime would convert the whole weight."""
         kind, values = self._stored(name, False, file)
         rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
         return self._as_float(kind, rows, "embed")

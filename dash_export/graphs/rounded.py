@@ -68,9 +68,7 @@ class Rounded:
 
 
 Roundings = Callable[[str], Rounded | float | None]
-"""Name of a matrix's node in a layer's portable graph -> its codes, or (fp8) the largest absolute number in its inputs,
-or None: round to nearest.
-"""
+"""Node of a matrix in a portable graph -> its codes or (fp8) the largest absolute input; None: round to nearest."""
 
 
 def to_nearest(_node: str) -> Rounded | float | None:

@@ -15,9 +15,7 @@ from dash_export.manifest import DAMAGED
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Return a graph with its weights as float32 (stored.py). Raises BundleError when the graph is damaged, or when its
-    external data are not in its own folder.
-    """
+    """Return a graph, weights as float32 (stored.py). Raises BundleError for a damaged one, and for data elsewhere."""
     try:
         proto = onnx.load(path, load_external_data=False)
         model: ir.Model = ir.from_proto(proto)

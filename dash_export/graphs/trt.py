@@ -70,9 +70,7 @@ def _cut_rope(graph: ir.Graph, capacity: int) -> None:
 
 
 def _make_mask(graph: ir.Graph, capacity: int) -> None:
-    """Compute, from each query's position, which cached rows it may read, and drop the mask input, which two Attentions
-    of one TensorRT-RTX engine cannot share.
-    """
+    """Compute the mask from positions: two Attentions of one TensorRT-RTX engine cannot share a mask input."""
     inputs = {value.name: value for value in graph.inputs}
     if "attention_mask" in inputs:
         c = Chain(graph, graph[0], "mask")

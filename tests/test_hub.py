@@ -183,9 +183,7 @@ def test_what_is_damaged_here_is_fetched_anew(server: FakeHub, own_bundle: Path)
         assert answer(NAME) == found
 
 
-def test_a_target_that_is_not_there_costs_no_other(
-    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_target_costs_no_other(server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(own_bundle)
     found, engine = answer(NAME), next(cache(server).glob(f"engines/{TARGET}/layers*.onnx"))
     for target in ("nothing", "../../x", "x" * 5000):

@@ -34,12 +34,8 @@ def imported(file: Path) -> set[str]:
     return {name for name in found if (PACKAGE / name).is_dir()}
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir())
-)
+@pytest.mark.parametrize("name", sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}))
 def test_imports_point_one_way(name: str) -> None:
-    if name.startswith("__py"):
-        return
     path = PACKAGE / name
     files = [path] if path.is_file() else list(path.rglob("*.py"))
     for file in files:

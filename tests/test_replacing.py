@@ -63,9 +63,7 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("locked_folder", ["graphs", "locked"])
-def test_what_may_not_be_written_is_told_before(
-    locked_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_part_is_told_before(locked_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any depth: not by the removal that it would end."""
     output = folder_of(tmp_path / "a", "graphs/1", "graphs/locked/2", "record")
     before = tree(output)

@@ -118,11 +118,7 @@ CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
     "cpu dialect": ('"portable"', '"ort"', "'ort' is for the CPU"),
     "fused": ('"overlapped"', '"fused"', "is not one of"),
     "zero points": ("symmetric = true", "", "symmetric must be true"),
-    "fp32 layers": (
-        'layers = "int4"',
-        'layers = "fp32"',
-        "layers = 'fp32' is not one of 'fp16', 'int8', 'fp8', 'int4'",
-    ),
+    "fp32 layers": ('layers = "int4"', 'layers = "fp32"', "'fp32' is not one of 'fp16', 'int8', 'fp8', 'int4'"),
     "int4 embedding": ('embedding = "fp16"', 'embedding = "int4"', "embedding = 'int4' is not one of 'fp16' "),
     "bf16 weights": ('head = "fp16"', 'head = "bf16"', "head = 'bf16' is not one of 'fp16'"),
     "fp32 activations": ("kv_capacity", 'activations = "fp32"\nkv_capacity', "no fp32 attention"),

@@ -79,9 +79,7 @@ def test_layers_are_written_beside_the_bundle(own: Bundle, monkeypatch: pytest.M
     assert not list(own.root.rglob(".tmp-*"))
 
 
-def test_a_matrix_that_cannot_be_inverted_in_memory(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_matrix_too_large_to_invert(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused before the work. `down_proj` is the widest."""
     monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * 96**2 - 1)
     ways = r"keep the 4 bits of a GGUF file \(--target cpu-gguf\), or round to the nearest \(--rounding nearest\)"

@@ -118,9 +118,7 @@ def test_answers_are_those_of_the_file(kind: str, family: str, tmp_path: Path) -
     actions[20:, 2:4] = actions[30:, 4] = 1
     exact = logits(weights="fp32")
     nearest = np.abs(logits(rounding="nearest") - exact).mean()
-    as_is, int8 = (
-        np.abs(logits(**options) - exact).mean() for options in ({"target": "cpu-gguf"}, {"weights": "int8"})
-    )
+    as_is, int8 = (np.abs(logits(**how) - exact).mean() for how in ({"target": "cpu-gguf"}, {"weights": "int8"}))
     assert as_is < 1.5 * int8
     if kind == "Q4_1":
         assert as_is < nearest / 4

@@ -234,9 +234,7 @@ def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) 
     assert (cast.type, largest.type, following.type) == kinds
     lengths = following.get_output(0)
     assert (lengths.dtype, tuple(lengths.shape)) == (rtx.int32, (1,))
-    read = {
-        layer.get_input(index).name for layer in layers for index in range(layer.num_inputs) if layer.get_input(index)
-    }
+    read = {layer.get_input(at).name for layer in layers for at in range(layer.num_inputs) if layer.get_input(at)}
     made = [layer for layer in layers[parsed:] if layer.type == rtx.LayerType.ATTENTION_INPUT]
     assert len(made) == 2
     for number, begin in zip((2, 3), made, strict=True):

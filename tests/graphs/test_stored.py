@@ -78,15 +78,13 @@ def test_blocks_whose_factors_are_no_numbers() -> None:
         value.numpy()
 
 
-@pytest.mark.parametrize(
-    ("operator", "options"), [("Cast", {"to": ir.DataType.FLOAT}), ("Transpose", {"perm": [1, 0]})]
-)
-def test_a_row_of_conversions(operator: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("Cast", {"to": ir.DataType.FLOAT}), ("Transpose", {"perm": [1, 0]})])
+def test_a_row_of_conversions(kind: str, options: dict[str, Any]) -> None:
     """Thousands of them are a forgery: not all are made, for each would wait for the one before it."""
     g = GraphWriter("graph", "")
     value = g.initializer("weight", np.ones((3, 4), np.float32))
     for place in range(3000):
-        value = g.op(operator, [value], f"step{place}", **options)
+        value = g.op(kind, [value], f"step{place}", **options)
     g.output(value, "step2999", (None, None))
     model = g.model()
     fold_conversions(model)
@@ -115,9 +113,7 @@ def test_a_transpose_that_is_none_stays() -> None:
     assert [node.op_type for node in model.graph] == ["Transpose"]
 
 
-@pytest.mark.parametrize(
-    ("length", "message"), [("100", "another size than its shape"), (None, "weights cannot be read")]
-)
+@pytest.mark.parametrize(("length", "message"), [("100", "another size than its shape"), (None, "cannot be read")])
 def test_external_data_of_another_size_or_of_no_type(length: str | None, message: str, tmp_path: Path) -> None:
     g, path = GraphWriter("graph", ""), tmp_path / "graph.onnx"
     g.output(g.op("Identity", [g.initializer("weight", np.ones((128, 64), np.float32))], "out"), "out", (128, 64))

@@ -155,7 +155,7 @@ def another_token(session: Session) -> Any:
     return step.logits[0, 0].copy()
 
 
-def another_text_of_the_same_length(session: Session) -> Any:
+def another_text_as_long(session: Session) -> Any:
     """The same token follows at the same position."""
     token = left(session)
     session.reset()
@@ -197,14 +197,7 @@ def another_prefix(session: Session) -> Any:
     return session.decode_one(token)[0]
 
 
-DONE = [
-    another_token,
-    another_text_of_the_same_length,
-    another_rule,
-    another_length,
-    what_a_fork_goes_on_with,
-    another_prefix,
-]
+DONE = [another_token, another_text_as_long, another_rule, another_length, what_a_fork_goes_on_with, another_prefix]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -222,9 +215,7 @@ def test_what_was_launched_in_vain(
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
 
 
-def test_a_session_that_goes_while_another_records(
-    on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_goes_in_a_recording(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for its step that was launched ahead, and not for a stream that is just recorded."""
     made, sound, errors = on_card("trt10", "device"), DeviceStep._record, list[Any]()
     gone = [made.runtime.session_under(FixedRule((0,)))]

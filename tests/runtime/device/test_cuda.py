@@ -187,9 +187,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
     on_card("portable")
 
 
-def test_kernels_of_rtx_are_kept(
-    on_card: MakeOnCard, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_kept(on_card: MakeOnCard, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by one process, read by the next, and written again only where there are more."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     on_card("rtx").runtime.generate([1, 2, 3], 2)

@@ -104,14 +104,9 @@ def _asked(request: Any) -> CompletionRequest:
 
 
 def _text(request: Any, name: str) -> str | None:
-    """Return the text of an input, None if it is missing. Raises ValueError unless it is exactly one text."""
+    """Return the text of an input, None if it is missing. Raises ValueError where it is not UTF-8."""
     tensor = triton.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    found = tensor.as_numpy().ravel()
-    if len(found) != 1:
-        raise ValueError(f"{name} is not one text")
-    return found[0].decode() if isinstance(found[0], bytes) else str(found[0])
+    return None if tensor is None else tensor.as_numpy()[0].decode()
 
 
 def _tensor(name: str, text: str) -> Any:

@@ -19,7 +19,7 @@ from pydantic import ValidationError  # noqa: E402
 from dash_export import DashError, DashRuntime  # noqa: E402
 from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
-from dash_export.serve.http_errors import http_error  # noqa: E402
+from dash_export.serve.http_errors import HttpError, http_error, wrong_field  # noqa: E402
 from dash_export.serve.protocol import CompletionRequest, check_parts  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
 from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
@@ -50,8 +50,8 @@ class TritonPythonModel:
                     self._submit(asked, sender)
             except DashError as error:
                 _fail(sender, str(http_error(error)))
-            except (ValueError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
-                _fail(sender, _said(error))
+            except (HttpError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
+                _fail(sender, str(error))
 
     def finalize(self) -> None:
         self._scheduler.close(5)
@@ -92,7 +92,7 @@ class TritonPythonModel:
 
 
 def _asked(request: Any) -> CompletionRequest:
-    """Return the request's inputs as a completion request. Raises ValueError and RequestError."""
+    """Return the request's inputs as a completion request. Raises ValueError, RequestError and HttpError."""
     given = _text(request, "sampling_parameters") or "{}"
     check_parts(given.encode())
     parameters = json.loads(given)
@@ -100,7 +100,11 @@ def _asked(request: Any) -> CompletionRequest:
         raise ValueError("sampling_parameters is not the JSON of an object")
     if other := {"model", "n", "logprobs", "stream", "stream_options", "prompt"} & parameters.keys():
         raise RequestError(f"sampling_parameters: {min(other)} is not for Triton, whose answers are streams.")
-    return CompletionRequest.model_validate(parameters | {"prompt": _text(request, "text_input")})
+    parameters["prompt"] = _text(request, "text_input")
+    try:
+        return CompletionRequest.model_validate(parameters)
+    except ValidationError as error:
+        raise wrong_field(error, json.dumps(parameters).encode()) from None
 
 
 def _text(request: Any, name: str) -> str | None:
@@ -116,10 +120,3 @@ def _tensor(name: str, text: str) -> Any:
 def _fail(sender: Any, message: str) -> None:
     failed = triton.InferenceResponse(error=triton.TritonError(message))
     sender.send(failed, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)

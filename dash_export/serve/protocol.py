@@ -61,15 +61,6 @@ def check_parts(body: bytes | bytearray) -> None:
             raise RequestError(f"The body has more than {PARTS} lists and objects.")
 
 
-class Body(BaseModel):
-    """The body of a request. A field that is null is left out: some clients send null for what they leave open."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, given: Any) -> Any:
-        return {name: one for name, one in given.items() if one is not None} if isinstance(given, dict) else given
-
-
 class Dash(BaseModel):
     """How much may be skipped: at most one amount, as in `runtime.session`. `skips`: tell the layers of every token."""
 
@@ -191,13 +182,25 @@ _SAMPLED |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
 """Fields that `Sampling` has under the same names."""
 
 
+class Body(BaseModel):
+    """Fields of all requests. One that is null is left out: some clients send null for what they leave open."""
+
+    model: str = Field("", max_length=1024)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool | None = False
+    dash: Dash = Field(default_factory=Dash)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {name: one for name, one in given.items() if one is not None} if isinstance(given, dict) else given
+
+
 class Generation(Body):
     """Fields of both kinds of completion."""
 
-    model: str = Field("", max_length=1024)
     max_tokens: int | None = Field(None, ge=1, le=MOST)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0)
@@ -206,7 +209,6 @@ class Generation(Body):
     seed: int | None = None
     stop: str | Annotated[list[str], Few] | None = None
     n: int | None = Field(1, ge=1, le=16)
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -214,7 +216,6 @@ class Generation(Body):
     best_of: Literal[1] | None = 1
     functions: None = None
     function_call: None = None
-    dash: Dash = Field(default_factory=Dash)
 
     operation: ClassVar[str] = "text_completion"
     """Name of the operation in OpenTelemetry's conventions."""

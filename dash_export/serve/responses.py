@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
 from dash_export.serve.http_errors import HttpError, http_error
-from dash_export.serve.protocol import MOST, Body, ChatRequest, ContentPart, Dash, Few
+from dash_export.serve.protocol import MOST, Body, ChatRequest, ContentPart, Few
 from dash_export.serve.running import (
     AnswerStream,
     RunningAnswers,
@@ -81,13 +81,9 @@ class TextOptions(BaseModel):
 class ResponsesRequest(Body):
     """POST /v1/responses."""
 
-    model: str = Field("", max_length=1024)
     input: str | Annotated[list[InputItem], Few] = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    stream: bool | None = False
     text: TextOptions = Field(default_factory=TextOptions)
     tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
@@ -98,7 +94,6 @@ class ResponsesRequest(Body):
     prompt: None = None
     background: Literal[False] | None = False
     top_logprobs: Literal[0] | None = 0
-    dash: Dash = Field(default_factory=Dash)
 
     def chat(self) -> ChatRequest:
         """Return the request as one of /v1/chat/completions. Raises RequestError, and ValidationError (pydantic's)."""

@@ -52,7 +52,9 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            words, calls = split_calls(answer.text, request.parallel) if request.given_tools() else (answer.text, [])
+            words, calls = (
+                split_calls(answer.text, request.parallel_tool_calls) if request.given_tools() else (answer.text, [])
+            )
             message = {"role": "assistant", "content": words or (None if calls else "")}
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
             choice |= {"logprobs": chances(running.likelihoods(answer, tokens)) if request.logprobs else None}
@@ -82,7 +84,7 @@ def _chat_chunks(
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         skips = running.skips(token)
         if token.finish_reason is not None:
-            rest, calls = split_calls(words[index].held, request.parallel)
+            rest, calls = split_calls(words[index].held, request.parallel_tool_calls)
             if text + rest or choice["logprobs"]:
                 yield {"choices": [choice | {"delta": {"content": text + rest}}], **skips}
                 skips = {}

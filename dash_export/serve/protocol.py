@@ -158,7 +158,6 @@ class Message(BaseModel):
 
 
 class JsonSchema(BaseModel):
-    name: str = ""
     schema_: Json = Field(alias="schema")
 
 
@@ -210,7 +209,6 @@ class Generation(Body):
     stop: str | Annotated[list[str], Few] | None = None
     n: int | None = Field(1, ge=1, le=16)
     stream_options: StreamOptions | None = None
-    user: str | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     suffix: None = None
     best_of: Literal[1] | None = 1
@@ -248,7 +246,7 @@ class ChatRequest(Generation):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Few] = Field(default_factory=list)
     tool_choice: Choice = "auto"
-    parallel_tool_calls: bool | None = True
+    parallel_tool_calls: bool = True
 
     @field_validator("messages")
     @classmethod
@@ -263,16 +261,11 @@ class ChatRequest(Generation):
     def grammar(self, tokenizer: Tokenizer) -> str | None:
         schema = None if self.response_format is None else self.response_format.wanted()
         marked = None not in map(tokenizer.token_to_id, (BEGIN, END))
-        return calls_grammar(self.tools, self.tool_choice, self.parallel, marked, schema)
+        return calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls, marked, schema)
 
     def given_tools(self) -> list[dict[str, Any]]:
         """Return the tools as chat templates expect them."""
         return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools]
-
-    @property
-    def parallel(self) -> bool:
-        """Whether an answer may have several calls."""
-        return self.parallel_tool_calls is not False
 
     @property
     def most_tokens(self) -> int | None:

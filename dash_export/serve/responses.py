@@ -87,7 +87,7 @@ class ResponsesRequest(Body):
     text: TextOptions = Field(default_factory=TextOptions)
     tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
-    parallel_tool_calls: bool | None = True
+    parallel_tool_calls: bool = True
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     previous_response_id: None = None
     conversation: None = None
@@ -158,7 +158,7 @@ class _Reply:
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
-            "parallel_tool_calls": chat.parallel,
+            "parallel_tool_calls": chat.parallel_tool_calls,
             "previous_response_id": None,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -139,6 +139,8 @@ def test_extreme_logits_stay_finite() -> None:
         ("min_p", 1.0),
         ("repetition_penalty", 0.0),
         ("stop", ("",)),
+        ("stop", ("x",) * 17),  # each costs every token of everybody
+        ("stop", ("x" * 257,)),
         ("seed", -1),
     ],
 )

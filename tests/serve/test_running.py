@@ -17,24 +17,22 @@ from dash_export.serve.scheduler import Scheduler
 from tests.runtime.test_text import sentence_pieces
 
 
-def test_pieces_of_logprobs_keep_their_space() -> None:
+def answers_of_pieces() -> RunningAnswers:
     tokenizer = sentence_pieces()
-    text: Any = SimpleNamespace(tokenizer=tokenizer, eos_ids=(), encode=lambda *_, **__: [0])
-    scheduler: Any = SimpleNamespace(runtime=SimpleNamespace(text=text))
-    running = RunningAnswers("x", scheduler, [], Mock(), Mock())
-    said = running.logprobs(Mock(token=1, logprobs=[(1, -0.5), (0, -1.0)]))
+    text = SimpleNamespace(tokenizer=tokenizer, eos_ids=(), encode=lambda *_, **__: [0], decode=tokenizer.decode)
+    return RunningAnswers("x", Mock(runtime=Mock(text=text)), [], Mock(), Mock(stop=["a"]))
+
+
+def test_pieces_of_logprobs_keep_their_space() -> None:
+    said = answers_of_pieces().logprobs(Mock(token=1, logprobs=[(1, -0.5), (0, -1.0)]))
     assert [entry["token"] for entry in said] == [" it", "a"]
 
 
 def test_a_stop_string_has_no_logprobs() -> None:
     """Where the answer continues the prompt, its first space is its text's."""
-    tokenizer = sentence_pieces()
-    text: Any = SimpleNamespace(tokenizer=tokenizer, eos_ids=(), encode=lambda *_, **__: [0], decode=tokenizer.decode)
-    scheduler: Any = SimpleNamespace(runtime=SimpleNamespace(text=text))
-    running = RunningAnswers("x", scheduler, [], Mock(), Mock(stop=["a"]))
     ticket = Mock(ids=[0], request=Mock(continues=True))
     tokens: list[Any] = [Mock(token=token, logprobs=[(token, -0.5)]) for token in (1, 1, 0)]
-    said = running.likelihoods(Mock(text=" it it", finish_reason="stop", ticket=ticket), tokens)
+    said = answers_of_pieces().likelihoods(Mock(text=" it it", finish_reason="stop", ticket=ticket), tokens)
     assert [entries[0]["token"] for entries in said] == [" it", " it"]
 
 

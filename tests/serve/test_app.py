@@ -144,15 +144,6 @@ def test_many_at_once_get_what_they_get_alone(client: openai.OpenAI, runtime: Da
         assert text == expected(runtime, 5 + number % 7, **settings[number % 3])
 
 
-def test_content_in_parts(client: openai.OpenAI, runtime: DashRuntime) -> None:
-    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]}]
-    reply = client.chat.completions.create(messages=parts, max_tokens=6, extra_body=DENSE, **GREEDY)
-    assert reply.choices[0].message.content == expected(runtime, 6)
-    parts[0]["content"].append({"type": "image_url", "image_url": {"url": "data:"}})
-    with pytest.raises(openai.BadRequestError, match="content of type 'image_url' is not supported"):
-        client.chat.completions.create(messages=parts, **GREEDY)
-
-
 FORM: dict[str, Any] = {"type": "json_schema"}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -174,7 +165,6 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "context"),
     "longer than it may be": ({"max_tokens": 10_000}, 400, "context"),
     "n": ({"n": 100}, 400, "n: "),
-    "role": ({"messages": [{"content": "x"}]}, 400, "messages.0.role"),
     "stop": ({"stop": [""]}, 400, "stop"),
     "hold of nothing": ({"dash": {"hold": False}}, 400, "hold is of a budget"),
     "bias": ({"logit_bias": {"5": 3}}, 400, "logit_bias"),
@@ -247,15 +237,6 @@ def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: py
     body = {"prompt": "hello", "n": 4, "max_tokens": 20, "temperature": 0} | DENSE
     told = httpx.post(f"{serve(rows=1)}/v1/completions", json=body).json()["dash"]["tokens_per_second"]
     assert 0 < told < 1 / 0.005
-
-
-def test_developers_are_the_system(http: httpx.Client) -> None:
-    """Most templates know no other name for them."""
-    said = [
-        http.post("/v1/chat/completions", json={"messages": [{"role": role, "content": "x"}], "max_tokens": 5} | DENSE)
-        for role in ("developer", "system")
-    ]
-    assert said[0].json()["usage"]["prompt_tokens"] == said[1].json()["usage"]["prompt_tokens"]
 
 
 def test_what_is_no_request(http: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 """`dash-export serve`: bundles behind OpenAI's API."""
 
 import logging
+import resource
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -122,8 +123,6 @@ def command(
 
 def raise_open_file_limit() -> None:
     """Raise the limit of open files: idle connections take a file descriptor each."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has none; a system that refuses keeps its limit
-        import resource
-
+    with suppress(OSError, ValueError):  # a system that refuses keeps its limit
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -43,8 +43,7 @@ def refused(*arguments: object, code: int = 1) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 
 

@@ -83,9 +83,7 @@ def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
     assert "give an --api-key" in refused("serve", tiny_root, *FP32, "--host", "0.0.0.0")
     assert "is not a finished bundle" in refused("serve", tmp_path)
     assert "Two bundles are called tiny" in refused("serve", tiny_root, tiny_root, *FP32)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot be listened to" in refused("serve", tiny_root, *FP32, "--port", taken.getsockname()[1])
 
 
@@ -96,8 +94,6 @@ def test_a_pace_beside_a_bundle_without_a_policy(tiny_root: Path, tmp_path: Path
     build(dense, "cpu", weights="fp32")
     paced = (*FP32, "--pace", "50", "--budget", "0.9")
     assert "A pace needs a trained policy" in refused("serve", dense.root, *FP32, "--pace", "50")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = ("--port", taken.getsockname()[1])
         assert "cannot be listened to" in refused("serve", tiny_root, dense.root, *paced, *port)

@@ -39,12 +39,6 @@ class Sampling:
     stop: Sequence[str] = ()
     grammar: str | None = None
 
-    @property
-    def by_logits(self) -> bool:
-        """Whether logits alone say what may follow, whatever came before."""
-        penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
-        return not penalties and self.grammar is None
-
     def __post_init__(self) -> None:
         check_fields(self)
         greedy, penalty = self.temperature == 0.0, self.repetition_penalty
@@ -95,9 +89,9 @@ class Sampler:
 
     @property
     def draw(self) -> Draw | None:
-        """The next call's draw; None where logits alone do not say it."""
+        """The next call's draw; None where logits alone do not say what may follow, for a penalty or a grammar."""
         s = self._sampling
-        if not s.by_logits:
+        if s.repetition_penalty != 1.0 or s.frequency_penalty or s.presence_penalty or s.grammar is not None:
             return None
         sharpness, lowest = 1 / s.temperature if s.temperature else 0.0, -math.log(s.min_p) if s.min_p else math.inf
         return Draw(sharpness, s.top_k, s.top_p, lowest, self._share)

@@ -107,7 +107,7 @@ def decode_times(
     others = candidates[1:] or candidates
     seconds, ratios, predicted = np.zeros((3, len(others), len(parts)))
     for number, index in in_turns(len(others), len(parts), progress, "decode time"):
-        took = run_alone(others[index], parts[number].tolist(), context, candidates[0])
+        took = run_alone(others[index], parts[number].tolist(), context, candidates[0], number % 2 == 1)
         seconds[index, number], ratios[index, number], predicted[index, number] = (
             took.first_seconds, took.ratio, took.predicted
         )  # fmt: skip
@@ -133,17 +133,19 @@ class ProcessFigures:
     peak_memory: int
 
 
-def run_alone(candidate: Candidate, ids: list[int], context: int, first: Candidate | None = None) -> ProcessFigures:
+def run_alone(
+    candidate: Candidate, ids: list[int], context: int, first: Candidate | None = None, loaded_last: bool = False
+) -> ProcessFigures:
     """Run one candidate over known tokens in a new process, in turns with `first`: the first `context` tokens are a
-    prompt, the others are decoded one by one. Raises BackendError where the process fails or is killed (for lack of
-    memory, perhaps).
+    prompt, the others are decoded one by one. `loaded_last`: `first` is loaded before the candidate. Raises
+    BackendError where the process fails or is killed (for lack of memory, perhaps).
     """
     orders = [
         [str(one.runtime.bundle.root), one.runtime.build.target, content_key(asdict(one.runtime.build)),
          asdict(one.setting)]
         for one in (candidate, first or candidate)
     ]  # fmt: skip
-    order = json.dumps([orders, ids, context])
+    order = json.dumps([orders, ids, context, loaded_last])
     command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
     done = subprocess.run(command, input=order, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
@@ -158,9 +160,10 @@ def run_alone(candidate: Candidate, ids: list[int], context: int, first: Candida
 
 def main() -> None:
     """Run one candidate by the order of `run_alone` on standard input, and print its figures as JSON."""
-    orders, ids, context = json.load(sys.stdin)
+    orders, ids, context, loaded_last = json.load(sys.stdin)
     candidates = list[Candidate]()
     load = cache(partial(DashRuntime.load, verify=False))
+    load(*orders[loaded_last][:2])  # what is loaded first lies better in memory
     for root, target, key, setting in orders:
         # The key changes with the export, the engines, the costs and the dial.
         if content_key(asdict(load(root, target).build)) != key:

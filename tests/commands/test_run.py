@@ -185,13 +185,17 @@ def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
 
 def test_a_second_ctrl_c_stops_a_prompt() -> None:
     """Which has no token at which it could end."""
-    session, before = SimpleNamespace(cancel=mock.Mock()), signal.getsignal(signal.SIGINT)
-    with chat._stopping(session):  # type: ignore[arg-type]
-        signal.raise_signal(signal.SIGINT)
-        assert session.cancel.called
-        with pytest.raises(KeyboardInterrupt):
+    session = SimpleNamespace(cancel=mock.Mock())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore the signal for jobs behind
+    try:
+        with chat._stopping(session):  # type: ignore[arg-type]
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert session.cancel.called
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_no_text_on_a_terminal_ends_no_conversation(

@@ -89,11 +89,12 @@ def test_who_is_slower(
 def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs in the others' processes: it has none of its own, but where there are no others."""
     candidates = [Candidate(runtime, setting) for setting in (Setting("dense"), *SETTINGS[1:3])]
-    ran: list[Candidate] = []
+    ran, orders = list[Candidate](), list[bool]()
 
-    def run(candidate: Candidate, _ids: list[int], _context: int, first: Candidate) -> ProcessFigures:
+    def run(candidate: Candidate, _ids: list[int], _context: int, first: Candidate, last: bool) -> ProcessFigures:
         assert first is candidates[0]
         ran.append(candidate)
+        orders.append(last)
         return ProcessFigures(0.01, 0.5 if candidate is candidates[1] else 0.8, 0.6, 1)
 
     monkeypatch.setattr(timing, "run_alone", run)
@@ -103,6 +104,7 @@ def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monke
     assert (other.ratio, other.milliseconds) == pytest.approx((0.8, 8))
     assert len(ran) == 6
     assert candidates[0] not in ran
+    assert orders == [False, False, True, True, False, False], "which is loaded first changes from round to round"
     assert len(decode_times(candidates[:1], [random_ids(4)], 2)) == 1
     assert ran[-1] is candidates[0]
 

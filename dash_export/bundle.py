@@ -266,7 +266,9 @@ def _no_bundle(root: Path) -> str:
     half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
-        hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches" * is_hub_id(root)
+        hub = ""
+        if is_hub_id(root):
+            hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
         return f"{root} is a model{hub}. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():
         return f"There is no bundle at {root}. Make one: {export}"

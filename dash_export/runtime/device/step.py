@@ -139,7 +139,7 @@ class DeviceStep(BoundEngines):
         return actions
 
     def _follows(self, ahead: Ahead, actions: Actions | None) -> bool:
-        """Return whether this step, if its tokens are, is the one launched ahead: the cache is as it left it."""
+        """Return whether this step is the one launched ahead, but for its tokens: nothing else touched the cache."""
         return (
             self._cache.ahead is ahead
             and ahead.actions == actions

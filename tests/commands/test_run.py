@@ -232,7 +232,8 @@ def test_a_template_that_would_steer_the_terminal(own_bundle: Path, tmp_path: Pa
 def test_a_conversation_needs_a_template(own_bundle: Path) -> None:
     (own_bundle / "chat_template.jinja").write_text("")
     rehash(own_bundle, "chat_template.jinja")
-    assert "so there is no --chat" in refused("run", own_bundle, "--chat", *FP32)
+    for given in (["--chat"], ["hello", "--system", "be kind"]):
+        assert "so there is no --chat and no --system" in refused("run", own_bundle, *given, *FP32)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

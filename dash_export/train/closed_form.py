@@ -45,8 +45,7 @@ class Sums:
             keys_values = model.keys_values(layer, before[counted]).double() if entered and open_units else None
             for first in sorted({unit.first for unit in open_units}):
                 if first == layer:
-                    x = bypass_input(before[counted].float(), model.spec).double()
-                    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+                    x = with_ones(bypass_input(before[counted].float(), model.spec).double())
                     entered[first] = (x, before[counted].double())
                     self._sum(first, "x", first, x, x)
                 elif keys_values is not None:
@@ -66,7 +65,16 @@ class Sums:
         first, device = unit.first, self._model.device
         xy = [self._sums[first, "update", unit.last]]
         xy += [self._sums[first, "keys and values", layer] for layer in unit.layers[1:]]
-        xx = self._sums[first, "x", first].to(device)
-        xx = xx + RIDGE * xx.diagonal()[:-1].mean() * torch.eye(len(xx), dtype=torch.float64, device=device)
-        solved = torch.linalg.solve(xx, torch.cat(xy, 1).to(device)).float().cpu().numpy()
-        return {"weight": solved[:-1].copy(), "bias": solved[-1].copy()}
+        return solved(self._sums[first, "x", first].to(device), torch.cat(xy, 1).to(device))
+
+
+def with_ones(x: torch.Tensor) -> torch.Tensor:
+    """Return x [tokens, columns] with a column of ones, whose weights are the bias."""
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+def solved(xx: torch.Tensor, xy: torch.Tensor) -> Weights:
+    """Return the ridge regression with these sums (float64) over tokens: X'X, of x `with_ones`, and X'Y."""
+    xx = xx + RIDGE * xx.diagonal()[:-1].mean() * torch.eye(len(xx), dtype=torch.float64, device=xx.device)
+    found = torch.linalg.solve(xx, xy).float().cpu().numpy()
+    return {"weight": found[:-1].copy(), "bias": found[-1].copy()}

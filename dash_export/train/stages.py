@@ -3,7 +3,7 @@
 1. the model's own continuations of the prompts join the corpus (corpus.py)
 2. the units, where they are not given (partition.py), and their bypasses in closed form (closed_form.py)
 3. damage regression: the network, from forward passes
-   (a training that goes on from a policy takes the results of 2 and 3 from it)
+   (a training that goes on from a policy takes the results of 2 and 3 from it, and may merge units: merging.py)
 4. tuning: bypasses and network together, by KL (losses.py)
 5. units that turn out not to pay for their engine are left out, where the search found them (partition.py)
 6. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
@@ -17,7 +17,7 @@ import io
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
+from dash_export.train.merging import merged
 from dash_export.train.model import GatedModel, SkipModules, always, initial_network, saved
 from dash_export.train.partition import (
     Candidate,
@@ -51,6 +52,7 @@ SAVE_EVERY = 20
 interrupted: the sums and trials of one group of candidates, the sums of the closed form, the static order.
 """
 RANKING_BATCHES = 2
+CLOSED_FORM = "bypasses in closed form"
 _DIGEST = hashlib.sha256().digest_size
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -154,7 +156,10 @@ def trained_policy(
     model, settings = run.model, run.settings
     chosen = search_units(run) if units is None else ()
     units = units or tuple(candidate.unit for candidate in chosen)
-    policy = start if start is not None else SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
+    if start is None:
+        policy = SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
+    else:
+        policy = start if start.units == units else _merged(run, start, units)
     if kind == "static":
         policy = replace(policy, network=None)
     elif policy.network is None:
@@ -231,12 +236,28 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
 
 
 def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Weights, ...]:
-    def fit() -> list[dict[str, torch.Tensor]]:
-        sums = _summed(run, units, run.settings.fit_steps, "bypasses in closed form")
-        found = (sums.fit(unit).items() for unit in units)
-        return [{name: torch.from_numpy(array) for name, array in weights} for weights in found]
+    def fit() -> tuple[Weights, ...]:
+        sums = _summed(run, units, run.settings.fit_steps, CLOSED_FORM)
+        return tuple(sums.fit(unit) for unit in units)
 
-    kept = run.work.once("fit", fit)
+    return _weights_once(run, fit)
+
+
+def _merged(run: Run, start: SkipPolicy, units: tuple[Unit, ...]) -> SkipPolicy:
+    def batches() -> Iterator[Batch]:
+        for step in range(run.settings.fit_steps):
+            yield run.batch("sums", step)[0]
+            run.progress(CLOSED_FORM, step + 1, run.settings.fit_steps)
+
+    network, *bypasses = _weights_once(run, lambda: merged(run.model, start, units, batches()))
+    return SkipPolicy(units, start.read, network or None, tuple(bypasses))
+
+
+def _weights_once(run: Run, fit: Callable[[], Sequence[Weights]]) -> tuple[Weights, ...]:
+    def packed() -> list[dict[str, torch.Tensor]]:
+        return [{name: torch.from_numpy(array) for name, array in weights.items()} for weights in fit()]
+
+    kept = run.work.once("fit", packed)
     return tuple({name: tensor.numpy() for name, tensor in weights.items()} for weights in kept)
 
 
@@ -305,7 +326,7 @@ def forward_passes(
     return {
         f"{SELF_GENERATED} text": 7.0 * min(prompts, settings.own_prompts),
         "candidates": sum(1.7 * settings.search_steps + 4.5 * len(group) for group in groups),
-        "bypasses in closed form": 1.6 * settings.fit_steps,
+        CLOSED_FORM: 1.6 * settings.fit_steps,
         "regression": 10.0 * settings.regression_steps if kind == "token" else 0.0,
         **(last if kind == "token" else dict(reversed(last.items()))),
         "held-out text": 70.0 * settings.judged_batches,

@@ -48,8 +48,8 @@ def train(
     card beside it).
 
     Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
-    tune it further, for other text, or for another model of the same shape: its units (of these, `units`), network and
-    bypasses are the beginning, and only the tuning steps are done.
+    tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
+    beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. The unfinished
     work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
@@ -66,7 +66,8 @@ def train(
     start = start and policy_path(start)
     before = None if start is None else _trained(start, spec, kind, units)
     if before is not None:
-        units, settings = before.units, _further(settings)
+        units = units or before.units
+        settings = _further(settings, merging=tuple(units) != before.units)
     given = None if units is None else _checked(units, spec)
     settings = settings.shortened()
     try:
@@ -156,9 +157,11 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     """
     policy = load_policy(path, spec)
     if units is not None:
-        if not set(units) <= set(policy.units):
-            raise PolicyError(f"{path} has the units {units_text(policy.units)}: others are trained from nothing.")
         policy = narrowed(policy, (layer for unit in units for layer in unit.layers))
+        if not all(any(set(own.layers) <= set(unit.layers) for unit in units) for own in policy.units):
+            raise PolicyError(
+                f"{path} has the units {units_text(policy.units)}: a part of one is trained from nothing."
+            )
     if not policy.units or not all(policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:
@@ -166,10 +169,11 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     return policy
 
 
-def _further(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings for a trained policy: the tuning only, at lower rates."""
-    rates = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
-    return replace(settings, search_steps=0, fit_steps=0, warm_up_steps=0, regression_steps=0, **rates)
+def _further(settings: TrainingSettings, merging: bool) -> TrainingSettings:
+    """Return the settings for a trained policy: the tuning only, at lower rates, and where units merge a fit."""
+    changed = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
+    changed |= dict.fromkeys(("search_steps", "warm_up_steps", "regression_steps"), 0)
+    return replace(settings, **changed if merging else {**changed, "fit_steps": 0})
 
 
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:

@@ -348,6 +348,27 @@ def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_p
     assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
 
 
+def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Learn) -> None:
+    heard = set[str]()
+    settings = replace(SETTINGS, fit_steps=12)
+
+    def told(name: str, *_: int) -> None:
+        heard.add(name.split(",")[0])
+        if name.startswith("static") and "again" not in heard:
+            raise StopError
+
+    merge = partial(learn, start=trained[0], units=parse_units("2-4"), settings=settings, progress=told)
+    with pytest.raises(StopError):
+        merge()
+    assert "bypasses in closed form" in heard
+    heard.clear()
+    heard.add("again")
+    assert merge().units == parse_units("2-4")
+    assert "bypasses in closed form" not in heard, "the fit was kept"
+    with pytest.raises(PolicyError, match="a part of one is trained from nothing"):
+        merge(units=parse_units("2-2,3-4"))
+
+
 def test_a_static_policy_goes_on_as_one(
     trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
 ) -> None:

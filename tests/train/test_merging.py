@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dash_export.decision import Unit
+from dash_export.models import Checkpoint
+from dash_export.policy import SkipPolicy, check_policy
+from dash_export.train.merging import merged
+from dash_export.train.model import GatedModel, SkipModules, always
+from tests.tiny import tiny_policy
+from tests.train.helpers import batch
+
+PARTS = (Unit(1, 1), Unit(2, 3), Unit(5, 5))
+UNITS = (Unit(1, 3), Unit(5, 5))
+
+
+def test_a_merged_unit_does_what_its_parts_did(checkpoint: Checkpoint, model: GatedModel) -> None:
+    policy = tiny_policy(checkpoint, "linear", units=PARTS)
+    assert policy.network is not None
+    policy = replace(policy, network={name: 0.2 * array for name, array in policy.network.items()})
+    network, *bypasses = merged(model, policy, UNITS, map(batch, range(12)))
+    for name, array in policy.network.items():
+        np.testing.assert_array_equal(network[name][..., 1], array[..., 2])
+    np.testing.assert_array_equal(bypasses[1]["weight"], policy.bypasses[2]["weight"])
+    larger = SkipPolicy(UNITS, policy.read, network, tuple(bypasses))
+    check_policy(larger, checkpoint.spec)
+    given, before, after = batch(0), SkipModules(policy), SkipModules(larger)
+    with torch.no_grad():
+        chained = model.rollout(given.ids, before, always(3, (0, 1, 2)), given.dense)
+        whole = model.rollout(given.ids, after, always(2, (0, 1)), given.dense)
+        dense = model.dense(given.ids)
+        damage, expected = after.damage(whole.state), before.damage(chained.state)
+    counted = given.counted
+    off = (whole.final - chained.final)[counted].square().mean()
+    assert off < 0.02 * (dense - chained.final)[counted].square().mean()
+    found, total = damage[counted][:, 0], expected[counted][:, :2].sum(-1)
+    assert (found - total).square().mean() < 0.1 * total.var()
+
+
+def test_without_a_network_there_is_none(checkpoint: Checkpoint, model: GatedModel) -> None:
+    policy = tiny_policy(checkpoint, "linear", units=PARTS)
+    static = SkipPolicy(PARTS, policy.read, None, policy.bypasses)
+    network, *bypasses = merged(model, static, UNITS, map(batch, range(2)))
+    assert (network, len(bypasses)) == ({}, 2)

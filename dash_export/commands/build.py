@@ -77,8 +77,8 @@ def command(
     """Compile the engines of a bundle for a target, and measure what each unit costs here.
 
     Given a MODEL it exports first (see `dash-export export` for the policy options). Engines whose inputs are
-    unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
-    writes a build kit to copy to the one that has it.
+    unchanged are reused; a build that was killed goes on where it stopped. For TensorRT on a machine
+    without the GPU, it writes a build kit to copy to the one that has it.
     """
     from dash_export.building.backend import backend_of
 

@@ -68,7 +68,7 @@ class RunOptions:
     "--dispatch", type=click.Choice(get_args(Dispatch)),
     help="Of a GPU target: how the policy is evaluated; the recipe's choice by default.",
 )  # fmt: skip
-@click.option("--threads", type=click.IntRange(0, MAX_THREADS), help="Of a CPU target; 0: one per physical core.")
+@click.option("--threads", type=click.IntRange(0, MAX_THREADS), help="Of a CPU target; 0: one per core it may use.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")

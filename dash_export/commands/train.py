@@ -43,7 +43,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--from", "start", type=_POLICY, metavar="NAME|FILE.safetensors",
     help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
-    "other text or for a fine-tune of its model: only the tuning steps are done.",
+    "other text or for a fine-tune of its model: only the tuning steps are done, after a fit where units are merged.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(

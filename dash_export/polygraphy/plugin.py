@@ -38,7 +38,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 _SETTING: dict[str, tuple[Any, str]] = {
-    "policy": (str, "who decides, as in `dash-export run --policy`. Default: dense"),
+    "policy": (str, "who decides, as in `dash-export run --policy`. Default: what the other options ask for, or dense"),
     "skip": (_layers, "skip these layers, whole units, like 8-10"),
     "trade_off": (float, "skip a unit where damage < trade-off * cost"),
     "budget": (float, "mean decode time wanted, as a fraction of dense"),

@@ -20,11 +20,7 @@ _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "ho
 @click.command("profile")
 @comparison_options(budgets=(0.85,))
 @click.option("--text", type=_FILE, help="Text to decode; by default the held-out text that ships with the package.")
-@click.option(
-    "--context",
-    type=click.IntRange(min=2),
-    help="Cached tokens before the timed ones; by default as in the cost table.",
-)
+@click.option("--context", type=click.IntRange(min=2), help="Cached tokens before the timed; by default the build's.")
 @count_option("--tokens", PROFILE_TOKENS, "Timed tokens of a round.", least=2)
 @count_option("--repeats", PROFILE_ROUNDS, "Rounds, settings interleaved.", least=2)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure, instead of the tables.")

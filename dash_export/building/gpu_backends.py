@@ -32,7 +32,7 @@ JETSONS = ("8.7", "11.0")
 class GpuBackend(Backend):
     """Base of all GPU backends: needs a device of the recipe's compute capabilities to run."""
 
-    revision = 9
+    revision = 10
 
     @property
     def engine(self) -> EngineRecipe:

@@ -23,11 +23,13 @@ from dash_export.targets import QUANTISED, WeightsRecipe
 MIDDLE = np.int8(8)
 """Code of zero on a symmetric 4-bit grid."""
 _COLUMNS = 4096
+_SMALLEST = np.float32(2.0**-24)
+"""Of float16, in which a scale may be stored: TensorRT refuses a scale of 0."""
 
 
 def quantize_symmetric(matrix: Float32Array, bits: int, block: int) -> tuple[npt.NDArray[np.int8], Float32Array]:
     """Quantise [in, out] float32 to values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out]
-    float32 > 0: weight = value * scale. A block's largest weight is just within the range.
+    float32 > 0, in float16 too: weight = value * scale. A block's largest weight is just within the range.
     """
     (rows, columns), high = matrix.shape, (1 << (bits - 1)) - 1
     values, scales = np.empty((rows, columns), np.int8), np.empty((rows // block, columns), np.float32)
@@ -35,7 +37,7 @@ def quantize_symmetric(matrix: Float32Array, bits: int, block: int) -> tuple[npt
         part = slice(start, start + _COLUMNS)
         blocks = matrix[:, part].reshape(rows // block, block, -1)
         largest = np.maximum(blocks.max(axis=1) / high, blocks.min(axis=1) / -(high + 1))
-        scales[:, part] = scale = np.where(largest > 0, largest, 1.0)
+        scales[:, part] = scale = np.where(largest > 0, np.maximum(largest, _SMALLEST), 1.0)
         values[:, part] = np.clip(np.rint(blocks / scale[:, None]), -(high + 1), high).reshape(rows, -1)
     return values, scales
 
@@ -75,7 +77,7 @@ def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[i
         else:
             if isinstance(rounded := roundings(name), Rounded):
                 rounded.check(name, matrix.shape, block)
-                values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
+                values, scales = rounded.codes.astype(np.int8) - MIDDLE, np.maximum(rounded.scales, _SMALLEST)
             else:
                 values, scales = quantize_symmetric(matrix, 4, block)
             stored, attributes = values.astype(ml_dtypes.int4), {"axis": 0, "block_size": block}
@@ -87,4 +89,4 @@ def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[i
 def _scale(largest: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Return the power of two that scales `largest` to 128 to 256 (E4M3 holds 448), at least float16's smallest."""
     exponent = np.ceil(np.log2(np.maximum(np.asarray(largest, np.float32), 1e-30)))
-    return np.asarray(np.exp2(np.maximum(exponent - 8, -24)), np.float32)
+    return np.asarray(np.maximum(np.exp2(exponent - 8), _SMALLEST), np.float32)

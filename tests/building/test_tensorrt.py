@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -21,7 +22,8 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs import trt
-from dash_export.graphs.rounded import Roundings, to_nearest
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
+from dash_export.graphs.trt_quantize import quantize_symmetric
 from dash_export.graphs.writer import save_graph
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
@@ -170,6 +172,22 @@ def test_what_is_left_of_a_pruned_unit_has_the_precision_of_a_bypass(tmp_path: P
     stored = [item for graph in lowered(bundle, recipe).values() for item in graph.initializer]
     found = [list(item.dims) for item in stored if item.data_type == onnx.TensorProto.INT8]
     assert found == [[checkpoint.spec.hidden_size] * 2]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_no_scale_is_zero_in_float16(precision: str, own: Path, tmp_path: Path) -> None:
+    """As of a vocabulary's unused rows: TensorRT refuses a scale of 0, and ONNX Runtime does not."""
+    _, scales = quantize_symmetric(np.full((32, 2), [1e-9, 0], np.float32), int(precision[3:]), 32)
+    assert (scales.astype(np.float16) > 0).all()
+    hidden = Bundle.open(own / "tiny.dash").manifest.model.hidden_size
+    codes, zeros = (np.full((rows, hidden), 8, np.uint8) for rows in (hidden, hidden // 32))
+    rounded = Rounded(codes, np.full(zeros.shape, 1e-9, np.float32), zeros, 32)
+    recipe = load_recipe(write_recipe(tmp_path / "mine.toml", precision))
+    graphs = lowered(Bundle.open(own / "tiny.dash"), recipe, {"layer_00/attention/o_proj": rounded}.get)
+    stored = [item for graph in graphs.values() for item in graph.initializer if ".scales" in item.name]
+    found = [onnx.numpy_helper.to_array(item) for item in stored]
+    assert {array.dtype for array in found} == {np.dtype(np.float16)}
+    assert all((array > 0).all() for array in found)
 
 
 def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> None:

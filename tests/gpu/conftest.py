@@ -28,9 +28,11 @@ def target() -> str:
     if os.environ.get(TARGET):
         return os.environ[TARGET]
     recipes = [recipe for recipe in map(load_recipe, recipe_names()) if recipe.engine is not None]
+    recipes.sort(key=lambda recipe: recipe.backend == "onnxruntime_cuda")  # TensorRT before it
+    backends = {recipe.name: backend_of(recipe) for recipe in recipes}
     obstacles = {
-        recipe.name: backend_of(recipe).build_obstacle() or backend_of(recipe).run_obstacle()
-        for recipe in sorted(recipes, key=lambda recipe: recipe.backend == "onnxruntime_cuda")  # TensorRT before it
+        name: own.build_obstacle() or own.run_obstacle() or own.refused_version(own.version())
+        for name, own in backends.items()
     }
     fitting = [name for name, obstacle in obstacles.items() if obstacle is None]
     if not fitting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -51,6 +52,8 @@ class CudaGraph:
         # Relaxed: Python may free some memory meanwhile, which stricter modes treat as an error.
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         handle, _ = cuda.stream(stream), cuda.stream(BODY)  # create both streams before the recording
+        with suppress(BackendError):  # before the recording, in which older drivers load nothing; some steps need none
+            load_kernels(cuda.device.capability)
         cuda(rt.cudaStreamBeginCapture(handle, mode), " beginning to record")
         try:
             step(self)

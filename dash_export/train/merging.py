@@ -39,7 +39,7 @@ def merged(
             if layer == modules.read and modules.network:
                 state = unit_normed(rows, model.spec)
                 damage = modules.damage(state)
-                damage = torch.stack([damage[:, own].sum(-1) for own in parts], -1)
+                damage = torch.stack([damage[:, own].sum(-1) for own in parts], -1).clamp_min(1e-6)  # 0 has no inverse
                 add(None, state, damage + torch.log(-torch.expm1(-damage)))  # the inverse of softplus
             if layer in firsts:
                 add(firsts[layer][0], bypass_input(rows, model.spec), _chained(model, modules, firsts[layer][1], rows))
@@ -59,11 +59,11 @@ def merged(
 
 def _chained(model: GatedModel, modules: SkipModules, places: Sequence[int], entering: torch.Tensor) -> torch.Tensor:
     """Return the columns of a bypass (`policy.py`) that does what those of these units do one after the other."""
-    hidden, rows = entering, list[torch.Tensor]()
+    hidden, total, rows = entering, torch.zeros_like(entering, dtype=torch.float32), list[torch.Tensor]()
     for place in places:
         if place != places[0]:
             rows.append(model.keys_values(modules.units[place].first, hidden))
         update, own = modules.bypass(place, bypass_input(hidden, model.spec)).tensor_split([entering.shape[-1]], -1)
-        hidden = hidden + update
+        hidden, total = hidden + update, total + update
         rows.append(own)
-    return torch.cat([hidden.float() - entering.float(), *rows], -1)
+    return torch.cat([total, *rows], -1)

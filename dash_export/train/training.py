@@ -157,11 +157,14 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     """
     policy = load_policy(path, spec)
     if units is not None:
-        policy = narrowed(policy, (layer for unit in units for layer in unit.layers))
-        if not all(any(set(own.layers) <= set(unit.layers) for unit in units) for own in policy.units):
+        wanted = {layer for unit in units for layer in unit.layers}
+        whole = (own.layers for own in policy.units if any({*own.layers} <= {*unit.layers} for unit in units))
+        if wanted != {layer for layers in whole for layer in layers}:
             raise PolicyError(
-                f"{path} has the units {units_text(policy.units)}: a part of one is trained from nothing."
+                f"{path} has the units {units_text(policy.units)}: others are trained from nothing. Name some of them, "
+                "or several side by side as one."
             )
+        policy = narrowed(policy, wanted)
     if not policy.units or not all(policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:

@@ -365,7 +365,7 @@ def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Lear
     heard.add("again")
     assert merge().units == parse_units("2-4")
     assert "bypasses in closed form" not in heard, "the fit was kept"
-    with pytest.raises(PolicyError, match="a part of one is trained from nothing"):
+    with pytest.raises(PolicyError, match="others are trained from nothing"):
         merge(units=parse_units("2-2,3-4"))
 
 

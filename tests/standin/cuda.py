@@ -350,6 +350,7 @@ class Card(Memory):
     # --- kernels
 
     def load(self, code: bytes) -> tuple[Any, ...]:
+        rule(not self.recording(), "drivers before CUDA 12.3 load no kernels within a recording")
         return rt.cudaError_t(0), kernels(code.decode())
 
     def function(self, module: dict[str, Any], name: bytes) -> tuple[Any, ...]:

@@ -1,8 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,51 +16,13 @@ from dash_export.models import Checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
-from dash_export.policy import SkipPolicy, check_replaceable, load_policy, save_policy
+from dash_export.policy import check_replaceable, load_policy
 from dash_export.train import TrainingSettings, partition, stages, training
 from dash_export.train.partition import Candidate, candidate_groups
 from dash_export.train.stages import Work
 from dash_export.train.training import check_unique_names, train
-from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
-
-SETTINGS = TrainingSettings(
-    window=32, windows=4, search_steps=3, fit_steps=3, warm_up_steps=2, regression_steps=6, tuning_steps=6,
-    trade_offs=(0.5, 8.0), own_prompts=4, own_tokens=24, precision="bfloat16",
-)  # fmt: skip
-
-
-class StopError(Exception):
-    """A kill, as far as the files on disk can tell."""
-
-
-def same(one: SkipPolicy, other: SkipPolicy) -> bool:
-    left, right = one.weights(), other.weights()
-    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
-
-
-Learn = Callable[..., SkipPolicy]
-Trained = tuple[Path, SkipPolicy]
-
-
-def card_of(policy: Path) -> dict[str, Any]:
-    return json.loads(policy.with_suffix(".json").read_text())  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "policy.safetensors"
-
-
-@pytest.fixture
-def learn(checkpoint: Checkpoint, output: Path, prose: Path) -> Learn:
-    """`learn(**options)`: a training of the tiny model into `output`, of its usual units unless told otherwise."""
-    return partial(train, model=checkpoint, output=output, texts=[prose], settings=SETTINGS, units=TINY_UNITS)
-
-
-@pytest.fixture(scope="module")
-def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
-    return path, train(checkpoint, path, [prose], units=TINY_UNITS, settings=SETTINGS)
+from tests.tiny import TINY_UNITS, tiny_checkpoint
+from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of, same
 
 
 def test_the_file_is_the_policy_and_the_card_says_how(trained: Trained, checkpoint: Checkpoint, prose: Path) -> None:
@@ -324,63 +284,6 @@ def test_a_unit_whose_bypass_is_larger(learn: Learn, tmp_path: Path) -> None:
     small = tiny_checkpoint(tmp_path / "model", intermediate_size=8, num_key_value_heads=4)
     with pytest.raises(PolicyError, match="Skipping 2 saves nothing: its bypass is larger"):
         learn(model=small, units=parse_units("2"))
-
-
-def last_kl(path: Path) -> float:
-    """KL where both units are skipped."""
-    figures = card_of(path)["held_out"]["figures"]
-    return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
-
-
-def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_path: Path) -> None:
-    """Units and shapes are those it begins with; only tuning and ranking are done."""
-    path, heard = tmp_path / "further.safetensors", set()
-    settings = replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2)
-    options = {"units": None, "start": trained[0], "settings": settings}
-    further = learn(output=path, **options, progress=lambda name, *_: heard.add(name.split()[0]))
-    assert heard == {"reading", "further", "static", "held-out"}
-    assert (further.units, further.read) == (trained[1].units, trained[1].read)
-    assert further.weights().keys() == trained[1].weights().keys()
-    card = card_of(path)
-    assert card["from"]["file"] == "policy.safetensors"
-    assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
-    assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
-    assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
-
-
-def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Learn) -> None:
-    heard = set[str]()
-    settings = replace(SETTINGS, fit_steps=12)
-
-    def told(name: str, *_: int) -> None:
-        heard.add(name.split(",")[0])
-        if name.startswith("static") and "again" not in heard:
-            raise StopError
-
-    merge = partial(learn, start=trained[0], units=parse_units("2-4"), settings=settings, progress=told)
-    with pytest.raises(StopError):
-        merge()
-    assert "bypasses in closed form" in heard
-    heard.clear()
-    heard.add("again")
-    assert merge().units == parse_units("2-4")
-    assert "bypasses in closed form" not in heard, "the fit was kept"
-    with pytest.raises(PolicyError, match="others are trained from nothing"):
-        merge(units=parse_units("2-2,3-4"))
-
-
-def test_a_static_policy_goes_on_as_one(
-    trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
-) -> None:
-    policy = learn(kind="static", start=trained[0], units=None)
-    assert (policy.network, policy.units) == (None, TINY_UNITS)
-    static = output.rename(tmp_path / "static.safetensors")
-    with pytest.raises(PolicyError, match="--kind static"):
-        learn(start=static, units=None)
-    bare = tmp_path / "bare.safetensors"
-    save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
-    with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
-        learn(start=bare, units=None)
 
 
 def prompts_at(path: Path, count: int) -> Path:

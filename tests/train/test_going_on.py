@@ -1,0 +1,71 @@
+"""Trainings that go on from a policy."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dash_export.decision import parse_units
+from dash_export.errors import PolicyError
+from dash_export.models import Checkpoint
+from dash_export.policy import save_policy
+from tests.tiny import TINY_UNITS, tiny_policy
+from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of
+
+
+def last_kl(path: Path) -> float:
+    """KL where both units are skipped."""
+    figures = card_of(path)["held_out"]["figures"]
+    return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
+
+
+def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_path: Path) -> None:
+    """Units and shapes are those it begins with; only tuning and ranking are done."""
+    path, heard = tmp_path / "further.safetensors", set()
+    settings = replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2)
+    options = {"units": None, "start": trained[0], "settings": settings}
+    further = learn(output=path, **options, progress=lambda name, *_: heard.add(name.split()[0]))
+    assert heard == {"reading", "further", "static", "held-out"}
+    assert (further.units, further.read) == (trained[1].units, trained[1].read)
+    assert further.weights().keys() == trained[1].weights().keys()
+    card = card_of(path)
+    assert card["from"]["file"] == "policy.safetensors"
+    assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
+    assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
+    assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
+
+
+def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Learn) -> None:
+    heard = set[str]()
+    settings = replace(SETTINGS, fit_steps=12)
+
+    def told(name: str, *_: int) -> None:
+        heard.add(name.split(",")[0])
+        if name.startswith("static") and "again" not in heard:
+            raise StopError
+
+    merge = partial(learn, start=trained[0], units=parse_units("2-4"), settings=settings, progress=told)
+    with pytest.raises(StopError):
+        merge()
+    assert "bypasses in closed form" in heard
+    heard.clear()
+    heard.add("again")
+    assert merge().units == parse_units("2-4")
+    assert "bypasses in closed form" not in heard, "the fit was kept"
+    with pytest.raises(PolicyError, match="others are trained from nothing"):
+        merge(units=parse_units("2-2,3-4"))
+
+
+def test_a_static_policy_goes_on_as_one(
+    trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
+) -> None:
+    policy = learn(kind="static", start=trained[0], units=None)
+    assert (policy.network, policy.units) == (None, TINY_UNITS)
+    static = output.rename(tmp_path / "static.safetensors")
+    with pytest.raises(PolicyError, match="--kind static"):
+        learn(start=static, units=None)
+    bare = tmp_path / "bare.safetensors"
+    save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
+        learn(start=bare, units=None)

@@ -12,6 +12,8 @@ from dash_export.commands.options import UNITS, with_options
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size
 from dash_export.decision import Unit, units_text
+from dash_export.errors import BundleError
+from dash_export.manifest import ModelFacts
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -77,7 +79,7 @@ def export_model(
     trained = policy not in ("none", "untrained")
     if prune and (not trained or units is not None):
         raise click.UsageError("--prune takes units out by a trained --policy, and leaves none for --units.")
-    output = output or default_output(source, prune)
+    named, output = output is not None, output or default_output(source, prune)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
         if trained:
@@ -94,7 +96,22 @@ def export_model(
         if prune:
             model = pruned(model, chosen, prune)
             chosen = no_policy(model.spec.num_layers, ())
+        if not named:
+            _refuse_another(output, model.spec)
         return export(model, output, chosen, progress)
+
+
+def _refuse_another(output: Path, asked: ModelFacts) -> None:
+    """Raise BundleError where a bundle of another architecture lies at a name that nobody has given."""
+    try:
+        known = Bundle.open(output).manifest.model
+    except BundleError:
+        return  # none, or a damaged one, which is made anew
+    if any(getattr(known, fact) != getattr(asked, fact) for fact in ("model_type", "num_layers", "parameters")):
+        raise BundleError(
+            f"{output} is a bundle of another model ({known.model_type}, {known.parameters:,} parameters): "
+            "choose another output (-o) or remove it."
+        )
 
 
 def default_output(model: str, prune: Sequence[Unit] = ()) -> Path:

@@ -16,6 +16,7 @@ from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.policy import default_units
 from tests.commands.helpers import DISK_FULL, dash, done, environment, refused
+from tests.forged import tree
 from tests.tiny import save_model, tiny_policy
 
 # An export that waits inside its second layer, so that it can be interrupted there.
@@ -43,6 +44,19 @@ def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: py
     assert "Next: dash-export build model.dash --target cpu" in result.stdout
     assert "export: head" in result.stderr
     assert Bundle.open(tmp_path / "model.dash").manifest.policy.units == default_units(6) == (Unit(2, 3),)
+
+
+def test_a_name_that_nobody_gave_does_not_cost_another_models_bundle(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done("export", model)
+    files = tree(tmp_path / "model.dash")
+    save_model(tmp_path / "b" / "model", num_hidden_layers=7)
+    assert "model.dash is a bundle of another model (llama, " in refused("export", "b/model")
+    assert tree(tmp_path / "model.dash") == files
+    done("export", "b/model", "-o", "model.dash")
+    assert Bundle.open(tmp_path / "model.dash").manifest.model.num_layers == 7
 
 
 def test_policy_options(model: Path, tmp_path: Path) -> None:

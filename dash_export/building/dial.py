@@ -30,6 +30,8 @@ PREFIX = 32
 """Dense tokens at the beginning of a window, like a prompt. The tokens after them are measured."""
 SHARES = (0.005, 0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
 """Shares of units that the trade-offs skip, by the damage of a dense pass. Two more skip nothing and everything."""
+LEAST = 1e-3
+"""Fraction of a token. A unit that saves less pays at no trade-off that is worth a point."""
 
 
 def calibrate_dial(
@@ -62,11 +64,13 @@ def calibrate_dial(
 
 
 def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> list[float]:
-    """Return rising trade-offs, chosen by the damage of dense passes. The last one skips everything."""
+    """Return rising trade-offs, chosen by the damage of dense passes. The last one skips all that saves anything."""
     # With a trade-off of 0 nothing is skipped, and the policy network is asked all the same.
     session = runtime.session("token", trade_off=0.0)
     damage = np.concatenate([session.score(window).damage[DENSE_POSITIONS:] for window in windows]).astype(np.float64)
-    ratios = damage / np.maximum(runtime.cost.cost, 1e-9)
+    cost = np.asarray(runtime.cost.cost)
+    worth = np.flatnonzero(cost > LEAST) if (cost > LEAST).any() else np.arange(len(cost))
+    ratios = damage[:, worth] / np.maximum(cost[worth], 1e-9)
     if not np.isfinite(ratios).all():
         raise PolicyError("The policy's network gives damages that are no numbers: train it again, or export another.")
     # Far beyond the largest ratio everything is skipped, however much skipping itself changes the damage.

@@ -135,7 +135,8 @@ def _remeasure(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     seal = bundle.verify([*known.files, *texts])
     backend = backend_of(known.recipe)
     device = known.device if backend.on_device else backend.device()  # GPU engines keep the device they are for
-    cost = known.cost if known.device == device else uniform_cost(bundle.manifest)  # another machine's are not kept
+    kept = known.device == device and known.measuring == MEASURING_REVISION  # not another machine's, nor a wrong dial's
+    cost = known.cost if kept else uniform_cost(bundle.manifest)
     draft = replace(known, device=device, cost=cost, measuring=MEASURING_REVISION)
     measured = _with_measurements(bundle, draft, known.recipe, progress)
     bundle.check_same(seal)

@@ -87,7 +87,8 @@ class Timing:
         if 1 - self.predicted < 0.02:
             return self
         scale = (1 - predicted) / (1 - self.predicted)
-        ratio, low, high = (1 - (1 - value) * scale for value in (self.ratio, self.low, self.high))
+        ratio, *bounds = (1 - (1 - value) * scale for value in (self.ratio, self.low, self.high))
+        low, high = sorted(bounds)  # where asking costs more than is skipped, the scale is negative
         milliseconds = self.milliseconds * ratio / self.ratio
         return replace(self, ratio=ratio, low=low, high=high, milliseconds=milliseconds, predicted=predicted)
 

@@ -35,12 +35,13 @@ class Processes:
                     distributed.all_reduce(tensor)
 
     def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace gradients by their means over all processes: a bypass may be used in the windows of one alone."""
-        if self.count > 1:
-            gradients = [torch.zeros_like(each) if each.grad is None else each.grad / self.count for each in parameters]
-            self.add_up(gradients)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+        """Replace gradients by their means over all processes: a bypass may be used in the windows of one alone, or of
+        none. Then its gradient is 0, for one process as for several: optimisers pass over what has none.
+        """
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad / self.count for each in parameters]
+        self.add_up(gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def wait(self) -> None:
         """Wait until all processes have come here. Raises as `add_up`."""

@@ -179,8 +179,9 @@ def trained_policy(
         rates: Rates = [(modules.network, settings.network_rate)]
         _optimise(run, "regression", modules, settings.regression_steps, rates, regression)
     rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
-    # The stage's name draws its batches. A policy that is trained further has seen the batches of "tuning".
-    _optimise(run, "further tuning" if start else "tuning", modules, settings.tuning_steps, rates, tuning)
+    # A policy has seen the batches of the tunings before; its origin tells the last of them from all others.
+    stage, drawn = ("further tuning", start.origin) if start else ("tuning", "")
+    _optimise(run, stage, modules, settings.tuning_steps, rates, tuning, drawn)
     if chosen and kind == "token":
         modules = SkipModules(_paying(run, modules)).to(model.device)
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
@@ -279,8 +280,12 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     return tuple(run.work.once("ranking", order))
 
 
-def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss) -> None:
-    """Run AdamW: a short warm-up, a cosine to a twentieth, gradients clipped per group. Save every SAVE_EVERY steps."""
+def _optimise(
+    run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, drawn: str = ""
+) -> None:
+    """Run AdamW: a short warm-up, a cosine to a twentieth, gradients clipped per group. Save every SAVE_EVERY steps.
+    Batches are drawn for the stage, and for what is `drawn` beside it.
+    """
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]
@@ -292,7 +297,7 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
     for step in range(done, steps):
-        batch, rng, weight = run.share(stage, step)
+        batch, rng, weight = run.share(stage + drawn, step)
         factor = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor

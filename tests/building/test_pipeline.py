@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -122,6 +123,32 @@ def test_costs_measured_beside_other_load(
     assert "kept" not in caplog.text
     assert measured(before=0.0) == 0.0
     assert "0.6 processors work for others, 0.0 are withheld by the host: the costs and the dial" in caplog.text
+
+
+def test_a_dial_of_an_earlier_measuring_is_not_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even beside load, where a copy without graphs is measured."""
+    known = bundle.load_build("cpu-fp32")
+    wrong = (*known.dial[:-1], replace(known.dial[-1], kl=123.0))
+    bundle.save_build(
+        replace(known, cost=replace(known.cost, others=0.0), dial=wrong, measuring=pipeline.MEASURING_REVISION - 1)
+    )
+    shutil.rmtree(bundle.path("onnx"))
+    monkeypatch.setattr(pipeline, "measure_cost", lambda *_: replace(known.cost, others=0.9))
+    monkeypatch.setattr(pipeline, "PAUSE", 0.0)
+    made = build(bundle, "cpu", weights="fp32", measure=True)
+    assert made.measuring == pipeline.MEASURING_REVISION
+    assert made.dial[-1].kl != 123.0
+
+
+def test_a_unit_that_saves_nothing_takes_no_point_of_the_dial(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    runtime = tiny_runtime()
+    windows = dial._calibration_windows(runtime)[:2]
+
+    def points(*cost: float) -> list[float]:
+        return dial._trade_offs(Mock(wraps=runtime, cost=replace(runtime.cost, cost=cost)), windows)
+
+    assert max(points(0.25, 0.0)) < 1e4
+    assert len(points(0.0, 0.0)) > 2
 
 
 def test_costs_of_another_machine_are_not_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

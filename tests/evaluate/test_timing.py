@@ -170,6 +170,8 @@ def test_time_is_moved_to_the_tokens_of_the_quality() -> None:
     assert (moved.ratio, moved.low, moved.high, moved.predicted) == pytest.approx((0.8, 0.76, 0.88, 0.6))
     assert moved.milliseconds == pytest.approx(5.0 * 0.8 / 0.9)
     assert Timing(0.99, 0.9, 1.0, 5.0, 0.99).at(0.6).ratio == 0.99
+    dearer = Timing(0.97, 0.95, 0.99, 5.0, 0.97).at(1.004)
+    assert dearer.low < dearer.ratio < dearer.high
 
 
 def test_turns() -> None:

@@ -116,13 +116,14 @@ def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_gradients_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over all processes, of which some have none; alone, they stay as they are."""
+    """Over all processes, of which some have none. Where none has one it is 0, alone as well."""
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     used.grad = torch.tensor([2.0, 4.0])
     ALONE.average_gradients([used, unused])
-    assert unused.grad is None
+    assert used.grad.tolist() == [2.0, 4.0]
+    assert unused.grad is not None
+    assert unused.grad.tolist() == [0.0, 0.0]
     monkeypatch.setattr(Processes, "add_up", lambda _, tensors: [tensor.add_(1) for tensor in tensors])
     Processes(2, 0).average_gradients([used, unused])
     assert used.grad.tolist() == [2.0, 3.0]
-    assert unused.grad is not None
     assert unused.grad.tolist() == [1.0, 1.0]

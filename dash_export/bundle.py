@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
@@ -153,12 +154,15 @@ class Bundle:
     def _no_build(self, target: str) -> BundleError:
         if target in self.targets():
             return self._changed(f"engines/{target}/{BUILD}")
-        state = "is unfinished" if self.path(f"engines/{target}").is_dir() else "does not exist"
+        named = target not in ("", ".", "..") and "/" not in target
+        state = "is unfinished" if named and self.path(f"engines/{target}").is_dir() else "does not exist"
         found = self.path("engines").iterdir() if self.path("engines").is_dir() else ()
         begun = sorted({path.name for path in found if path.is_dir()} - {*self.targets(), target})
         built = ", ".join(self.targets()) or "none yet"
         built += f"; unfinished: {', '.join(begun)}" if begun else ""
-        run = self.build_command(begun[0] if begun and state == "does not exist" else target)
+        only = target == DEFAULT_TARGET and state == "does not exist"  # which nobody may have asked for
+        wanted = begun[0] if begun and only else target if named else DEFAULT_TARGET
+        run = self.build_command(wanted)
         return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def save_build(self, build: Build) -> None:
@@ -193,7 +197,7 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """Return the command that makes a target's engines, for messages."""
-        return f"dash-export build {self.root} --target {target}"
+        return f"dash-export build {quote(str(self.root))} --target {quote(target)}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
         """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a

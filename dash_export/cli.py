@@ -140,4 +140,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode
-    cli(prog_name="dash-export")
+    try:
+        cli(prog_name="dash-export")
+    except OSError as error:  # --help and --version write before `invoke`
+        raise SystemExit(f"Error: {error_message(error)}") from error

@@ -63,9 +63,19 @@ def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
     (bundle / BUILD_JSON).unlink()
     with pytest.raises(BundleError, match="'cpu-fp32' is unfinished"):
         DashRuntime.load(bundle, "cpu-fp32")
-    for target in ("../engines/cpu-fp32", "/etc", "..", ""):
-        with pytest.raises(DashError):
+    for target in ("../engines/cpu-fp32", "/etc", "..", "", "cpu-fp32/"):
+        with pytest.raises(DashError, match=r"does not exist.*--target cpu$|leaves the bundle"):
             DashRuntime.load(bundle, target)
+
+
+def test_a_build_to_be_made(bundle: Path) -> None:
+    """Is the one that was asked for; where nobody asked, the one that was begun. The command can be pasted."""
+    (bundle / "engines" / "trt").mkdir()
+    moved = bundle.rename(bundle.with_name("my model.dash"))
+    with pytest.raises(BundleError, match=r"dash-export build '.*/my model\.dash' --target rtx$"):
+        DashRuntime.load(moved, "rtx")
+    with pytest.raises(BundleError, match=r"unfinished: trt\)\. Run: .* --target trt$"):
+        DashRuntime.load(moved, "cpu")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_04.onnx", "engines/cpu-fp32/layer_04.data"])

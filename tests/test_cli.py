@@ -1,6 +1,9 @@
 """The group: lazy, helpful, and every error one paragraph with the right exit code."""
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -109,6 +112,15 @@ def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None
     assert result.exit_code == code
     assert result.stderr.startswith(said)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_a_full_output(option: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([sys.executable, "-m", "dash_export", option], stdout=full, stderr=subprocess.PIPE)
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"Error: The disk is full: the output ")
 
 
 @pytest.mark.parametrize("package", ["onnx_ir", "gguf", "torch", "onnxruntime"])

@@ -1,6 +1,7 @@
 """`dash-export build`: compile the engines for a target, and measure their costs on the machine that runs them."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_args
 
 import click
@@ -167,4 +168,4 @@ def _summary(bundle: Bundle, build: Build) -> None:
         advice = f"{budget:g} costs about {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
         click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}.")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
-    click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')
+    click.echo(f'Next: dash-export run {quote(str(bundle.root))}{flag} "Why is the sky blue?"')

@@ -93,18 +93,26 @@ class AnswerPrinter:
 
 def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
     """Read a message, answer it, repeat, until /quit or the end of input. `line`, if given, is the first message.
-    Ctrl-C stops the answer, not the program.
+    Ctrl-C stops the answer, not the program. A turn that fails (no room left in the context) is reported, and its
+    message is dropped; in a script the program then ends with exit code 1.
     """
     click.echo(HINT, err=True)
-    printer, messages = AnswerPrinter(options.session, show_skips), list[dict[str, str]]()
+    printer, messages, failed = AnswerPrinter(options.session, show_skips), list[dict[str, str]](), False
     printer.print_legend()
     while True:
         try:
             said = _read() if line is None else line
             line = None
             if said is None or said.strip() == "/quit":
+                if failed:
+                    raise SystemExit(1)
                 return
-            messages = _turn(options, printer, messages, said.strip())
+            try:
+                messages = _turn(options, printer, messages, said.strip())
+            except DashError as error:
+                failed = not sys.stdin.isatty()
+                again = "\nStart again with /reset." if messages else ""
+                click.echo(printable(f"Error: {error}{again}"), err=True)
         except KeyboardInterrupt:  # no answer is being streamed: nothing to stop
             click.echo(f"\n{HINT}", err=True)
 
@@ -112,9 +120,7 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
 def _turn(
     options: RunOptions, printer: AnswerPrinter, messages: list[dict[str, str]], said: str
 ) -> list[dict[str, str]]:
-    """Obey a command or answer a message, and return the messages so far. A turn that fails (no room left in the
-    context) is reported, and its message is dropped.
-    """
+    """Obey a command or answer a message, and return the messages so far."""
     session = options.session
     if said == "/reset":
         session.reset()
@@ -124,12 +130,9 @@ def _turn(
         click.echo(f"There is no command {said!r}. {HINT}", err=True)
     elif said:
         asked = [*messages, {"role": "user", "content": said}] if messages else options.messages(said)
-        try:
-            with _stopping(session):
-                answer = printer.print(session.chat(asked, options.max_tokens, options.sampling))
-            return [*asked, {"role": "assistant", "content": answer}]
-        except DashError as error:
-            click.echo(printable(f"Error: {error}\nStart again with /reset."), err=True)
+        with _stopping(session):
+            answer = printer.print(session.chat(asked, options.max_tokens, options.sampling))
+        return [*asked, {"role": "assistant", "content": answer}]
     return messages
 
 

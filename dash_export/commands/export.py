@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import click
@@ -60,7 +61,7 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
     click.echo(f"{bundle.root}: {counts}, {files_size(manifest.files)}")
     click.echo(f"Units: {units_text(manifest.policy.units)}. Token policy: {token}.")
-    click.echo(f"Next: dash-export build {bundle.root} --target cpu")
+    click.echo(f"Next: dash-export build {quote(str(bundle.root))} --target cpu")
 
 
 def export_model(

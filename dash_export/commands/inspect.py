@@ -24,7 +24,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     """Show a bundle's model, graphs, policy, and per target its engines, sizes and measured costs."""
     opened = Bundle.open(bundle)
     builds, stale = [], []
-    for name in [target] if target else opened.targets():
+    for name in [target] if target is not None else opened.targets():
         try:
             builds.append(opened.load_build(name))
         except StaleBuildError as error:
@@ -44,7 +44,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     for line in stale:
         click.echo(line)
     if not builds and not stale:
-        click.echo(f"Nothing is built yet. Next: dash-export build {bundle} --target cpu")
+        click.echo(f"Nothing is built yet. Next: {opened.build_command('cpu')}")
     if verify:
         but = ", but for the builds above, which were not looked at" if stale else ""
         click.echo(f"Every file is what was written (SHA-256){but}.")

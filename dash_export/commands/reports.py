@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import click
 
 from dash_export.artifacts import open_regular, write_atomic
-from dash_export.cli import OUTPUT
 from dash_export.errors import RequestError
 from dash_export.names import REPORT
 from dash_export.outputs import check_writable, locked
@@ -75,7 +74,6 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
             stack.enter_context(locked(path, str(ctx.info_name)))
             check_writable(path.absolute().parent)
             check_movable(path)
-        ctx.meta[OUTPUT] = ", ".join(map(str, files))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -113,4 +114,4 @@ def _summary(model: str, output: Path) -> None:
     )  # fmt: skip
     took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
     click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
-    click.echo(f"Next: dash-export build {model} --policy {output} --target cpu")
+    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target cpu")

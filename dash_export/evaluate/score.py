@@ -99,7 +99,7 @@ def windows(
     found = runtime.text.windows(text, count, window)
     if not found:
         raise RequestError(
-            f"{name} has less than one window of {window} tokens: give a longer text or a shorter window."
+            f"{name} has less than one window of {window} tokens: give a longer text, or ask for fewer tokens."
         )
     return found
 

@@ -61,7 +61,7 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
     if context < DENSE_POSITIONS or context + decoded > longest:
         raise RequestError(
             f"A context of {context} tokens and {decoded} decoded ones, the first to settle, do not fit: give at least "
-            f"{DENSE_POSITIONS} tokens of context and at most {longest} in all (--context, --tokens)."
+            f"{DENSE_POSITIONS} tokens of context and at most {longest} in all."
         )
     return context
 

@@ -17,6 +17,8 @@ from dash_export.decision import Damages, Skips, Unit
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable, ModelFacts
 
+NO_POLICY = "is no policy: it needs the methods begin(model, units, cost) and skips(state)."
+WRITTEN = "Write --policy module:Class or --policy file.py:Class."
 CPU_ONLY = "A policy of your own runs on CPU builds only: it needs the state on the host."
 
 
@@ -99,15 +101,17 @@ def load_policy(text: str) -> Policy:
     ones: the current folder is not searched. Raises PolicyError.
     """
     module, _, name = text.rpartition(":")
+    if not module or not name:
+        raise PolicyError(f"{text!r:.60} is no policy of your own. {WRITTEN}")
     with _own_errors(f"{module} cannot be imported"):
         if module.endswith(".py"):
             found = run_path(module, run_name="dash_export_own_policy").get(name)
         else:
             found = getattr(import_module(module), name, None)
     if not isinstance(found, type):
-        raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
+        raise PolicyError(f"{module} has no class {name!r:.60}. {WRITTEN}")
     with _own_errors(f"{text} cannot be made without arguments"):
         policy = found()
     if not isinstance(policy, Policy):
-        raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")
+        raise PolicyError(f"{text} {NO_POLICY}")
     return policy

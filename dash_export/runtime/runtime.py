@@ -19,7 +19,7 @@ from dash_export.runtime.backends import load_backend
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.decode import MAX_SEQUENCES, EngineSet
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
-from dash_export.runtime.own_policy import CPU_ONLY, OwnRule, Policy
+from dash_export.runtime.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
@@ -146,10 +146,12 @@ class DashRuntime:
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
         """Begin a new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md).
-        Raises PolicyError for a policy of your own on a GPU target.
+        Raises PolicyError for what is none, and for a policy of your own on a GPU target.
         """
         if isinstance(rule, Policy):
             rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
+        elif not isinstance(rule, SessionRules) and not hasattr(rule, "asks"):
+            raise PolicyError(f"{rule!r:.60} {NO_POLICY}")
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
         if isinstance(rules.calibrated, OwnRule) and not isinstance(self.engines, EngineSet):
             raise PolicyError(CPU_ONLY)

@@ -247,7 +247,7 @@ class Session:
         """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
-        self._rewind(whole_tiles(min(known, len(ids) - 2)))
+        self._rewind(whole_tiles(min(known, len(ids) - 2)), known)
 
     def load_prefix(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Replace the cached tokens by `tokens`, whose K and V are the first rows of sequence 0 of `cache`."""
@@ -305,13 +305,16 @@ class Session:
     def actions_of(self, step: BoundStep | DeviceStep) -> Actions:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
-    def _rewind(self, length: int) -> None:
+    def _rewind(self, length: int, known: int = 0) -> None:
+        """Forget all but `length` tokens. Where not even the first decoded one is `known` to stay in the text, another
+        conversation begins.
+        """
         del self.tokens[length:]  # first: the cache follows `tokens`, and a user's policy may raise in `restart`
         self._pending = []
         self.cache.length = length
         self._hidden = None
         self._streams += 1
-        if length <= (self._first_decoded or 0):  # nothing of an answer is left: another conversation begins
+        if max(length, known) <= (self._first_decoded or 0):
             self._first_decoded = None
             self.rules.restart()
 

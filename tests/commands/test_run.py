@@ -148,13 +148,17 @@ def test_show_skips_on_a_terminal(terminal: str, no_color: str, coloured: bool, 
 
 
 def test_conversation(tiny_root: Path) -> None:
-    """What is said and refused; a full context ends a turn, not the conversation."""
+    """What is said and refused; a full context ends a turn, not the conversation, and a script hears of it."""
     said = f"hello\n/reset\n/what\n\n/how are you\n{'a' * 600}\nhello\n/quit\nnever\n"
-    result = done("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
+    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
+    assert result.exit_code == 1
     assert result.stderr.count("[3 tokens") == 3
     assert "Forgotten." in result.stderr
     assert "no command '/what'" in result.stderr
     assert "/reset" in result.stderr.partition("Error: ")[2]
+    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 9000, input="hello\n")
+    assert (result.exit_code, "/reset" in result.stderr.partition("Error: ")[2]) == (1, False)
+    done("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input="hello\n/what\n")
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -224,7 +228,7 @@ def test_a_template_that_would_steer_the_terminal(own_bundle: Path, tmp_path: Pa
         message = refused("run", own_bundle, *given, *FP32)
         assert "pwned" in message
         assert "\x1b" not in message
-    told = done("run", own_bundle, "--chat", *FP32, input="hello\n").stderr
+    told = dash("run", own_bundle, "--chat", *FP32, input="hello\n").stderr
     assert "pwned" in told
     assert "\x1b" not in told
 

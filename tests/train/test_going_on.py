@@ -10,6 +10,7 @@ from dash_export.decision import parse_units
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
 from dash_export.policy import save_policy
+from dash_export.train.stages import Run
 from tests.tiny import TINY_UNITS, tiny_policy
 from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of
 
@@ -34,6 +35,19 @@ def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_p
     assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
     assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
     assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
+
+
+def test_it_sees_other_batches_than_the_trainings_before(
+    trained: Trained, learn: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, batch = set[str](), Run.batch
+    monkeypatch.setattr(Run, "batch", lambda run, stage, step: (drawn.add(stage), batch(run, stage, step))[1])
+    settings = replace(SETTINGS, tuning_steps=1)
+    once = learn(output=tmp_path / "once.safetensors", units=None, start=trained[0], settings=settings)
+    learn(output=tmp_path / "twice.safetensors", units=None, start=tmp_path / "once.safetensors", settings=settings)
+    tunings = {stage for stage in drawn if "tuning" in stage}
+    assert tunings == {f"further tuning{trained[1].origin}", f"further tuning{once.origin}"}
+    assert len(tunings) == 2
 
 
 def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Learn) -> None:

@@ -306,15 +306,12 @@ class Session:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     def _rewind(self, length: int, known: int = 0) -> None:
-        """Forget all but `length` tokens. Where not even the first decoded one is `known` to stay in the text, another
-        conversation begins.
-        """
         del self.tokens[length:]  # first: the cache follows `tokens`, and a user's policy may raise in `restart`
         self._pending = []
         self.cache.length = length
         self._hidden = None
         self._streams += 1
-        if max(length, known) <= (self._first_decoded or 0):
+        if max(length, known) <= (self._first_decoded or 0):  # the text has no answer left: another conversation begins
             self._first_decoded = None
             self.rules.restart()
 

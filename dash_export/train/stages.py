@@ -283,9 +283,7 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
 def _optimise(
     run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, drawn: str = ""
 ) -> None:
-    """Run AdamW: a short warm-up, a cosine to a twentieth, gradients clipped per group. Save every SAVE_EVERY steps.
-    Batches are drawn for the stage, and for what is `drawn` beside it.
-    """
+    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `drawn` adds to what draws the batches."""
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]

@@ -283,7 +283,7 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
 def _optimise(
     run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, drawn: str = ""
 ) -> None:
-    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `drawn` adds to what draws the batches."""
+    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `drawn` adds to what draws batches."""
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]

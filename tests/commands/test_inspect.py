@@ -49,7 +49,8 @@ def test_json(tiny_root: Path) -> None:
 
 def test_one_target(tiny_root: Path) -> None:
     assert "Target portable" not in dash("inspect", tiny_root, "--target", "cpu-fp32").stdout
-    assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
+    for target in ("cpu", ""):
+        assert "does not exist" in refused("inspect", tiny_root, "--target", target)
 
 
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:

@@ -142,5 +142,13 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without Unicode
     try:
         cli(prog_name="dash-export")
-    except OSError as error:  # --help and --version write before `invoke`
-        raise SystemExit(f"Error: {error_message(error)}") from error
+    except (OSError, SystemExit) as ended:  # --help and --version write before `invoke`
+        failed = ended
+        try:
+            sys.stdout.flush()
+        except OSError as error:  # the interpreter would try again, and end with code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            failed = error if isinstance(ended, SystemExit) and not ended.code else ended
+        if isinstance(failed, OSError):
+            raise SystemExit(f"Error: {error_message(failed)}") from failed
+        raise

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dash_export import __version__
 from dash_export.cli import COMMANDS, EXTRAS, LazyGroup, cli
 from dash_export.errors import BundleError
-from tests.commands.helpers import dash, done, python, refused
+from tests.commands.helpers import dash, done, environment, python, refused
 
 HELP_IMPORTS = """
 import sys
@@ -115,12 +115,17 @@ def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-@pytest.mark.parametrize("option", ["--version", "--help"])
-def test_a_full_output(option: str) -> None:
+@pytest.mark.parametrize("asked", ["--version", "--help", "build --list-targets"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_output(asked: str, unbuffered: str) -> None:
+    command, settings = [sys.executable, "-m", "dash_export", *asked.split()], environment()
     with Path("/dev/full").open("w") as full:
-        result = subprocess.run([sys.executable, "-m", "dash_export", option], stdout=full, stderr=subprocess.PIPE)
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env={**settings, "PYTHONUNBUFFERED": unbuffered}
+        )
     assert result.returncode == 1
     assert result.stderr.startswith(b"Error: The disk is full: the output ")
+    assert result.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("package", ["onnx_ir", "gguf", "torch", "onnxruntime"])

@@ -256,24 +256,29 @@ def parsed(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
         writer = f"dash-export (schema {schema}, this one reads {SCHEMA})"
         if schema > SCHEMA:
             raise NewerBundleError(f"{root} was written by a newer {writer}. Upgrade: pip install -U dash-export.")
-        raise BundleError(f"{root} was written by an earlier {writer}. Make it anew: dash-export build MODEL -o {root}")
+        raise BundleError(f"{root} was written by an earlier {writer}. Make it anew: {_make(root, 'build')}")
     try:
         return typed(kind, data, f"{root.name}/{name}")
     except WrongFieldError as error:
         raise BundleError(f"{error} {DAMAGED}") from error
 
 
+def _make(root: Path, command: str) -> str:
+    return f"dash-export {command} MODEL -o {quote(str(root))}"
+
+
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
-    export = f"dash-export export MODEL -o {root}"
+    export = _make(root, "export")
     half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         hub = ""
         if is_hub_id(root):
             hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
-        return f"{root} is a model{hub}. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
+        command = f"dash-export build {quote(str(root))} --target cpu -o {quote(made)}"
+        return f"{root} is a model{hub}. Make a bundle of it: {command}"
     if not root.exists():
         return f"There is no bundle at {root}. Make one: {export}"
     return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"

@@ -74,6 +74,8 @@ def test_a_build_to_be_made(bundle: Path) -> None:
     moved = bundle.rename(bundle.with_name("my model.dash"))
     with pytest.raises(BundleError, match=r"dash-export build '.*/my model\.dash' --target rtx$"):
         DashRuntime.load(moved, "rtx")
+    with pytest.raises(BundleError, match=r"dash-export export MODEL -o '.*/no model\.dash'$"):
+        Bundle.open(moved.with_name("no model.dash"))
     with pytest.raises(BundleError, match=r"unfinished: trt\)\. Run: .* --target trt$"):
         DashRuntime.load(moved, "cpu")
 

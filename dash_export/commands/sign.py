@@ -1,6 +1,7 @@
 """`dash-export sign`: sign a bundle, so that others can check whose it is."""
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -17,6 +18,5 @@ def command(bundle: Path, key: Path) -> None:
 
     Who gives your public key as --trusted-key to `run` and `serve`, or as DASH_EXPORT_TRUSTED_KEY, runs no other.
     """
-    click.echo(
-        f"{signing.sign(Bundle.open(bundle), key)}: signed. Check: dash-export run {bundle} --trusted-key PUBLIC"
-    )
+    signature = signing.sign(Bundle.open(bundle), key)
+    click.echo(f"{signature}: signed. Check: dash-export run {quote(str(bundle))} --trusted-key PUBLIC")

@@ -14,9 +14,10 @@ from dash_export import __version__
 from dash_export.decision import units_text
 from dash_export.models import Checkpoint
 from dash_export.policy import SkipPolicy
-from dash_export.train.corpus import JUDGED_SEED, Batch, Corpus
+from dash_export.train.corpus import Batch, Corpus
 from dash_export.train.losses import dense_logits, divergence
 from dash_export.train.model import Decide, SkipModules, always, below
+from dash_export.train.own_answers import JUDGED_SEED
 from dash_export.train.partition import Candidate
 from dash_export.train.stages import Run
 

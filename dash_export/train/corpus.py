@@ -1,12 +1,12 @@
 """Text to learn from: windows of token ids, each with a dense prefix, as decode will see them.
 
 A policy acts after a prompt: the prompt is dense, and what follows may be skipped. So every window says how many of its
-first tokens are dense: the prompt of a chat, or a random number of tokens of a passage of prose. Self-generated text,
-continuations of chat prompts by the model, is what a deployed policy acts on.
+first tokens are dense: the prompt of a chat, or a random number of tokens of a passage of text. Half of the windows are
+of the model's own answers (own_answers.py), which are what a deployed policy acts on.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from dash_export.text_files import lines, read_text
-from dash_export.train import TrainingSettings
 
-SHORTEST = 16
-"""Fewer continuation tokens than this are not worth a row of a batch."""
-GENERATED_BATCH, TEMPERATURE = 32, 0.7
-SELF_GENERATED = "self-generated"
-JUDGED_SEED = 20252
-"""Seed of the held-out data. It is not the seed of the training, so that trainings can be compared."""
+OWN = "own answers"
+"""The source that has the model's own answers to prompts."""
+OWN_SHARE = 0.5
+"""Their share of the windows."""
 
 
 class Batch(NamedTuple):
@@ -51,7 +47,9 @@ class Passage(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Passages by source. All sources are drawn equally often, whatever their size; within one, by length."""
+    """Passages by source. Own answers are OWN_SHARE of what is drawn; the other sources are drawn equally often,
+    whatever their size; within one, passages are drawn by length.
+    """
 
     sources: dict[str, list[Passage]] = field(default_factory=dict)
 
@@ -59,13 +57,24 @@ class Corpus:
         """Return the number of tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
+    def frequent(self, vocab: int, most: int) -> torch.Tensor:
+        """Return `most` tokens of a vocabulary, in rising order: the corpus's most frequent ones and, where it has
+        fewer, those of the lowest ids, which are the earliest merges of a tokenizer.
+        """
+        counts = torch.zeros(vocab, dtype=torch.int64)
+        for passages in self.sources.values():
+            for passage in passages:
+                counts += passage.ids.bincount(minlength=vocab)
+        return counts.sort(descending=True, stable=True).indices[:most].sort().values
+
     def batch(self, rng: np.random.Generator, size: int, window: int, device: torch.device | None = None) -> Batch:
         """Draw `size` random windows of `window` tokens."""
         ids = torch.zeros(size, window, dtype=torch.int64)
         dense, counted = (torch.zeros(size, window, dtype=torch.bool) for _ in range(2))
-        names = sorted(self.sources)
+        texts = sorted(self.sources.keys() - {OWN})
         for row in range(size):
-            passages = self.sources[names[rng.integers(len(names))]]
+            own = OWN in self.sources and (not texts or rng.random() < OWN_SHARE)
+            passages = self.sources[OWN if own else texts[rng.integers(len(texts))]]
             lengths = np.array([len(passage.ids) for passage in passages], np.float64)
             piece, prefix = _window(passages[rng.choice(len(passages), p=lengths / lengths.sum())], rng, window)
             ids[row, : len(piece)] = piece
@@ -123,17 +132,24 @@ def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float)
 MAX_PROMPT, MAX_PROMPTS = 1 << 20, 1 << 18
 
 
-def read_prompts(path: Path) -> list[list[dict[str, str]]]:
-    """Read the chat prompts of a .jsonl file as message lists: each line is an object with `messages`, `turns` (the
-    first is taken) or `prompt`. Raises RequestError that names the line.
+class Chat(NamedTuple):
+    """A prompt: the messages that it begins with, and the user's later turns, each after an answer."""
+
+    messages: list[dict[str, str]]
+    later: tuple[str, ...] = ()
+
+
+def read_prompts(path: Path) -> list[Chat]:
+    """Read the chat prompts of a .jsonl file: each line is an object with `prompt`, `turns` (the user's, one after the
+    other) or `messages`; with the first two, `system` is a system prompt. Raises RequestError that names the line.
     """
-    prompts: list[list[dict[str, str]]] = []
+    prompts: list[Chat] = []
     for number, line in enumerate(lines(read_text(path)), 1):  # other line ends are text in JSON
         if line.strip():
             if len(line) > MAX_PROMPT or len(prompts) == MAX_PROMPTS:
                 raise RequestError(f"{path}, line {number}: {MAX_PROMPTS} prompts of {MAX_PROMPT} letters at most.")
             try:
-                prompts.append(_messages(json.loads(line)))
+                prompts.append(_chat(json.loads(line)))
             except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 raise RequestError(
                     f'{path}, line {number}: not a prompt. Each line is {{"prompt": "..."}}, {{"turns": ["..."]}} or '
@@ -144,77 +160,19 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return prompts
 
 
-def _messages(record: Any) -> list[dict[str, str]]:
+def _chat(record: Any) -> Chat:
+    later: list[str] = []
     if "messages" in record:
         messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
     else:
         turns = record["turns"] if "turns" in record else [record["prompt"]]
         if not isinstance(turns, list):
             raise TypeError("no list")
-        messages = [{"role": "user", "content": turns[0]}]
-    if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
+        messages = [{"role": "system", "content": record["system"]}] if "system" in record else []
+        messages.append({"role": "user", "content": turns[0]})
+        later = turns[1:]
+    texts = [*later, *(text for message in messages for text in message.values())]
+    if not messages or not all(isinstance(text, str) for text in texts):
         raise TypeError("not text")
-    "".join(text for message in messages for text in message.values()).encode()  # raises for half a character
-    return messages
-
-
-def self_generated(
-    model: Any,
-    text: Text,
-    chats: Sequence[Sequence[Mapping[str, str]]],
-    settings: TrainingSettings,
-    progress: Progress = no_progress,
-) -> tuple[list[Passage], list[Passage]]:
-    """Return continuations by `model` (transformers) of `own_prompts` of the chats, as (training, held out). A
-    `held_out` share of the prompts is held out; which ones these are does not depend on the training's seed.
-    """
-    order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
-    split = max(1, int(len(chats) * (1 - settings.held_out)))
-    count = round(settings.own_prompts * (1 - settings.held_out))
-    chosen = [*np.random.default_rng(settings.seed).permutation(order[:split])[:count]]
-    judged = [*order[split:][: settings.own_prompts - count]]
-    made: list[list[Passage]] = []
-    for places, seed in ((chosen, settings.seed), (judged, JUDGED_SEED)):
-        torch.manual_seed(seed)
-        # Prompts of like length share a batch.
-        asked = (text.chat(chats[place]) for place in places)
-        prompts = sorted(([ids[at] for at in kept_places(len(ids), settings.window)] for ids in asked), key=len)
-        if not all(prompts):
-            raise RequestError("The model's chat template makes nothing of a prompt: learn from text (--text) alone.")
-        made.append([])
-        for start in range(0, len(prompts), GENERATED_BATCH):
-            batch = prompts[start : start + GENERATED_BATCH]
-            made[-1] += _continued(model, batch, settings.own_tokens, text.eos_ids)
-            done = len(chosen) * (len(made) - 1) + start + len(batch)
-            progress(f"{SELF_GENERATED} text", done, len(chosen) + len(judged))
-    training, held = made
-    if not held and len(training) > 1:
-        held.append(training.pop())
-    return training, held
-
-
-def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int, ends: frozenset[int]) -> list[Passage]:
-    """Sample up to `tokens` tokens after each prompt, densely; leave out continuations shorter than SHORTEST."""
-    width = max(map(len, prompts))
-    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.int64) for _ in range(2))
-    for row, prompt in enumerate(prompts):  # padded on the left, as generation wants it
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    # What enters the head after a prompt is a slice. For that torch copies the weight for every row: 8.7 GB for a 0.5B.
-    with model.lm_head.register_forward_pre_hook(lambda _head, given: (given[0].contiguous(),)):
-        made = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=0,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=0,
-        ).cpu()
-    passages = []
-    for prompt, row in zip(prompts, made[:, width:], strict=True):
-        end = next((place + 1 for place, token in enumerate(row.tolist()) if token in ends), len(row))
-        if end >= SHORTEST:
-            passages.append(Passage(torch.cat([torch.tensor(prompt), row[:end]]), len(prompt)))
-    return passages
+    "".join(texts).encode()  # raises for half a character
+    return Chat(messages, tuple(later))

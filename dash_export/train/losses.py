@@ -12,6 +12,8 @@ gradient of the KL. A decision has no gradient; the network follows the straight
 (SOFTNESS * limit)). So every decision of a token gets the gradient of its effect on this token and, through what later
 layers write to the KV cache, on later ones; not of what the unit's own K and V do, which are chosen without a gradient.
 The roots make the damage learnt the mean KL less the variance of sqrt(KL + SOFTENING): a little low.
+
+Losses compare distributions over the corpus's most frequent tokens (`GatedModel.common`), figures over all.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +25,8 @@ import torch
 from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel, Head, SkipModules, below
 
-ROWS = 64
-"""Number of tokens whose logits are compared at once, in float32."""
+LOGITS = 1 << 23
+"""Number of logits that are compared at once, in float32: of 55 tokens where the vocabulary is Qwen's."""
 SOFTENING = 0.02
 """Nats. The square root evens out errors of small and large divergences; SOFTENING keeps its slope finite at zero."""
 LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
@@ -45,12 +47,24 @@ class Divergence(NamedTuple):
 
 
 def dense_logits(head: Head, states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the logits of states [n, hidden], ROWS at a time, before the cap and in the dtype of the states: a list of
-    them may be compared with several others.
+    """Yield the logits of states [n, hidden], LOGITS at a time, before the cap and in the dtype of the states: a list
+    of them may be compared with several others.
     """
     with torch.no_grad():
-        for block in torch.split(states, ROWS):
+        for block in torch.split(states, max(1, LOGITS // len(head.weight))):
             yield block @ head.weight.T
+
+
+@torch.no_grad()
+def kl_divergence(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor) -> torch.Tensor:
+    """Return KL(dense || skipped) in nats of n tokens [n]: `dense_logits`, and skipped final states [n, hidden]."""
+    return torch.cat([_kl(p, q, lse_p, lse_q) for _, p, q, lse_p, lse_q in _logits(head, dense, skipped)])
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor, lse_p: torch.Tensor, lse_q: torch.Tensor) -> torch.Tensor:
+    """Write over p and q."""
+    q.neg_().add_(p)
+    return (p.sub_(lse_p[:, None]).exp_() * q).sum(-1) - lse_p + lse_q
 
 
 @torch.no_grad()
@@ -62,9 +76,7 @@ def divergence(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor,
     for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
         chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
         agree = p.argmax(-1) == q.argmax(-1)
-        q.neg_().add_(p)
-        kl = (p.sub_(lse_p[:, None]).exp_() * q).sum(-1) - lse_p + lse_q
-        parts.append((kl, agree, chosen))
+        parts.append((_kl(p, q, lse_p, lse_q), agree, chosen))
     return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -91,7 +103,7 @@ def summed_divergence(
 
 
 def _logits(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor) -> Iterator[_Block]:
-    """Yield (rows, logits of both [rows, vocab], their logsumexp [rows]), ROWS tokens at a time."""
+    """Yield (rows, logits of both [rows, vocab], their logsumexp [rows]) of a block of tokens after the other."""
     start = 0
     for block in dense:
         rows = slice(start, start := start + len(block))
@@ -125,10 +137,9 @@ def regression_loss(
     free = torch.from_numpy(drawn[0] < rates).to(model.device)
     replaced = torch.from_numpy((drawn[1] < EXPLORATION) | at_random).to(model.device)
     with torch.no_grad():
-        final = [*dense_logits(model.head, model.dense(batch.ids)[batch.counted])]
+        final = [*dense_logits(model.common, model.dense(batch.ids)[batch.counted])]
         rollout = model.rollout(ids, modules, lambda damage: torch.where(replaced, free, damage < limits), dense)
-        masked, targets = rollout.final[counted].chunk(MASKS), batch.ids[batch.counted]
-        kl = torch.cat([divergence(model.head, final, skipped, targets).kl for skipped in masked])
+        kl = torch.cat([kl_divergence(model.common, final, masked) for masked in rollout.final[counted].chunk(MASKS)])
     predicted = (modules.damage(rollout.state) * rollout.skipped).sum(-1)[counted]
     return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
 
@@ -151,7 +162,7 @@ def tuning_loss(
 
     rollout = model.rollout(ids, modules, below(limits), dense, soften)
     weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
-    loss = summed_divergence(model.head, dense_logits(model.head, final), rollout.final[counted], weight)
+    loss = summed_divergence(model.common, dense_logits(model.common, final), rollout.final[counted], weight)
     return loss - (rollout.taken[counted] @ cost).mean()
 
 
@@ -170,7 +181,7 @@ def static_loss(
         final = model.dense(ids)[counted]
     rollout = model.rollout(ids, modules, lambda damage: skipped.expand(damage.shape), dense)
     weight = torch.full((len(final),), 1 / len(final), device=model.device)
-    return summed_divergence(model.head, dense_logits(model.head, final), rollout.final[counted], weight)
+    return summed_divergence(model.common, dense_logits(model.common, final), rollout.final[counted], weight)
 
 
 def _drawn(rng: np.random.Generator, count: int, bounds: tuple[float, float]) -> torch.Tensor:

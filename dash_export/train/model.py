@@ -104,7 +104,8 @@ class Rollout:
 
 
 class GatedModel:
-    """A frozen checkpoint on one device, in one dtype. `recomputes`: each layer keeps only its input for the backward
+    """A frozen checkpoint on one device, in one dtype. `head` has all tokens, `common` those that losses compare.
+    `recomputes`: each layer keeps only its input for the backward
     pass and is run again there (activation checkpointing), to fit in the memory of a GPU.
     """
 
@@ -115,7 +116,13 @@ class GatedModel:
         self.spec = checkpoint.spec
         traits, weight = checkpoint.spec.traits, self.model.lm_head.weight
         self.head = Head(weight if traits.logits_scale == 1 else weight * traits.logits_scale, traits.logits_cap)
+        self.common = self.head
         self.recomputes = device.type == "cuda"
+
+    def learn_on(self, tokens: torch.Tensor) -> None:
+        """Let losses compare the logits of these tokens [n] only: `common` becomes the part of the head that has them.
+        """
+        self.common = self.head._replace(weight=self.head.weight[tokens.to(self.device)].contiguous())
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """Run a dense pass: ids [batch, tokens] -> normed last hidden states [batch, tokens, hidden]."""

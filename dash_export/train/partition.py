@@ -16,7 +16,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
 from dash_export.train.corpus import Batch
-from dash_export.train.losses import dense_logits, divergence
+from dash_export.train.losses import dense_logits, kl_divergence
 from dash_export.train.model import GatedModel, SkipModules, always
 
 LENGTHS = (1, 2, 3, 4, 6)
@@ -98,7 +98,7 @@ def units_that_pay(units: Sequence[Unit], gains: Sequence[float]) -> tuple[int, 
 @torch.no_grad()
 def with_dense(model: GatedModel, batches: Iterable[Batch]) -> Windows:
     """Run the dense pass over each batch, once for all sets of units that are tried on it."""
-    return [(batch, [*dense_logits(model.head, model.dense(batch.ids)[batch.counted])]) for batch in batches]
+    return [(batch, [*dense_logits(model.common, model.dense(batch.ids)[batch.counted])]) for batch in batches]
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int]
     found = []
     for (ids, dense, counted), final in windows:
         rollout = model.rollout(ids, modules, always(len(modules.units), places), dense)
-        found.append(divergence(model.head, final, rollout.final[counted], ids[counted]).kl)
+        found.append(kl_divergence(model.common, final, rollout.final[counted]))
     return torch.cat(found)
 
 

@@ -31,7 +31,7 @@ from dash_export.errors import PolicyError
 from dash_export.policy import SkipPolicy, Weights, narrowed
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
-from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
+from dash_export.train.corpus import OWN, Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
 from dash_export.train.merging import merged
 from dash_export.train.model import GatedModel, SkipModules, always, initial_network, saved
@@ -327,7 +327,7 @@ def forward_passes(
     groups = candidate_groups(num_layers, settings.search_every) if search else []
     last = {"tuning": (15.0 if kind == "token" else 20.0) * settings.tuning_steps, "static order": 140.0}
     return {
-        f"{SELF_GENERATED} text": 7.0 * min(prompts, settings.own_prompts),
+        OWN: 7.0 * min(prompts, settings.own_prompts),
         "candidates": sum(1.7 * settings.search_steps + 4.5 * len(group) for group in groups),
         CLOSED_FORM: 1.6 * settings.fit_steps,
         "regression": 10.0 * settings.regression_steps if kind == "token" else 0.0,

@@ -23,12 +23,15 @@ from dash_export.runtime.cpus import has_bfloat16
 from dash_export.runtime.text import Text
 from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.card import policy_card
-from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
+from dash_export.train.corpus import OWN, Chat, Corpus, read_corpus, read_prompts
 from dash_export.train.model import GatedModel, saved
+from dash_export.train.own_answers import own_answers
 from dash_export.train.processes import joined, local_rank
 from dash_export.train.stages import Run, Work, forward_passes, trained_policy, whole_training_progress
 
 LONGEST_NAME = 100
+COMMON = 1 << 15
+"""Number of tokens whose logits losses compare."""
 
 
 def train(
@@ -98,7 +101,7 @@ def train(
         progress("reading the text", 0, 0)
         text = _text(checkpoint)
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
-        chats = [messages for file in prompts for messages in read_prompts(file)]
+        chats = [chat for file in prompts for chat in read_prompts(file)]
         work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
         resumed = any(work.folder.glob("*-state.pt"))
         gated = GatedModel(checkpoint, place, getattr(torch, precision))
@@ -106,7 +109,8 @@ def train(
         passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
         run = Run(gated, corpus, settings, work, whole_training_progress(progress, passes))
         if chats:
-            _add_generated(run, held, text, chats)
+            _add_own(run, held, text, chats)
+        gated.learn_on(corpus.frequent(spec.vocab_size, COMMON))
         policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(
             policy.in_half(),
@@ -181,7 +185,7 @@ def _further(settings: TrainingSettings, merging: bool) -> TrainingSettings:
 
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
     """Raise RequestError where two files would have one name on the card, or two sources one name in the corpus."""
-    own = [SELF_GENERATED] if prompts else []
+    own = [OWN] if prompts else []
     sources, files = [*own, *(path.stem for path in texts)], [path.name for path in (*texts, *prompts)]
     twice = next((name for names in (sources, files) for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -196,18 +200,13 @@ def _text(checkpoint: Checkpoint) -> Text:
         return Text(Path(folder))
 
 
-def _add_generated(run: Run, held: Corpus, text: Text, chats: Sequence[list[dict[str, str]]]) -> None:
-    """Add the model's continuations of the chats to both corpora. They are saved, and a resumed training reads them."""
-
-    def continued() -> list[list[tuple[torch.Tensor, int | None]]]:
-        shares = self_generated(run.model.model, text, chats, run.settings, run.progress)
-        return [[(passage.ids, passage.prefix) for passage in share] for share in shares]
-
-    for corpus, share in zip((run.corpus, held), run.work.once(SELF_GENERATED, continued), strict=True):
+def _add_own(run: Run, held: Corpus, text: Text, chats: Sequence[Chat]) -> None:
+    """Add the model's answers to the chats to both corpora."""
+    for corpus, share in zip((run.corpus, held), own_answers(run, text, chats), strict=True):
         if share:
-            corpus.sources[SELF_GENERATED] = [Passage(*passage) for passage in share]
+            corpus.sources[OWN] = [answer.passage for answer in share]
     if not (run.corpus.sources and held.sources):
         raise RequestError(
-            "The model's continuations of these prompts are too few to learn from and to be judged on: give more "
-            "prompts, or text (--text)."
+            "The model's answers to these prompts are too few to learn from and to be judged on: give more prompts, "
+            "or text (--text)."
         )

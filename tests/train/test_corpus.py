@@ -10,7 +10,7 @@ from dash_export.runtime.text import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
 from dash_export.train.training import _text
-from tests.models.helpers import tiny_model, tiny_tokenizer
+from tests.models.helpers import tiny_tokenizer
 
 
 @pytest.fixture
@@ -49,6 +49,20 @@ def test_small_sources_are_drawn_as_often_as_large_ones() -> None:
     assert 0.4 < corpus.batch(np.random.default_rng(0), 400, 16).ids[:, 0].float().mean() < 0.6
 
 
+def test_half_of_the_windows_are_own_answers() -> None:
+    sources = {name: [Passage(torch.full((100,), place))] for place, name in enumerate((corpus.OWN, "a", "b", "c"))}
+    counts = np.bincount(Corpus(sources).batch(np.random.default_rng(0), 600, 16).ids[:, 0])
+    np.testing.assert_allclose(counts / 600, [1 / 2, 1 / 6, 1 / 6, 1 / 6], atol=0.05)
+    assert not Corpus({corpus.OWN: sources[corpus.OWN]}).batch(np.random.default_rng(0), 4, 16).ids.any()
+
+
+def test_frequent_tokens() -> None:
+    """Those of the text, then those of the lowest ids."""
+    found = Corpus({"a": [Passage(torch.tensor([9, 9, 9, 5, 5, 7]))]})
+    assert found.frequent(20, 2).tolist() == [5, 9]
+    assert found.frequent(20, 5).tolist() == [0, 1, 5, 7, 9]
+
+
 def test_the_end_of_a_text_is_held_out(prose: Path, text: Text) -> None:
     training, held = read_corpus([prose], text, 32, 0.1)
     ids = tiny_tokenizer().encode(prose.read_text(), add_special_tokens=False).ids
@@ -84,7 +98,10 @@ def test_prompts_in_all_their_forms(tmp_path: Path) -> None:
     path.write_text(
         '{"prompt": "a"}\n\n{"turns": ["b", "c"]}\r\n{"messages": [{"role": "user", "content": "d\u2028"}]}\n'
     )
-    assert [messages[0]["content"] for messages in read_prompts(path)] == ["a", "b", "d\u2028"]
+    found = read_prompts(path)
+    assert [(chat.messages[-1]["content"], chat.later) for chat in found] == [("a", ()), ("b", ("c",)), ("d\u2028", ())]
+    path.write_text('{"system": "s", "turns": ["a"]}')
+    assert [message["role"] for message in read_prompts(path)[0].messages] == ["system", "user"]
 
 
 def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,19 +118,9 @@ def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read_prompts(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"prompt": 4}', '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"turns": ["a", 3]}', '{"system": 1, "prompt": "a"}', '{"prompt": 4}', '{"messages": [{"role": "user"}]}'])
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(RequestError, match="line 2: not a prompt"):
         read_prompts(path)
-
-
-def test_the_head_reads_whole_rows() -> None:
-    """Of a slice torch would copy the head's weight for every prompt."""
-    model, whole = tiny_model("llama"), list[bool]()
-    model.lm_head.register_forward_hook(lambda _head, given, _logits: whole.append(given[0].is_contiguous()))
-    assert len(corpus._continued(model, [[5, 6, 7], [8, 9, 10, 11]], 20, frozenset())) == 2
-    assert len(whole) == 20
-    assert all(whole)
-    assert not model.lm_head._forward_pre_hooks

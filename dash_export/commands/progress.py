@@ -10,8 +10,8 @@ import click
 from dash_export.artifacts import Progress
 
 PLAIN_LINES = 10
-"""Lines that a step of known length prints where there is no terminal; a slow step also prints one every MINUTE."""
-MINUTE = 60.0
+"""Lines that a step of known length prints where there is no terminal; a slow step prints one every EVERY seconds."""
+EVERY = 20.0
 
 
 @contextmanager
@@ -34,14 +34,29 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
 def _lines(title: str) -> Progress:
     last, said = (0, 0), time.monotonic()
+    begun = (0, 0, said)  # total, done and time of a step's first report
 
     def progress(name: str, done: int, total: int) -> None:
-        nonlocal last, said
+        nonlocal last, said, begun
+        now = time.monotonic()
+        if total != begun[0]:
+            begun = total, done, now
         part = (total, done * PLAIN_LINES // total if total else 0)
-        if total == 0 or (done and (part != last or time.monotonic() - said >= MINUTE)):
+        if total == 0 or (done and (part != last or now - said >= EVERY)):
+            pace = (now - begun[2]) / max(1, done - begun[1])
+            left = (
+                f", about {_duration(pace * (total - done))} left"
+                if done > begun[1] and pace * (total - done) > 5
+                else ""
+            )
             with suppress(OSError):  # a full disk under the log must not end work of hours
-                click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
-            said = time.monotonic()
+                click.echo(f"{title}: {name}" + (f" ({done}/{total}{left})" if total else ""), err=True)
+            said = now
         last = part
 
     return progress
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,6 +1,7 @@
 """`dash-export train`: train a policy file for a model on text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,7 +15,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
 from dash_export.outputs import output_path
-from dash_export.train import KINDS, PRECISIONS, TrainingSettings
+from dash_export.train import EFFORTS, KINDS, PRECISIONS, TrainingSettings
 
 DEFAULTS = TrainingSettings()
 _POLICY = click.Path(path_type=Path, dir_okay=False)
@@ -27,10 +28,15 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "-o", "--output", type=_POLICY, required=True, metavar="NAME.safetensors",
     help="The policy file to write; its card, NAME.json, lies beside it.",
 )  # fmt: skip
+@click.option(
+    "--effort", type=click.Choice([*EFFORTS]), default="default", show_default=True,
+    help="quick: a first policy in minutes, of units by a rule. long: three times the tuning.",
+)  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), multiple=True, metavar="FILE.jsonl",
-    help='Chat prompts ({"prompt": ...} a line) that the model continues itself, to learn from; repeatable.',
+    help='Chat prompts ({"prompt": ...} a line) that the model answers itself, to learn from its answers; repeatable. '
+    "Without --text and --prompts: those that come with this package.",
 )  # fmt: skip
 @click.option(
     "--kind", type=click.Choice(KINDS), default=KINDS[0], show_default=True,
@@ -48,8 +54,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(
-    "--steps", "tuning_steps", type=click.IntRange(min=1), default=DEFAULTS.tuning_steps, show_default=True,
-    help="Tuning steps. A training of few steps is short in all its stages, to try it out.",
+    "--steps", type=click.IntRange(min=1), show_default=f"{DEFAULTS.tuning_steps}",
+    help="Tuning steps, in the place of the effort's. A training of few steps is short in all its stages.",
 )  # fmt: skip
 @click.option(
     "--trade-offs", type=(_POSITIVE, _POSITIVE), default=DEFAULTS.trade_offs, show_default=True, metavar="LOW HIGH",
@@ -67,7 +73,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.pass_context
 def command(
     ctx: click.Context, /, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], kind: str,
-    units: tuple[Unit, ...] | None, start: Path | None, device: str, **settings: Any
+    units: tuple[Unit, ...] | None, start: Path | None, device: str, effort: str, steps: int | None, **settings: Any
 ) -> None:  # fmt: skip
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
@@ -83,10 +89,13 @@ def command(
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
-        chosen = TrainingSettings(**settings)
+        chosen = replace(TrainingSettings.of(effort), **settings)
+        if steps:
+            chosen = replace(chosen, tuning_steps=steps).shortened()
         train(
             model, output, text, prompts,
-            kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
+            kind=kind, units=units, start=start, settings=chosen, device=device,
+            planned=lambda plan: click.echo(f"train: {plan}", err=True), progress=progress,
         )  # fmt: skip
     if rank() == 0:  # of several processes the first one writes
         _summary(model, output_path(output))  # a link is followed, as `train` follows it
@@ -105,13 +114,15 @@ def _summary(model: str, output: Path) -> None:
         )  # fmt: skip
     if left := [row["unit"] for row in card["chosen"] if row["unit"] not in card["units"].split(",")]:
         click.echo(f"Left out after the tuning, for they gain less than their engines cost: {', '.join(left)}.")
-    print_table(
-        f"Held-out text, {card['held_out']['judged']} tokens", ("setting",), ("skipped", "KL (nats)", "top-1", "nll"),
-        (
-            (row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}")
-            for row in card["held_out"]["figures"]
-        ),
-    )  # fmt: skip
+    for part in [part for part in card["held_out"] if part != "tokens"]:
+        judged = card["held_out"][part]
+        print_table(
+            f"Held out: {part}, {judged['judged']} tokens", ("setting",), ("skipped", "KL (nats)", "top-1", "nll"),
+            (
+                (row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}")
+                for row in judged["figures"]
+            ),
+        )  # fmt: skip
     took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
     click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
     click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target cpu")

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
+from dash_export.artifacts import Progress, no_progress
 from dash_export.manifest import Traits
 from dash_export.models.spec import Checkpoint, DecoderSpec, layer_weight
 
@@ -27,7 +28,9 @@ _NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 """Keys in which null has a meaning; in any other key it stands for the default."""
 
 
-def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+def torch_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa", progress: Progress = no_progress
+) -> Any:
     """Return the causal LM of a checkpoint, frozen, on the CPU."""
     spec = checkpoint.spec
     given = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
@@ -47,7 +50,10 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
         offset = spec.norm_offset if name.endswith("norm.weight") else 0
         return (torch.from_numpy(checkpoint.read(name)) - offset).to(dtype)
 
-    state = {name: weight(name) for name in checkpoint.weights}
+    state = {}
+    for done, name in enumerate(checkpoint.weights, 1):
+        state[name] = weight(name)
+        progress("reading the model", done, len(checkpoint.weights))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"{unexpected} are not of such a model"
     assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 KINDS = ("token", "static")
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "search_steps": 0, "fit_steps": 24, "warm_up_steps": 12, "regression_steps": 40, "tuning_steps": 24,
+        "own_prompts": 48, "own_tokens": 96, "judged_batches": 2,
+    },
+    "default": {},
+    "long": {"tuning_steps": 1500, "own_prompts": 800},
+}  # fmt: skip
+"""Effort -> what is not as by default."""
 PRECISIONS = ("bfloat16", "float32")
 """Names of torch's dtypes."""
 
@@ -13,11 +23,12 @@ PRECISIONS = ("bfloat16", "float32")
 class TrainingSettings:
     """Settings of a training. Steps are batches of `windows` windows of `window` tokens.
 
-    `search_steps`: steps that fit the bypasses of candidate units, whose first layers are `search_every` layers apart;
+    `search_steps`: steps that fit the bypasses of candidate units, whose first layers are `search_every` layers apart,
+    0 for units by a rule;
     `fit_steps`: steps that fit those of the chosen units; `warm_up_steps`: first steps of the regression, which skip at
     random only. `trade_offs`: the range of the dial that training covers, in nats per dense token time. `again`: factor
-    on the tuning's learning rates when it goes on from a trained policy. `own_prompts`: number of the model's own
-    continuations, of up to `own_tokens` tokens, that join the corpus. `held_out`: share of every text that is only
+    on the tuning's learning rates when it goes on from a trained policy. `own_prompts`: number of prompts that
+    the model answers, each turn in up to `own_tokens` tokens. `held_out`: share of every text that is only
     evaluated on, by `judged_batches` batches of it. `precision` of the frozen model; None: bfloat16 where the device
     has instructions for it, else float32.
     """
@@ -36,11 +47,16 @@ class TrainingSettings:
     refinement_rate: float = 2.5e-4
     trade_offs: tuple[float, float] = (0.4, 2.2)
     again: float = 0.5
-    own_prompts: int = 160
+    own_prompts: int = 320
     own_tokens: int = 192
     held_out: float = 0.08
     judged_batches: int = 8
     precision: str | None = None
+
+    @classmethod
+    def of(cls, effort: str) -> TrainingSettings:
+        """Return the settings of one of EFFORTS."""
+        return replace(cls(), **EFFORTS[effort])
 
     def shortened(self) -> TrainingSettings:
         """Return the settings of a training that is as short in its other stages as in the tuning, to try it out: no

@@ -27,12 +27,8 @@ class Sums:
     def __init__(self, model: GatedModel, units: Iterable[Unit]) -> None:
         self.units = tuple(units)
         self._model = model
-        self._sums: dict[tuple[int, str, int], torch.Tensor] = {}
-
-    @property
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """All sums, in the same order in every process."""
-        return self._sums.values()
+        self.tensors: dict[tuple[int, str, int], torch.Tensor] = {}
+        """By first layer, what is summed, and layer; in the same order in every process."""
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
@@ -57,15 +53,15 @@ class Sums:
                 return
 
     def _sum(self, first: int, what: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        known, found = self._sums.get((first, what, layer)), (x.T @ y).cpu()
-        self._sums[first, what, layer] = found if known is None else known.add_(found)
+        known, found = self.tensors.get((first, what, layer)), (x.T @ y).cpu()
+        self.tensors[first, what, layer] = found if known is None else known.add_(found)
 
     def fit(self, unit: Unit) -> Weights:
         """Return the bypass of `unit`, which is one of `units`."""
         first, device = unit.first, self._model.device
-        xy = [self._sums[first, "update", unit.last]]
-        xy += [self._sums[first, "keys and values", layer] for layer in unit.layers[1:]]
-        return solved(self._sums[first, "x", first].to(device), torch.cat(xy, 1).to(device))
+        xy = [self.tensors[first, "update", unit.last]]
+        xy += [self.tensors[first, "keys and values", layer] for layer in unit.layers[1:]]
+        return solved(self.tensors[first, "x", first].to(device), torch.cat(xy, 1).to(device))
 
 
 def with_ones(x: torch.Tensor) -> torch.Tensor:

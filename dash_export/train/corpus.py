@@ -57,6 +57,12 @@ class Corpus:
         """Return the number of tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
+    def parts(self) -> dict[str, "Corpus"]:
+        """Return the own answers and the other texts apart, where there are any: a policy will act on the first."""
+        own = {name: passages for name, passages in self.sources.items() if name == OWN}
+        texts = {name: passages for name, passages in self.sources.items() if name != OWN}
+        return {name: Corpus(part) for name, part in ((OWN, own), ("texts", texts)) if part}
+
     def frequent(self, vocab: int, most: int) -> torch.Tensor:
         """Return `most` tokens of a vocabulary, in rising order: the corpus's most frequent ones and, where it has
         fewer, those of the lowest ids, which are the earliest merges of a tokenizer.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
@@ -109,8 +110,10 @@ class GatedModel:
     pass and is run again there (activation checkpointing), to fit in the memory of a GPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.model = torch_model(checkpoint, dtype).to(device=device)
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress = no_progress
+    ) -> None:
+        self.model = torch_model(checkpoint, dtype, progress=progress).to(device=device)
         self.device = device
         self.dtype = dtype
         self.spec = checkpoint.spec
@@ -120,8 +123,7 @@ class GatedModel:
         self.recomputes = device.type == "cuda"
 
     def learn_on(self, tokens: torch.Tensor) -> None:
-        """Let losses compare the logits of these tokens [n] only: `common` becomes the part of the head that has them.
-        """
+        """Let losses compare the logits of these tokens [n] only: `common` becomes their part of the head."""
         self.common = self.head._replace(weight=self.head.weight[tokens.to(self.device)].contiguous())
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
@@ -247,8 +249,12 @@ def saved(spec: DecoderSpec, layers: int) -> float:
     engine is built; below 0 where the bypass is larger. Decode is bound by memory traffic, so this is a fraction of
     bytes: (layers * a layer's - the bypass's) / (all layers' + the head's). The cost table of a build measures it.
     """
-    weights = {name: prod(shape) for name, shape in spec.weight_shapes().items()}
-    layer = sum(count for name, count in weights.items() if name.startswith(layer_weight(0)))
+    layer = layer_size(spec)
     bypass = spec.hidden_size * (spec.hidden_size + 2 * key_value_size(spec) * layers)
     token = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
+
+
+def layer_size(spec: DecoderSpec) -> int:
+    """Return the number of weights of a layer."""
+    return sum(prod(shape) for name, shape in spec.weight_shapes().items() if name.startswith(layer_weight(0)))

@@ -1,7 +1,7 @@
 """The model's own answers to chat prompts: what a deployed policy decodes, so what it has to learn from.
 
-Half of the prompts are answered greedily, half at TEMPERATURE. Later turns of a prompt follow on the model's own answers
-to the turns before. Answers are written in large batches, because a product with many rows costs little more than one
+Half of the prompts are answered greedily, half at TEMPERATURE. Later turns of a prompt follow on the model's answers to
+the turns before. Answers are written in large batches, because a product with many rows costs little more than one
 with a few; rows whose answer has ended leave the batch.
 """
 
@@ -26,8 +26,6 @@ JUDGED_SEED = 20252
 TEMPERATURE = 0.7
 BATCH = 64
 """Rows of a batch."""
-SAVE_EVERY = 32
-"""Tokens per row between two saves."""
 FULL = 0.75
 """Share of a batch's rows that still write; below it the others are taken out."""
 
@@ -57,7 +55,8 @@ def own_answers(run: Run, text: Text, chats: Sequence[Chat]) -> tuple[list[Answe
     split = max(1, int(len(chats) * (1 - settings.held_out)))
     judged = order[split:][: max(1, round(settings.own_prompts * settings.held_out))]
     chosen = np.random.default_rng(settings.seed).permutation(order[:split])[: settings.own_prompts - len(judged)]
-    talks = [_Talk(int(place), held, *chats[place]) for held, part in ((False, chosen), (True, judged)) for place in part]
+    parts = ((False, chosen), (True, judged))
+    talks = [_Talk(int(place), held, *chats[place]) for held, part in parts for place in part]
     total, done = sum(1 + len(talk.later) for talk in talks), 0
     found: tuple[list[Answer], list[Answer]] = ([], [])
     for turn in range(max((1 + len(talk.later) for talk in talks), default=0)):
@@ -70,7 +69,8 @@ def own_answers(run: Run, text: Text, chats: Sequence[Chat]) -> tuple[list[Answe
             for talk, prompt in batch:
                 seed = JUDGED_SEED if talk.held_out else settings.seed
                 rows.append(Row(prompt, (seed, talk.place, turn), greedy=(talk.place + turn) % 2 == 0))
-            for (talk, prompt), ids in zip(batch, _answered(run, text, rows, f"own-{turn}-{start}", done, total), strict=True):
+            made = _answered(run, text, rows, f"own-{turn}-{start}", done, total)
+            for (talk, prompt), ids in zip(batch, made, strict=True):
                 answer = text.decode(ids)
                 if len(ids) >= SHORTEST:
                     passage = Passage(torch.tensor([*prompt, *ids]), len(prompt))
@@ -96,8 +96,7 @@ def _answered(run: Run, text: Text, rows: Sequence["Row"], stage: str, done: int
 
     def each(step: int, made: list[list[int]]) -> None:
         run.progress(OWN, done * tokens + step * len(rows), total * tokens)
-        if step % SAVE_EVERY == 0:
-            run.work.save(f"{stage}-part", made)
+        run.work.save_if_due(f"{stage}-part", lambda: made)
 
     def make() -> list[list[int]]:
         model, part = run.model, run.work.kept(f"{stage}-part") or ()
@@ -124,7 +123,7 @@ def answers(
     tokens: int,
     ends: frozenset[int],
     made: Sequence[Sequence[int]] = (),
-    each: Callable[[int, list[list[int]]], None] = lambda step, made: None,
+    each: Callable[[int, list[list[int]]], None] = lambda *_: None,
 ) -> list[list[int]]:
     """Return up to `tokens` tokens after each prompt, with the token that ends the answer. `model` is of transformers.
 

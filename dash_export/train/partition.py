@@ -6,7 +6,7 @@ its mean over tokens and the range of the dial is the unit's gain. Two assumptio
 small units: that gains add up, and that the damage of a token is known before.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,14 @@ def candidate_groups(num_layers: int, every: int = 1) -> list[list[Unit]]:
     firsts = range(max(2, num_layers // 6), num_layers, every)
     groups = (firsts[start : start + GROUP] for start in range(0, len(firsts), GROUP))
     return [[Unit(a, a + size - 1) for a in group for size in LENGTHS if a + size <= num_layers] for group in groups]
+
+
+def ruled_units(num_layers: int) -> tuple[Unit, ...]:
+    """Return units by a rule, for a training without a search: from a fifth of the layers on to the last but one, a
+    sixth of them each. The searches for 24 and 30 layers found units of 2 to 6 layers there.
+    """
+    first, size = max(2, round(num_layers / 5)), max(1, round(num_layers / 6))
+    return tuple(Unit(a, min(a + size, num_layers - 1) - 1) for a in range(first, num_layers - 1, size))
 
 
 def mean_gain(damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]) -> float:
@@ -112,19 +120,19 @@ def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int]
 
 
 def greedy_order(
-    model: GatedModel, modules: SkipModules, windows: Windows, progress: Progress = no_progress
+    sizes: Sequence[int], damage: Callable[[tuple[int, ...]], float], progress: Progress = no_progress
 ) -> tuple[int, ...]:
-    """Return the places of all units in the order in which a static policy skips them: each step adds the unit with the
-    least added damage per layer. Only the first half is searched; the rest is as the last step ranks it, because nobody
-    skips nearly everything.
+    """Return the places of all units, of `sizes` layers, in the order in which a static policy skips them: each step
+    adds the unit with the least added `damage` (of a set of places) per layer. Only the first half is searched; the
+    rest is as the last step ranks it, because nobody skips nearly everything.
     """
-    sizes, chosen, known, done = [len(unit.layers) for unit in modules.units], list[int](), 0.0, 0
+    chosen, known, done = list[int](), 0.0, 0
     left, searched = list(range(len(sizes))), (len(sizes) + 1) // 2
     trials = sum(len(sizes) - step for step in range(searched))
     while len(chosen) < searched:
         totals = {}
         for place in left:
-            totals[place] = float(static_damage(model, modules, (*chosen, place), windows).mean())
+            totals[place] = damage((*chosen, place))
             done += 1
             progress("static order", done, trials)
         best, *left = sorted(left, key=lambda place: (totals[place] - known) / sizes[place])

@@ -3,10 +3,11 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.outputs import locked, output_path, remove_own, work_folder, work_of
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, narrowed, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
+from dash_export.resources import resource_folder
 from dash_export.runtime.cpus import has_bfloat16
 from dash_export.runtime.text import Text
 from dash_export.train import KINDS, PRECISIONS, TrainingSettings
@@ -26,8 +28,10 @@ from dash_export.train.card import policy_card
 from dash_export.train.corpus import OWN, Chat, Corpus, read_corpus, read_prompts
 from dash_export.train.model import GatedModel, saved
 from dash_export.train.own_answers import own_answers
+from dash_export.train.plan import Plan, training_plan, whole_training_progress
 from dash_export.train.processes import joined, local_rank
-from dash_export.train.stages import Run, Work, forward_passes, trained_policy, whole_training_progress
+from dash_export.train.stages import Run, trained_policy
+from dash_export.train.work import Work
 
 LONGEST_NAME = 100
 COMMON = 1 << 15
@@ -45,6 +49,7 @@ def train(
     start: Path | None = None,
     settings: TrainingSettings | None = None,
     device: str = "",
+    planned: Callable[[Plan], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
     """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
@@ -53,16 +58,23 @@ def train(
     Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
     tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
     beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
+    A network that did not read the layer before the first unit is learnt anew.
 
-    `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. The unfinished
-    work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
-    passes over all stages. Raises CheckpointError, PolicyError and RequestError.
+    `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model answers itself; without any, the
+    prompts that come with this package are answered (by a model without a chat template their texts are read). The
+    unfinished work lies in `<output>.unfinished`, where a killed training goes on. `planned` is told the plan before
+    the model is read; `progress(name, done, total)` counts forward passes over all stages. Raises CheckpointError,
+    PolicyError and RequestError.
 
     In processes that torchrun started this is one training: each takes its share, and the first one writes.
     """
     output, settings = output_path(output), settings or TrainingSettings()
-    _check(output, texts, prompts, kind, settings)
+    _check(output, kind, settings)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if not texts and not prompts:
+        shipped = resource_folder("calibration")
+        templated = "chat_template.jinja" in checkpoint.assets
+        texts, prompts = ((), (shipped / "prompts.jsonl",)) if templated else ((shipped / "quantise.txt",), ())
     spec, began = checkpoint.spec, time.perf_counter()
     if settings.window > spec.max_positions:
         raise PolicyError(f"The context of this model is {spec.max_positions} tokens: give a --window of at most that.")
@@ -70,9 +82,9 @@ def train(
     before = None if start is None else _trained(start, spec, kind, units)
     if before is not None:
         units = units or before.units
-        settings = _further(settings, merging=tuple(units) != before.units)
+        rereads = kind == "token" and before.read != units[0].first - 1
+        settings = _further(settings, merging=tuple(units) != before.units, rereads=rereads)
     given = None if units is None else _checked(units, spec)
-    settings = settings.shortened()
     try:
         place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=place).item()
@@ -98,16 +110,18 @@ def train(
     key = content_key(asdict(settings), kind, None if given is None else units_text(given), *read)
     with joined(settings.windows) as processes, nullcontext() if processes.rank else locked(output, "train"):
         progress = no_progress if processes.rank else progress
+        chats = [chat for file in prompts for chat in read_prompts(file)]
+        plan = training_plan(spec, settings, kind, given is None, len(chats), place)
+        if not processes.rank:
+            planned(plan)
         progress("reading the text", 0, 0)
         text = _text(checkpoint)
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
-        chats = [chat for file in prompts for chat in read_prompts(file)]
         work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
         resumed = any(work.folder.glob("*-state.pt"))
-        gated = GatedModel(checkpoint, place, getattr(torch, precision))
+        gated = GatedModel(checkpoint, place, getattr(torch, precision), progress)
         checkpoint.check_same()
-        passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
-        run = Run(gated, corpus, settings, work, whole_training_progress(progress, passes))
+        run = Run(gated, corpus, settings, work, whole_training_progress(progress, plan.passes))
         if chats:
             _add_own(run, held, text, chats)
         gated.learn_on(corpus.frequent(spec.vocab_size, COMMON))
@@ -127,7 +141,7 @@ def train(
         return policy
 
 
-def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
+def _check(output: Path, kind: str, settings: TrainingSettings) -> None:
     """Raise for arguments that are wrong whatever the files hold, before any file is read."""
     for name, value, known in (
         ("policy kind", kind, KINDS),
@@ -140,8 +154,6 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
     if settings.window < 16:
         raise PolicyError(f"A window has 16 tokens or more, not {settings.window}.")
     check_replaceable(output)
-    if not texts and not prompts:
-        raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
 
 
 def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
@@ -176,11 +188,14 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     return policy
 
 
-def _further(settings: TrainingSettings, merging: bool) -> TrainingSettings:
-    """Return the settings for a trained policy: the tuning only, at lower rates, and where units merge a fit."""
-    changed = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
-    changed |= dict.fromkeys(("search_steps", "warm_up_steps", "regression_steps"), 0)
-    return replace(settings, **changed if merging else {**changed, "fit_steps": 0})
+def _further(settings: TrainingSettings, merging: bool, rereads: bool) -> TrainingSettings:
+    """Return the settings for a trained policy: the tuning only, at lower rates. Where units merge there is a fit, and
+    where the network reads a later layer than it did, the regression.
+    """
+    rates = ("bypass_rate", "refinement_rate")
+    changed: dict[str, Any] = {name: getattr(settings, name) * settings.again for name in rates}
+    idle = ["search_steps", *["fit_steps"] * (not merging), *["warm_up_steps", "regression_steps"] * (not rereads)]
+    return replace(settings, **changed | dict.fromkeys(idle, 0))
 
 
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:

@@ -118,7 +118,13 @@ def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read_prompts(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"turns": ["a", 3]}', '{"system": 1, "prompt": "a"}', '{"prompt": 4}', '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[]", "3", '{"turns": []}', '{"turns": ["a", 3]}', '{"prompt": 4}', '{"system": 1, "prompt": "a"}'),
+        '{"messages": [{"role": "user"}]}',
+    ],
+)
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n' + line + "\n")

@@ -17,7 +17,7 @@ from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of
 
 def last_kl(path: Path) -> float:
     """KL where both units are skipped."""
-    figures = card_of(path)["held_out"]["figures"]
+    figures = card_of(path)["held_out"]["texts"]["figures"]
     return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
 
 

@@ -11,10 +11,11 @@ import torch
 from dash_export.decision import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.policy import SkipPolicy, stored_columns
+from dash_export.train import losses
 from dash_export.train.losses import (
-    ROWS,
     dense_logits,
     divergence,
+    kl_divergence,
     regression_loss,
     static_loss,
     summed_divergence,
@@ -24,6 +25,13 @@ from dash_export.train.model import GatedModel, Head, SkipModules, always, below
 from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy
 from tests.train.helpers import batch
+
+ROWS = 64
+
+
+@pytest.fixture(autouse=True)
+def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOGITS", ROWS * 50)
 
 
 def states(rows: int) -> tuple[torch.Tensor, ...]:
@@ -46,6 +54,7 @@ def test_divergence_over_several_blocks() -> None:
     torch.testing.assert_close(found.kl, reference(head, dense, skipped), atol=1e-5, rtol=1e-4)
     expected = torch.log_softmax(skipped @ head.T, -1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.log_likelihood, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(kl_divergence(Head(head), dense_logits(Head(head), dense), skipped), found.kl)
     assert torch.equal(found.agree, (dense @ head.T).argmax(-1) == (skipped @ head.T).argmax(-1))
 
 
@@ -167,3 +176,12 @@ def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     assert alone[IDLE] == pytest.approx(0, abs=1e-6)
     assert learnt[IDLE] < 0.1 * min(np.delete(learnt, IDLE))
     np.testing.assert_allclose(np.delete(learnt, IDLE), np.delete(alone, IDLE), rtol=0.3)
+
+
+def test_losses_compare_the_tokens_that_they_are_told(checkpoint: Checkpoint, policy: SkipPolicy) -> None:
+    """Of no tokens but one all distributions are the same; figures are over all tokens."""
+    model, modules, given = GatedModel(checkpoint, torch.device("cpu"), torch.float32), SkipModules(policy), batch(0)
+    assert static_damage(model, modules, (0,), with_dense(model, [given])).max() > 1e-3
+    model.learn_on(torch.tensor([7]))
+    assert static_damage(model, modules, (0,), with_dense(model, [given])).abs().max() < 1e-6
+    assert len(model.head.weight) == checkpoint.spec.vocab_size

@@ -7,12 +7,13 @@ import torch
 
 from dash_export.models import Checkpoint
 from dash_export.runtime.text import Text
-from dash_export.train import own_answers
+from dash_export.train import own_answers, work
 from dash_export.train.corpus import Chat, Corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.own_answers import Answer, Row, answers
-from dash_export.train.stages import Run, Work
+from dash_export.train.stages import Run
 from dash_export.train.training import _text
+from dash_export.train.work import Work
 from tests.train.helpers import SETTINGS, StopError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [5, 9]]
@@ -53,10 +54,8 @@ def test_rows_that_have_ended_leave_the_batch(model: GatedModel, monkeypatch: py
 
 def test_answers_that_were_interrupted_go_on(model: GatedModel) -> None:
     whole = answers(model.model, model.spec, ROWS, 12, frozenset())
-    steps = list[int]()
-    made = answers(
-        model.model, model.spec, ROWS, 12, frozenset(), [answer[:5] for answer in whole], lambda step, _: steps.append(step)
-    )  # fmt: skip
+    begun, steps = [answer[:5] for answer in whole], list[int]()
+    made = answers(model.model, model.spec, ROWS, 12, frozenset(), begun, lambda step, _: steps.append(step))
     assert made == whole
     assert steps == [*range(6, 13)]
 
@@ -66,7 +65,8 @@ def text(checkpoint: Checkpoint) -> Text:
     return _text(checkpoint)
 
 
-CHATS = [Chat([{"role": "user", "content": word}], ("and then?",) * (word == "two")) for word in ("one", "two", "six", "ten")]
+CHATS = [Chat([{"role": "user", "content": word}]) for word in ("one", "two", "six", "ten")]
+CHATS[1] = CHATS[1]._replace(later=("and then?",))
 
 
 def run(model: GatedModel, folder: Path) -> Run:
@@ -89,8 +89,10 @@ def test_later_turns_follow_on_the_models_own_answers(model: GatedModel, text: T
     assert first.text == text.decode(first.passage.ids[first.passage.prefix :].tolist())
 
 
-def test_a_kill_loses_a_few_tokens(model: GatedModel, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_answers, "SAVE_EVERY", 5)
+def test_a_kill_loses_a_few_tokens(
+    model: GatedModel, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "SAVE_SECONDS", 0.0)
     whole = own_answers.own_answers(run(model, tmp_path / "whole"), text, CHATS)
     steps, step = 0, own_answers._step
 

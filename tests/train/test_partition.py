@@ -5,12 +5,8 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from dash_export.decision import Unit, parse_units
-from dash_export.models import Checkpoint
-from dash_export.train import partition
-from dash_export.train.model import GatedModel, SkipModules
+from dash_export.decision import Unit, check_units, parse_units, units_text
 from dash_export.train.partition import (
     LAUNCH,
     Candidate,
@@ -18,9 +14,9 @@ from dash_export.train.partition import (
     candidate_groups,
     greedy_order,
     mean_gain,
+    ruled_units,
     units_that_pay,
 )
-from tests.tiny import tiny_policy
 
 
 def test_best_partition_is_that_of_all() -> None:
@@ -73,19 +69,21 @@ def test_candidates() -> None:
     assert candidate_groups(2) == []
 
 
-def test_each_adds_least_for_its_size(
-    model: GatedModel, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """2-3 costs more than 1 alone but less a layer; after it 4 is dearer than alone."""
+def test_units_by_a_rule() -> None:
+    for layers, text in ((30, "6-10,11-15,16-20,21-25,26-28"), (24, "5-8,9-12,13-16,17-20,21-22"), (6, "2,3,4")):
+        assert units_text(ruled_units(layers)) == text
+    for layers in range(4, 100):
+        check_units(units := ruled_units(layers), units[0].first - 1, layers)
+
+
+def test_each_adds_least_for_its_size() -> None:
+    """The second costs more than the first alone but less a layer; after it the third is dearer than alone."""
     alone = (0.2, 0.3, 0.16, 0.4)
 
-    def damage(_model: object, _modules: object, places: Sequence[int], _windows: object) -> torch.Tensor:
-        together = sum(alone[place] for place in places) + (1.0 if {1, 2} <= set(places) else 0.0)
-        return torch.tensor([together, together])
+    def damage(places: tuple[int, ...]) -> float:
+        return sum(alone[place] for place in places) + (1.0 if {1, 2} <= set(places) else 0.0)
 
-    monkeypatch.setattr(partition, "static_damage", damage)
-    policy = tiny_policy(checkpoint, "linear", units=parse_units("1,2-3,4,5"))
     calls: list[tuple[int, int]] = []
-    order = greedy_order(model, SkipModules(policy), [], lambda _, done, total: calls.append((done, total)))
+    order = greedy_order([1, 2, 1, 1], damage, lambda _, done, total: calls.append((done, total)))
     assert order == (1, 0, 3, 2)
     assert calls == [(number, 7) for number in range(1, 8)], "four alone, three beside the first"

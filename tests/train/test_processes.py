@@ -16,8 +16,9 @@ from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, read_corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.processes import ALONE, Processes, joined
-from dash_export.train.stages import Run, Work, _optimise
+from dash_export.train.stages import Run, _optimise
 from dash_export.train.training import _text, train
+from dash_export.train.work import Work
 from tests.tiny import TINY_UNITS
 
 OPTIONS = ("--steps", "6", "--window", "32", "--trade-offs", "0.5", "8")
@@ -42,7 +43,7 @@ def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp
     cards = [json.loads(path.with_suffix(".json").read_text()) for path in (alone, shared)]
     for what in ("units", "static_order", "tokens", "settings"):
         assert cards[0][what] == cards[1][what]
-    for one, other in zip(*(card["held_out"]["figures"] for card in cards), strict=True):
+    for one, other in zip(*(card["held_out"]["texts"]["figures"] for card in cards), strict=True):
         assert other["setting"] == one["setting"]
         assert other["skipped"] == pytest.approx(one["skipped"], abs=0.2)
         assert other["kl"] == pytest.approx(one["kl"], rel=0.5, abs=1e-4)
@@ -79,7 +80,7 @@ def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, t
         sums = Sums(model, TINY_UNITS)
         for batch in batches:
             sums.add(batch)
-        return [*sums.tensors]
+        return [*sums.tensors.values()]
 
     for one, other in zip(summed([whole]), summed([share for share, *_ in shares]), strict=True):
         torch.testing.assert_close(one, other)

@@ -17,10 +17,11 @@ from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
 from dash_export.policy import check_replaceable, load_policy
-from dash_export.train import TrainingSettings, partition, stages, training
+from dash_export.train import TrainingSettings, partition, stages, training, work
+from dash_export.train.corpus import OWN
 from dash_export.train.partition import Candidate, candidate_groups
-from dash_export.train.stages import Work
 from dash_export.train.training import check_unique_names, train
+from dash_export.train.work import Work
 from tests.tiny import TINY_UNITS, tiny_checkpoint
 from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of, same
 
@@ -35,7 +36,7 @@ def test_the_file_is_the_policy_and_the_card_says_how(trained: Trained, checkpoi
     assert {name: entry["read_as"] for name, entry in card["data"].items()} == {prose.name: "text"}
     assert (card["settings"]["seed"], card["chosen"]) == (0, [])
     assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
-    rows = {row["setting"]: row for row in card["held_out"]["figures"]}
+    rows = {row["setting"]: row for row in card["held_out"]["texts"]["figures"]}
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-4)
     assert rows["static, 4, 2-3"]["kl"] > rows["static, 4"]["kl"] > 0
     assert (rows["static, 4"]["skipped"], rows["static, 4, 2-3"]["skipped"]) == (1, 3)
@@ -51,12 +52,12 @@ def test_a_short_training_is_short_in_all_its_stages(learn: Learn, output: Path)
     """So that two steps take a minute; the defaults stay as they are."""
     assert TrainingSettings().shortened() == TrainingSettings()
     asked = TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0), precision="float32")
-    learn(settings=asked)
+    learn(settings=asked.shortened())
     short = {"search_every": 8, "windows": 1, "judged_batches": 1, "own_prompts": 8, "own_tokens": 32}
     short |= dict.fromkeys(("search_steps", "fit_steps", "warm_up_steps", "regression_steps"), 2)
     card = card_of(output)
     assert card["settings"] == asdict(replace(asked, **short)) | {"trade_offs": [0.5, 8.0]}
-    assert card["held_out"]["judged"] < 32
+    assert card["held_out"]["texts"]["judged"] < 32
     assert [len(group) for group in candidate_groups(30, every=8)] == [16], "of the layers 5, 13, 21 and 29"
 
 
@@ -155,7 +156,7 @@ def test_a_killed_training_goes_on_where_it_stopped(
     stage: str, searched: Trained, learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every stage: what is done is not done again, and the file is the same. Progress is that of the whole."""
-    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
+    monkeypatch.setattr(work, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(partition, "GROUP", 1)
     (times, left), seen = KILLS[stage], list[tuple[str, int, int]]()
     killed(learn, stage, times, units=None)
@@ -268,13 +269,13 @@ def test_a_loss_that_is_no_number_ends_the_training(
 
 def test_sources_have_names_of_their_own() -> None:
     """A text may be called as the model's own answers are where there are none."""
-    check_unique_names([Path("x.txt"), Path("self-generated.txt")])
+    check_unique_names([Path("x.txt"), Path(f"{OWN}.txt")])
     check_unique_names([Path("x.txt")], [Path("x.jsonl")])
     for texts, prompts, name in (
         (["a/x.txt", "b/x.md"], [], "x"),
         (["a/x.jsonl"], ["b/x.jsonl"], "x"),
         ([], ["a/x.jsonl", "b/x.jsonl"], "x"),
-        (["self-generated.txt"], ["x.jsonl"], "self-generated"),
+        ([f"{OWN}.txt"], ["x.jsonl"], OWN),
     ):
         with pytest.raises(RequestError, match=f"would be called {name}"):
             check_unique_names([Path(text) for text in texts], [Path(file) for file in prompts])
@@ -291,15 +292,15 @@ def prompts_at(path: Path, count: int) -> Path:
     return path
 
 
-def test_static_kind_and_self_generated_text(learn: Learn, output: Path, tmp_path: Path) -> None:
-    """A training that goes on reads the continuations that it began with."""
+def test_static_kind_and_own_answers(learn: Learn, output: Path, tmp_path: Path) -> None:
+    """A training that goes on reads the answers that it began with."""
     options = {"kind": "static", "prompts": [prompts_at(tmp_path / "prompts.jsonl", 6)]}
     seen: set[str] = set()
     killed(learn, "bypasses", **options)
     policy = learn(**options, progress=lambda name, *_: seen.add(name.partition(",")[0]))
-    assert "self-generated text" not in seen
+    assert OWN not in seen
     assert (policy.network, sorted(policy.static_order)) == (None, [0, 1])
-    assert card_of(output)["tokens"].keys() == {"prose", "self-generated"}
+    assert card_of(output)["tokens"].keys() == {"prose", OWN}
 
 
 def test_a_tokenizer_and_a_template_that_give_up(checkpoint: Checkpoint, learn: Learn, tmp_path: Path) -> None:
@@ -319,7 +320,6 @@ def test_a_tokenizer_and_a_template_that_give_up(checkpoint: Checkpoint, learn: 
     ("change", "error", "said"),
     [
         ({"kind": "cosine"}, PolicyError, "token, static"),
-        ({"texts": []}, RequestError, "nothing to learn from"),
         ({"texts": [Path("missing.txt")]}, RequestError, "no file"),
         ({"texts": [Path("a/prose.txt"), Path("b/prose.md")]}, RequestError, "called prose"),
         ({"units": parse_units("0-3")}, PolicyError, "Layer 0"),

@@ -1,0 +1,104 @@
+"""Plan of a training before it begins: its stages, the time that they take here, and the memory."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dash_export.artifacts import Progress
+from dash_export.models import DecoderSpec
+from dash_export.train import TrainingSettings
+from dash_export.train.corpus import OWN
+from dash_export.train.model import layer_size
+from dash_export.train.partition import candidate_groups
+from dash_export.train.stages import CLOSED_FORM
+
+OTHER = 2.0
+"""Time of a pass over that of its layers' products: attention, norms, all that is no product."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages with their steps and with the forward passes that they take, the time of a pass on this device (s), and
+    the memory that the training needs (bytes).
+    """
+
+    steps: dict[str, int]
+    passes: dict[str, float]
+    pass_seconds: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of the whole training."""
+        return sum(self.passes.values()) * self.pass_seconds
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {steps}" for name, steps in self.steps.items())
+        return (
+            f"about {max(1, round(self.seconds / 60))} minutes where nothing else runs, "
+            f"{self.memory / 2**30:.1f} GiB of memory; {stages}"
+        )
+
+
+def training_plan(
+    spec: DecoderSpec, settings: TrainingSettings, kind: str, search: bool, prompts: int, device: torch.device
+) -> Plan:
+    """Return the plan of a training: of a `search` for units or without, with answers to `prompts` prompts."""
+    groups = candidate_groups(spec.num_layers, settings.search_every) if search and settings.search_steps else []
+    trials, tokens = sum(map(len, groups)), settings.window * settings.windows
+    # (steps, passes): seconds of all steps over the seconds of a pass, for SmolLM2-135M in bfloat16 on 2 cores.
+    answered = min(prompts, settings.own_prompts)
+    first = {
+        OWN: (answered, 16.0 * answered * settings.own_tokens / tokens),  # in batches of 64 rows a product is slower
+        "candidates": (trials, 1.7 * settings.search_steps * len(groups) + 4.5 * trials),
+        CLOSED_FORM: (settings.fit_steps, 1.6 * settings.fit_steps),
+    }
+    order = {"static order": (1, 140.0)}
+    if kind == "token":
+        regression, tuning = settings.regression_steps, settings.tuning_steps
+        last = {"regression": (regression, 10.0 * regression), "tuning": (tuning, 15.0 * tuning), **order}
+    else:
+        last = {**order, "tuning": (settings.tuning_steps, 20.0 * settings.tuning_steps)}
+    stages = {**first, **last, "held-out text": (settings.judged_batches, 70.0 * settings.judged_batches)}
+    dtype = getattr(torch, settings.precision or "float32")
+    return Plan(
+        {name: steps for name, (steps, _) in stages.items() if steps},
+        {name: passes for name, (_, passes) in stages.items()},
+        _pass_seconds(spec, tokens, dtype, device),
+        _memory(spec, tokens, dtype),
+    )
+
+
+def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the time of a forward pass of all layers over `tokens` tokens, from two products like theirs."""
+    x = torch.ones(tokens, spec.hidden_size, dtype=dtype, device=device)
+    weight = torch.ones(spec.hidden_size, 4 * spec.hidden_size, dtype=dtype, device=device)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ((x @ weight) @ weight.T)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return OTHER * min(times) / (2 * weight.numel()) * spec.num_layers * layer_size(spec)
+
+
+def _memory(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
+    """Return about what a training needs: weights, activations of all layers for the backward pass, torch itself."""
+    weights = spec.num_layers * layer_size(spec) + spec.vocab_size * spec.hidden_size
+    kept = tokens * spec.num_layers * (16 * spec.hidden_size + 10 * spec.intermediate_size)
+    return (weights + kept) * torch.finfo(dtype).bits / 8 + 2**29
+
+
+def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:
+    """Return the progress callback of the stages. It tells `progress` the forward passes done of the whole training
+    (`passes`: those of each stage), so that the pace says how much time is left.
+    """
+    total = round(sum(passes.values()))
+
+    def told(name: str, done: int, steps: int) -> None:
+        stage = name.partition(",")[0].removeprefix("further ")
+        before = sum(list(passes.values())[: list(passes).index(stage)])
+        progress(f"{name}, {done} of {steps}", round(before + passes[stage] * done / steps), total)
+
+    return told

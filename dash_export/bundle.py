@@ -30,6 +30,8 @@ from dash_export.typed_json import WrongFieldError, typed
 
 BUILD = "build.json"
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ANSWERS = "answers.jsonl"
+"""Held-out answers of the model, on which a policy is judged; not in every bundle."""
 """Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
@@ -227,7 +229,7 @@ class Bundle:
         listed = {record.name for record in (*self.manifest.files, *files)}
         folder = f"engines/{build.target}" if build is not None and files else "onnx"
         beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
-        added = [name for name in TEXT_FILES if name not in listed and self.path(name).exists()]
+        added = [name for name in (*TEXT_FILES, ANSWERS) if name not in listed and self.path(name).exists()]
         added += [name for name in beside if name not in listed and not _UNREAD.fullmatch(PurePosixPath(name).name)]
         if added:
             raise BundleError(

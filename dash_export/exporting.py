@@ -24,7 +24,7 @@ from dash_export.artifacts import (
     sync,
     write_atomic,
 )
-from dash_export.bundle import TEXT_FILES, Bundle, to_json
+from dash_export.bundle import ANSWERS, TEXT_FILES, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.portable import EMBED_WEIGHT
@@ -39,7 +39,7 @@ from dash_export.replacing import check_movable, check_outside_bundles, is_bundl
 
 GRAPH_REVISION = 7
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
-OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES)
+OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
 
@@ -64,6 +64,8 @@ def export(
     check_inputs(checkpoint.seen, output)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
+    if policy.answers:
+        checkpoint = replace(checkpoint, assets={**checkpoint.assets, ANSWERS: policy.answers})
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
     with outputs.locked(output, "export"), ExitStack() as held:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from dash_export import __version__
 from dash_export.artifacts import identity, read_bounded, write_atomic
-from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
+from dash_export.bundle import ANSWERS, BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.decision import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.manifest import Build, Manifest
@@ -27,7 +27,7 @@ from dash_export.outputs import folder_locked, lock_while_alive, remove
 logger = logging.getLogger(__name__)
 CARD = "README.md"
 _BEGIN, _END = "<!-- dash-export: measured -->", "<!-- dash-export: end -->"
-_FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, f"engines/*/{BUILD}"]
+_FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, ANSWERS, f"engines/*/{BUILD}"]
 """Files to fetch first: they tell which other files a run needs."""
 _SECONDS, _LONGEST_CARD = 10, 1 << 20
 

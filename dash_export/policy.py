@@ -71,7 +71,8 @@ class SkipPolicy:
     `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
     a token policy. `bypasses`: one per unit. `static_order`: indices of units in the order in which a static policy
     skips them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that
-    the policy was trained with; it tells that model from another one of the same shape.
+    the policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of
+    that model, as a .jsonl file (`runtime/chats.py`), on which a build calibrates its dial.
     """
 
     units: tuple[Unit, ...]
@@ -81,6 +82,7 @@ class SkipPolicy:
     origin: str = "none"
     static_order: tuple[int, ...] = ()
     final_norm: Float32Array | None = field(default=None, compare=False)
+    answers: str = field(default="", compare=False)
 
     @property
     def form(self) -> str:
@@ -195,6 +197,7 @@ class _Facts:
     read: int
     origin: str
     static_order: tuple[int, ...] = ()
+    answers: str = ""
 
 
 def card_path(path: str | Path) -> Path:
@@ -251,7 +254,7 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
     path = Path(path)
     check_policy(policy, spec)
     model = (spec.model_type, spec.num_layers, spec.hidden_size)
-    facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order)
+    facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order, policy.answers)
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
@@ -288,7 +291,8 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
         bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:
             raise PolicyError(f"it holds a tensor {min(foreign)!r:.60}, which is nothing of ours")
-        policy = SkipPolicy(facts.units, facts.read, network, bypasses, facts.origin, facts.static_order, norm)
+        rest = (facts.origin, facts.static_order, norm, facts.answers)
+        policy = SkipPolicy(facts.units, facts.read, network, bypasses, *rest)
         check_policy(policy, spec)
     except PolicyError as error:
         wrong = str(error).rstrip(".")

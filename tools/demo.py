@@ -28,12 +28,11 @@ from dash_export.errors import DashError
 from dash_export.evaluate.candidates import candidates, label
 from dash_export.evaluate.exchange import Point, frontier
 from dash_export.evaluate.intervals import Interval
+from dash_export.evaluate.texts import judged_text
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
-from dash_export.resources import resource_folder
 from dash_export.runtime import Generation
-from dash_export.text_files import read_text
 
 TARGET = "cpu-gguf"
 PROMPTS = (
@@ -43,8 +42,8 @@ PROMPTS = (
 )
 MAX_TOKENS = 48
 FASTER, FIXED = Setting("token", budget=0.85, hold=False), Setting("static", skipped=4.0)
-WINDOWS = 12
-"""Of held-out prose, that judge each setting."""
+ANSWERS = 24
+"""Number of the model's held-out answers that judge each setting."""
 ROUNDS, TOKENS = 6, 64
 """Processes that time each setting, and what they decode."""
 
@@ -116,15 +115,13 @@ def _compare(bundle: Bundle) -> list[Mode]:
     best = runtime.recommended
     token = FASTER if best.budget is None else best  # where no budget pays it is dense
     settings = [Setting("dense"), token, FIXED]
-    path = resource_folder("calibration") / "heldout.txt"
     console.print(
-        "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"
+        "[bold]4.[/] Judge each way to skip on answers of the model that no training saw, and time it in processes of "
+        "its own"
     )
     with progress_bar("judge") as progress:
-        points = frontier(
-            candidates(runtime, settings), read_text(path), path.name, WINDOWS, rounds=ROUNDS, tokens=TOKENS,
-            progress=progress,
-        )  # fmt: skip
+        text = judged_text(runtime, None, ANSWERS)
+        points = frontier(candidates(runtime, settings), text, ROUNDS, TOKENS, progress)
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
@@ -155,8 +152,8 @@ def _print_modes(name: str, bundle: Bundle, made: Build, modes: Sequence[Mode]) 
         rows.append((mode.name, speed, with_bounds(ratio, 2), f"{quality.layers:.1f}", kl, over))
     print_table(f"{name}, {TARGET}, {made.device}", ("mode",), numbers, rows)
     console.print(
-        f"All over {WINDOWS} windows of held-out prose; in brackets 95 % intervals. KL: divergence from the dense mode "
-        f"of this build, whose weights are the file's. On disk: "
+        f"All over {ANSWERS} held-out answers of the model; in brackets 95 % intervals. KL: divergence from the dense "
+        f"mode of this build, whose weights are the file's. On disk: "
         f"portable graphs {files_size(bundle.manifest.files)}, engines {files_size(made.files)}, shared by all modes.\n"
     )
 

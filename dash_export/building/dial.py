@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.bundle import Bundle
+from dash_export.bundle import ANSWERS, Bundle
 from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
 from dash_export.divergence import DenseRows
 from dash_export.errors import PolicyError
 from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.chats import DIAL_ANSWERS, Continuation, continuation, parsed_chats
+from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.cuda import Cuda
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 WINDOWS = 16
 TOKENS = 128
 PREFIX = 32
-"""Dense tokens at the beginning of a window, like a prompt. The tokens after them are measured."""
+"""Dense tokens at the beginning of a window of text, like a prompt. The tokens after them are measured."""
 SHARES = (0.005, 0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
 """Shares of units that the trade-offs skip, by the damage of a dense pass. Two more skip nothing and everything."""
 LEAST = 1e-3
@@ -42,19 +44,18 @@ def calibrate_dial(
     KL is measured against the dense mode of the same build. Return () where the model's context is a few tokens only.
     """
     runtime = DashRuntime(bundle, build, backend)
-    windows = [window for window in _calibration_windows(runtime) if len(window) > DENSE_POSITIONS + 1]
-    if not windows:  # the model's context has only a few tokens
+    items = _calibration_items(runtime)
+    if not items:  # the model's context has only a few tokens
         return ()
     num_layers = bundle.manifest.model.num_layers
-    trade_offs = _trade_offs(runtime, windows)
+    trade_offs = _trade_offs(runtime, items)
     sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, KL in nats, log-likelihood lost
     tokens = 0
-    for done, window in enumerate(windows, 1):
-        prompt = min(PREFIX, len(window) // 2)  # less where the model's context is short
-        sums += _measure_window(runtime, window, prompt, trade_offs)
-        tokens += len(window) - prompt
-        progress("calibrating the dial", done, len(windows))
-    judged = tokens - len(windows)  # a window's last token has no successor
+    for done, item in enumerate(items, 1):
+        sums += _measured(runtime, item, trade_offs)
+        tokens += len(item.ids) - item.prefix
+        progress("calibrating the dial", done, len(items))
+    judged = tokens - len(items)  # an item's last token has no successor
     points = [DialPoint(0.0, float(num_layers), round(1.0 + runtime.cost.asks, 5), 0.0)]
     for trade_off, (skipped, time, kl, lost) in zip(trade_offs, sums / tokens, strict=True):
         perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
@@ -63,11 +64,11 @@ def calibrate_dial(
     return tuple(points)
 
 
-def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> list[float]:
+def _trade_offs(runtime: DashRuntime, items: Sequence[Continuation]) -> list[float]:
     """Return rising trade-offs, chosen by the damage of dense passes. The last one skips all that saves anything."""
     # With a trade-off of 0 nothing is skipped, and the policy network is asked all the same.
     session = runtime.session("token", trade_off=0.0)
-    damage = np.concatenate([session.score(window).damage[DENSE_POSITIONS:] for window in windows]).astype(np.float64)
+    damage = np.concatenate([session.score(ids, prefix).damage[prefix:] for ids, prefix in items]).astype(np.float64)
     cost = np.asarray(runtime.cost.cost)
     worth = np.flatnonzero(cost > LEAST) if (cost > LEAST).any() else np.arange(len(cost))
     ratios = damage[:, worth] / np.maximum(cost[worth], 1e-9)
@@ -78,12 +79,11 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
     return sorted({float(f"{trade_off:.6g}") for trade_off in found})
 
 
-def _measure_window(
-    runtime: DashRuntime, window: npt.NDArray[np.int64], prompt: int, trade_offs: Sequence[float]
-) -> npt.NDArray[np.float64]:
-    """Measure a window under each trade-off, its first `prompt` tokens dense. Return [trade-offs, 4], sums over the
-    tokens after them: layers skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
+def _measured(runtime: DashRuntime, item: Continuation, trade_offs: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Measure an item under each trade-off. Return [trade-offs, 4], sums over the tokens after its prompt: layers
+    skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
     """
+    window, prompt = item
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
     reference = DenseRows(dense.logits[prompt:])
@@ -99,8 +99,19 @@ def _measure_window(
     return np.array(found, np.float64)
 
 
-def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
-    """Return about WINDOWS windows of TOKENS token ids, spread evenly over the shipped text."""
+def _calibration_items(runtime: DashRuntime) -> list[Continuation]:
+    """Return about WINDOWS items of about TOKENS tokens: the model's held-out answers, where they came with the policy,
+    or else windows of the shipped text, the first PREFIX tokens dense. There may be none where the context is short.
+    """
+    longest, own = runtime.engines.model.max_positions, runtime.bundle.root / ANSWERS
+    if own.is_file():
+        chats = parsed_chats(bounded_text(own, MAX_TEXT_BYTES), str(own))
+        answered = (chat for chat in chats[:DIAL_ANSWERS] if chat.answer is not None)
+        items = (continuation(runtime.text, chat, longest, TOKENS) for chat in answered)
+        if found := [item for item in items if item is not None]:
+            return found
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
-    window = min(TOKENS, runtime.engines.model.max_positions)
-    return runtime.text.windows(text, WINDOWS * TOKENS // window, window)
+    window = min(TOKENS, longest)
+    prompt = min(PREFIX, window // 2)
+    windows = runtime.text.windows(text, WINDOWS * TOKENS // window, window)
+    return [Continuation(ids, prompt) for ids in windows if len(ids) > DENSE_POSITIONS + 1]

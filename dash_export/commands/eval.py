@@ -35,19 +35,20 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
     """Measure a built BUNDLE under each policy kind at equal settings, and other builds, against its own dense mode.
 
     \b
-    --text   perplexity, KL from dense, top-1 agreement with dense
+    --text   perplexity, KL from dense, top-1 agreement with dense: of a plain text, or (.jsonl) of chat
+             prompts with the model's answers, which the dense mode writes where the file has none
     --tasks  one JSON object a line, in one of these forms:
              {"query", "choices", "gold"}   multiple choice, log P(" " + choice given query)
              {"context", "target"}          generated answers, like LAMBADA's last word
 
-    Without either, the calibration text. Settings are budgets by default (0.9 and 0.8): the kinds then take equal
-    time on the calibration text, predicted from the build's cost table; `time` says what they take on this one.
+    Without either, the model's held-out answers that came with the policy, or else the calibration text. Settings are
+    budgets by default (0.9 and 0.8): the kinds then take equal time on what the dial was calibrated on, predicted from
+    the build's cost table; `time` says what they take on this one.
     """
     from dash_export.evaluate.tasks import evaluate
-    from dash_export.resources import resource_folder
 
     if not measure["texts"] and not measure["tasks"]:
-        measure["texts"] = (resource_folder("calibration") / "prose.txt",)
+        measure["texts"] = (None,)
     began = time.perf_counter()
     with progress_bar("eval") as progress:
         progress("loading", 0, 0)
@@ -66,7 +67,7 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
 def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> dict[str, object]:
     from dash_export.evaluate.intervals import CONFIDENCE, RESAMPLES
 
-    names = {kind: [path.name for path in measure[kind]] for kind in ("texts", "tasks")}
+    names = {kind: [path and path.name for path in measure[kind]] for kind in ("texts", "tasks")}
     manifest = runtime.bundle.manifest
     return {
         "bundle": runtime.bundle.name,

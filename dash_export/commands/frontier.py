@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 @click.command("frontier")
 @comparison_options(budgets=(0.95, 0.9, 0.85, 0.8))
-@click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
+@click.option(
+    "--text", type=click.Path(path_type=Path),
+    help="Text to measure on, or chat prompts (.jsonl) that the dense mode answers; by default the model's held-out "
+    "answers that came with the policy, or else the calibration text.",
+)  # fmt: skip
 @window_options
 @count_option(
     "--rounds", ROUNDS, "Processes that decode under each setting, in turns; 0: the cost table's times.", least=0
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
     help="Writes NAME.png, NAME.svg and NAME.json.",
 )  # fmt: skip
 @click.pass_context
-def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, **measure: Any) -> None:
+def command(
+    ctx: click.Context, /, load: Load, text: Path | None, output: Path, rounds: int, tokens: int, **cut: int
+) -> None:
     """Draw what a built BUNDLE gives up under each policy kind for the time it saves, and what other builds do.
 
     Every kind is measured at budgets of 0.95 to 0.8 unless told otherwise: divergence and perplexity over a text,
@@ -53,17 +59,15 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
     """
     from dash_export.evaluate.exchange import frontier, token_kl_share
     from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing
-    from dash_export.resources import resource_folder
-    from dash_export.text_files import read_text
+    from dash_export.evaluate.texts import judged_text
 
-    path = text or resource_folder("calibration") / "prose.txt"
-    content, name = read_text(path), printable(path.name)
     files = picture_files(output, "png", "svg", "json")
     with sole_writer(ctx, *files):
         with progress_bar("frontier") as progress:
             progress("loading", 0, 0)
             candidates, refused = load()
-            points = frontier(candidates, content, name, **measure, progress=progress)
+            judged = judged_text(candidates[0].runtime, text, **cut, progress=progress)
+            points = frontier(candidates, judged, rounds, tokens, progress)
         runtime = candidates[0].runtime
         shares = token_kl_share(points)
         title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
@@ -72,23 +76,25 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
             _print(title, points, shares)
             print_refused(refused)
         finally:
-            course = {"name": name, **measure}
+            of_text = {"name": printable(judged.name), "items": len(judged.items)}
+            course = of_text | cut | {"rounds": rounds, "tokens": tokens}
             report = _report(course, points, shares, candidates) | {"refused": refused}
             # Save the JSON first: unlike the pictures, it cannot be made again.
             written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
-            written += save_pictures(files, frontier_figure(points, title, _caption(**course)))
+            written += save_pictures(files, frontier_figure(points, title, _caption(course)))
         click.echo(f"Written to {', '.join(map(str, written))}")
 
 
-def _caption(name: str, limit: int, window: int, prefix: int, rounds: int, tokens: int) -> str:
+def _caption(course: dict[str, Any]) -> str:
     from dash_export.evaluate.intervals import FEWEST
 
-    clock = f"{rounds} processes of {tokens} decoded tokens each" if rounds else "predicted from the build's cost table"
+    rounds, cut = course["rounds"], "{items} windows of {window} tokens, the first {prefix} dense"
+    if course["name"].endswith(".jsonl"):
+        cut = "{items} answers of the dense mode, up to {window} tokens of each"
+    clock = "{rounds} processes of {tokens} decoded tokens each" if rounds else "predicted from the build's cost table"
     few = f" (of times from {FEWEST} processes on)" if 0 < rounds < FEWEST else ""
-    return (
-        f"quality: {name}, up to {limit} windows of {window} tokens, the first {prefix} dense; time: {clock}; bars: "
-        f"95 % bootstrap intervals{few}"
-    )
+    said = f"quality: {{name}}, {cut}; time: {clock}; bars: 95 % bootstrap intervals{few}"
+    return said.format(**course)
 
 
 def _report(

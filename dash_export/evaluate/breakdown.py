@@ -18,7 +18,7 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.evaluate.candidates import Candidate, setting_record
 from dash_export.evaluate.intervals import Interval, median_ratios
 from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane, measure
-from dash_export.evaluate.score import windows
+from dash_export.evaluate.texts import windows
 from dash_export.evaluate.timing import FOUND, fitting_context, run_alone
 from dash_export.runtime.cpus import cpu_name, physical_cores
 

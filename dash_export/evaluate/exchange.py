@@ -7,10 +7,11 @@ from math import hypot
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.evaluate import LIMIT, PREFIX, ROUNDS, TOKENS, WINDOW
+from dash_export.evaluate import ROUNDS, TOKENS
 from dash_export.evaluate.candidates import Candidate, kind_shown
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.score import Result, TextScore, score, windows
+from dash_export.evaluate.score import Result, TextScore, score
+from dash_export.evaluate.texts import JudgedText
 from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_context
 
 
@@ -71,23 +72,18 @@ class Point:
 
 def frontier(
     candidates: Sequence[Candidate],
-    text: str,
-    name: str,
-    limit: int = LIMIT,
-    window: int = WINDOW,
-    prefix: int = PREFIX,
+    text: JudgedText,
     rounds: int = ROUNDS,
     tokens: int = TOKENS,
     progress: Progress = no_progress,
 ) -> list[Point]:
     """One point per candidate; the first is dense, and everything is compared with it.
 
-    Quality is measured on `limit` windows of `text`, called `name` (`TextScore`); time over `rounds` blocks of `tokens`
+    Quality is measured on the items of `text` (`TextScore`); time over `rounds` blocks of `tokens`
     decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: time is predicted only.
     Raises RequestError where a text or context does not fit.
     """
-    first = candidates[0].runtime
-    measure = TextScore(first, text, name, limit, window, prefix)
+    measure = TextScore(text.items)
     if not rounds:
         dense = [one.runtime.cost.dense_us for one in candidates]
         return [
@@ -95,8 +91,7 @@ def frontier(
             for result, own in zip(score(measure, candidates, progress), dense, strict=True)
         ]
     context = fitting_context(candidates, None, SETTLE + tokens)
-    parts = windows(first, text, name, rounds, context + SETTLE + tokens)
-    timed = [parts[number % len(parts)] for number in range(rounds)]  # a short text is used again
+    timed = text.stretches(rounds, context + SETTLE + tokens)
     quality = score(measure, candidates, progress)
     timings = decode_times(candidates, timed, context, progress)
     return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]

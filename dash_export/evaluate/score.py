@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS, Actions, Setting
+from dash_export.decision import Actions, Setting
 from dash_export.divergence import DenseRows, nll
-from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate, setting_record
 from dash_export.evaluate.intervals import Floats, Interval, interval
-from dash_export.runtime import DashRuntime
+from dash_export.runtime.chats import Continuation
 from dash_export.runtime.results import TokenIds
 
 Figures = dict[str, Interval]
@@ -83,43 +82,22 @@ def score(measure: Measure, candidates: Sequence[Candidate], progress: Progress 
     ]  # fmt: skip
 
 
-def windows(
-    runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
-) -> list[TokenIds]:
-    """Return up to `count` windows of `window` tokens of a text, by `Text.windows`.
-
-    Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
-    that has fewer than 2 tokens after its dense prefix.
-    """
-    longest = runtime.engines.model.max_positions
-    if window < prefix + 2:
-        raise RequestError(f"A window must be longer than its dense prefix of {prefix} tokens by two or more.")
-    if window > longest:
-        raise RequestError(f"A window of {window} tokens is longer than the model's context of {longest}.")
-    found = runtime.text.windows(text, count, window)
-    if not found:
-        raise RequestError(
-            f"{name} has less than one window of {window} tokens: give a longer text, or ask for fewer tokens."
-        )
-    return found
-
-
 class TextScore(Measure):
-    """Teacher-forced windows of a text. `kl`: KL(dense || candidate), nats per token; `perplexity`, and its ratio to
-    dense's, window by window; `top1`: share of tokens after which candidate and dense predict the same next token.
+    """Teacher-forced items of a text. `kl`: KL(dense || candidate), nats per token; `perplexity`, and its ratio to
+    dense's, item by item; `top1`: share of tokens after which candidate and dense predict the same next token.
 
-    Positions from `prefix` (2 or more) on are counted: their layers may be skipped, and what they predict is scored.
+    Positions from the item's prefix on are counted: their layers may be skipped, and what they predict is scored.
     """
 
     form = "text"
 
-    def __init__(self, runtime: DashRuntime, text: str, name: str, limit: int, window: int, prefix: int) -> None:
-        self.items = windows(runtime, text, name, limit, window, prefix)
-        self.prefix = prefix
+    def __init__(self, items: Sequence[Continuation]) -> None:
+        self.items = items
 
-    def row(self, candidate: Candidate, item: TokenIds, dense: tuple[DenseRows, TokenIds] | None) -> Row:
-        found = candidate.session().score(item, self.prefix, keep_logits=True)
-        counted = slice(self.prefix, len(item) - 1)  # nothing follows the last one
+    def row(self, candidate: Candidate, item: Continuation, dense: tuple[DenseRows, TokenIds] | None) -> Row:
+        ids, prefix = item
+        found = candidate.session().score(ids, prefix, keep_logits=True)
+        counted = slice(prefix, len(ids) - 1)  # nothing follows the last one
         assert found.logits is not None
         logits = found.logits[counted]
         likely, kl = logits.argmax(axis=-1), 0.0
@@ -127,11 +105,11 @@ class TextScore(Measure):
             dense = DenseRows(logits), likely
         else:  # rounding can make it negative where nothing was skipped
             kl = max(0.0, float(dense[0].kl(logits).sum()))
-        surprise = float(nll(logits, item[self.prefix + 1 :]).sum())
+        surprise = float(nll(logits, ids[prefix + 1 :]).sum())
         return (kl, surprise, float((likely == dense[1]).sum())), found.actions[counted], dense
 
     def figures(self, own: Floats, dense: Floats) -> Figures:
-        counts = [len(part) - 1 - self.prefix for part in self.items]
+        counts = [len(ids) - 1 - prefix for ids, prefix in self.items]
         return {
             "kl": interval(own[0], counts),
             "perplexity": interval(own[1], counts, np.exp),

@@ -15,6 +15,7 @@ from dash_export.evaluate import DENSE_SHARE, LIMIT, PREFIX, WINDOW
 from dash_export.evaluate.candidates import Candidate
 from dash_export.evaluate.intervals import Floats, interval
 from dash_export.evaluate.score import Figures, Measure, Result, Row, TextScore, score
+from dash_export.evaluate.texts import judged_text
 from dash_export.runtime import DashRuntime
 from dash_export.text_files import lines, read_text
 
@@ -106,7 +107,7 @@ def _item(line: str, number: int, where: str) -> Item:
 
 def evaluate(
     candidates: Sequence[Candidate],
-    texts: Sequence[Path],
+    texts: Sequence[Path | None],
     tasks: Sequence[Path],
     limit: int = LIMIT,
     window: int = WINDOW,
@@ -114,12 +115,14 @@ def evaluate(
     progress: Progress = no_progress,
 ) -> list[tuple[str, str, list[Result]]]:
     """Return (name, form, results) of every file; forms are `text`, `choices` and `answers`. All files are read and
-    checked before the first is measured. `limit`: most windows or items of each; `window` and `prefix`: tokens of a
-    text's windows and of their dense beginning. Raises RequestError for a file that cannot be used.
+    checked before the first is measured. A text None is the default of `judged_text`. `limit`: most windows or items
+    of each; `window` and `prefix`: tokens of a text's windows and of their dense beginning. Raises RequestError for a
+    file that cannot be used.
     """
     runtime, measures = candidates[0].runtime, list[tuple[str, Measure]]()
     for path in texts:
-        measures.append((path.name, TextScore(runtime, read_text(path), str(path), limit, window, prefix)))
+        text = judged_text(runtime, path, limit, window, prefix, progress)
+        measures.append((text.name, TextScore(text.items)))
     for path in tasks:
         items: Any = read_items(path, limit)
         kind = ChoiceScore if isinstance(items[0], Question) else AnswerScore

@@ -5,11 +5,10 @@ first tokens are dense: the prompt of a chat, or a random number of tokens of a 
 of the model's own answers (own_answers.py), which are what a deployed policy acts on.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
-from dash_export.text_files import lines, read_text
+from dash_export.text_files import read_text
 
 OWN = "own answers"
 """The source that has the model's own answers to prompts."""
@@ -133,52 +132,3 @@ def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float)
         training.sources[path.stem] = [Passage(ids[:split], beginning=beginning)]
         held.sources[path.stem] = [Passage(ids[split:], beginning=beginning)]
     return training, held
-
-
-MAX_PROMPT, MAX_PROMPTS = 1 << 20, 1 << 18
-
-
-class Chat(NamedTuple):
-    """A prompt: the messages that it begins with, and the user's later turns, each after an answer."""
-
-    messages: list[dict[str, str]]
-    later: tuple[str, ...] = ()
-
-
-def read_prompts(path: Path) -> list[Chat]:
-    """Read the chat prompts of a .jsonl file: each line is an object with `prompt`, `turns` (the user's, one after the
-    other) or `messages`; with the first two, `system` is a system prompt. Raises RequestError that names the line.
-    """
-    prompts: list[Chat] = []
-    for number, line in enumerate(lines(read_text(path)), 1):  # other line ends are text in JSON
-        if line.strip():
-            if len(line) > MAX_PROMPT or len(prompts) == MAX_PROMPTS:
-                raise RequestError(f"{path}, line {number}: {MAX_PROMPTS} prompts of {MAX_PROMPT} letters at most.")
-            try:
-                prompts.append(_chat(json.loads(line)))
-            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-                raise RequestError(
-                    f'{path}, line {number}: not a prompt. Each line is {{"prompt": "..."}}, {{"turns": ["..."]}} or '
-                    f'{{"messages": [{{"role": "user", "content": "..."}}]}}.'
-                ) from error
-    if not prompts:
-        raise RequestError(f"{path} has no prompts.")
-    return prompts
-
-
-def _chat(record: Any) -> Chat:
-    later: list[str] = []
-    if "messages" in record:
-        messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-    else:
-        turns = record["turns"] if "turns" in record else [record["prompt"]]
-        if not isinstance(turns, list):
-            raise TypeError("no list")
-        messages = [{"role": "system", "content": record["system"]}] if "system" in record else []
-        messages.append({"role": "user", "content": turns[0]})
-        later = turns[1:]
-    texts = [*later, *(text for message in messages for text in message.values())]
-    if not messages or not all(isinstance(text, str) for text in texts):
-        raise TypeError("not text")
-    "".join(texts).encode()  # raises for half a character
-    return Chat(messages, tuple(later))

@@ -21,11 +21,12 @@ from dash_export.outputs import locked, output_path, remove_own, work_folder, wo
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, narrowed, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
 from dash_export.resources import resource_folder
+from dash_export.runtime.chats import Chat, chats_text, read_prompts
 from dash_export.runtime.cpus import has_bfloat16
 from dash_export.runtime.text import Text
 from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.card import policy_card
-from dash_export.train.corpus import OWN, Chat, Corpus, read_corpus, read_prompts
+from dash_export.train.corpus import OWN, Corpus, read_corpus
 from dash_export.train.model import GatedModel, saved
 from dash_export.train.own_answers import own_answers
 from dash_export.train.plan import Plan, training_plan, whole_training_progress
@@ -34,6 +35,8 @@ from dash_export.train.stages import Run, trained_policy
 from dash_export.train.work import Work
 
 LONGEST_NAME = 100
+KEPT_ANSWERS = 48
+"""Number of held-out answers that a policy file keeps: 60 kB."""
 COMMON = 1 << 15
 """Number of tokens whose logits losses compare."""
 
@@ -122,8 +125,7 @@ def train(
         gated = GatedModel(checkpoint, place, getattr(torch, precision), progress)
         checkpoint.check_same()
         run = Run(gated, corpus, settings, work, whole_training_progress(progress, plan.passes))
-        if chats:
-            _add_own(run, held, text, chats)
+        answers = _add_own(run, held, text, chats) if chats else ""
         gated.learn_on(corpus.frequent(spec.vocab_size, COMMON))
         policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(
@@ -131,6 +133,7 @@ def train(
             origin=f"{kind} policy for {spec.name[:LONGEST_NAME]}, trained by dash-export "
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
+            answers=answers,
         )
         if processes.rank:
             return policy
@@ -215,9 +218,12 @@ def _text(checkpoint: Checkpoint) -> Text:
         return Text(Path(folder))
 
 
-def _add_own(run: Run, held: Corpus, text: Text, chats: Sequence[Chat]) -> None:
-    """Add the model's answers to the chats to both corpora."""
-    for corpus, share in zip((run.corpus, held), own_answers(run, text, chats), strict=True):
+def _add_own(run: Run, held: Corpus, text: Text, chats: Sequence[Chat]) -> str:
+    """Add the model's answers to the chats to both corpora. Return the held-out ones, for the policy file: a build
+    calibrates its dial on them.
+    """
+    training, judged = own_answers(run, text, chats)
+    for corpus, share in ((run.corpus, training), (held, judged)):
         if share:
             corpus.sources[OWN] = [answer.passage for answer in share]
     if not (run.corpus.sources and held.sources):
@@ -225,3 +231,4 @@ def _add_own(run: Run, held: Corpus, text: Text, chats: Sequence[Chat]) -> None:
             "The model's answers to these prompts are too few to learn from and to be judged on: give more prompts, "
             "or text (--text)."
         )
+    return chats_text((answer.messages, answer.text) for answer in judged[:KEPT_ANSWERS])

@@ -142,10 +142,10 @@ def test_a_dial_of_an_earlier_measuring_is_not_kept(bundle: Bundle, monkeypatch:
 
 def test_a_unit_that_saves_nothing_takes_no_point_of_the_dial(tiny_runtime: Callable[..., DashRuntime]) -> None:
     runtime = tiny_runtime()
-    windows = dial._calibration_windows(runtime)[:2]
+    items = dial._calibration_items(runtime)[:2]
 
     def points(*cost: float) -> list[float]:
-        return dial._trade_offs(Mock(wraps=runtime, cost=replace(runtime.cost, cost=cost)), windows)
+        return dial._trade_offs(Mock(wraps=runtime, cost=replace(runtime.cost, cost=cost)), items)
 
     assert max(points(0.25, 0.0)) < 1e4
     assert len(points(0.0, 0.0)) > 2
@@ -248,11 +248,11 @@ def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dial, "SHARES", (0.5,))
     made = build(bundle, "cpu", weights="int8")
     runtime = DashRuntime.load(bundle.root, made.target)
-    windows = dial._calibration_windows(runtime)
-    assert [len(window) for window in windows] == [48, 48]
+    items = dial._calibration_items(runtime)
+    assert [(len(ids), prefix) for ids, prefix in items] == [(48, 24), (48, 24)]
     point = made.dial[1]
     taken, divergence = [], []
-    for window in windows:
+    for window, _ in items:
         dense, skipping = runtime.session("dense"), runtime.session("token", trade_off=point.trade_off)
         for session in (dense, skipping):
             session.prefill(window[:24])

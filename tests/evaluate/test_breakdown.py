@@ -14,7 +14,7 @@ from dash_export.evaluate.breakdown import conditions, lane_profile, shares, spr
 from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane, Probe, measure
-from dash_export.evaluate.score import windows
+from dash_export.evaluate.texts import windows
 from dash_export.evaluate.trace import TRACKS, chrome_trace
 from dash_export.runtime.decode import BoundStep
 from tests.evaluate.test_score import TEXT

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.exchange import Point, frontier, token_kl_share
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.score import Result
+from dash_export.evaluate.texts import JudgedText, windows
 from dash_export.evaluate.timing import Timing
+from dash_export.runtime.chats import Continuation
 from tests.evaluate.test_score import SETTINGS, TEXT
 
 
@@ -82,7 +85,8 @@ def test_the_token_policy_at_equal_time() -> None:
 
 def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
     compared = candidates(runtime, (SETTINGS[0], SETTINGS[2]), [("other", tiny_runtime("portable"))])
-    measured = partial(frontier, compared, TEXT, "t", limit=2, window=48, prefix=10)
+    items = [Continuation(ids, 10) for ids in windows(runtime, TEXT, "t", 2, 48)]
+    measured = partial(frontier, compared, JudgedText("t", Path("t"), items))
     points = measured(rounds=1, tokens=8)
     assert [point.name for point in points] == ["dense", "token", "other"]
     assert points[0].time == 1.0

@@ -7,34 +7,21 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
-from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.score import TextScore, score, windows
+from dash_export.evaluate.score import TextScore, score
+from dash_export.evaluate.texts import windows
+from dash_export.runtime.chats import Continuation
 from tests.tiny import TEXT, log_softmax
 
 SETTINGS = (Setting("dense"), Setting("static", skipped=2), Setting("token", skipped=1.5))
 PREFIX, WINDOW = 10, 48
 
 
-def test_windows(runtime: DashRuntime) -> None:
-    ids = runtime.text.encode(TEXT)
-    parts = windows(runtime, TEXT, "t", 3, WINDOW)
-    assert parts[0].tolist() == ids[:WINDOW]
-    assert parts[-1].tolist() == ids[-WINDOW:]
-    assert len(windows(runtime, TEXT, "t", 10**6, WINDOW)) == len(ids) // WINDOW, "they do not overlap"
-    with pytest.raises(RequestError, match="less than one window of 256"):
-        windows(runtime, "too short", "t", 4, 256)
-    with pytest.raises(RequestError, match="context of 512"):
-        windows(runtime, TEXT, "t", 4, 513)
-    with pytest.raises(RequestError, match="dense prefix of 47"):
-        windows(runtime, TEXT, "t", 1, WINDOW, 47)
-
-
 def test_every_figure(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
     """And another build, whose reference is the dense of the first."""
     parts = windows(runtime, TEXT, "t", 2, WINDOW, PREFIX)
     compared = candidates(runtime, SETTINGS, [("other", tiny_runtime("portable"))])
-    *results, other = score(TextScore(runtime, TEXT, "t", 2, WINDOW, PREFIX), compared)
+    *results, other = score(TextScore([Continuation(part, PREFIX) for part in parts]), compared)
     assert (results[0].figures["kl"].value, results[0].figures["top1"].value, results[0].layers) == (0.0, 1.0, 6.0)
     for setting, result in zip(SETTINGS, results, strict=True):
         kl, nll, dense_nll, same, skipped = [], [], [], [], []

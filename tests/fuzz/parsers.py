@@ -27,10 +27,10 @@ from dash_export.models.config import FAMILIES, decoder_spec
 from dash_export.models.weights import read_json
 from dash_export.names import MANIFEST
 from dash_export.policy import load_policy
+from dash_export.runtime.chats import read_prompts
 from dash_export.runtime.ort_engine import OrtEngine, session_options
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe
-from dash_export.train.corpus import read_prompts
 from tests.forged import rehash, reseal
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Mutator

@@ -8,7 +8,7 @@ from dash_export.errors import RequestError
 from dash_export.models import Checkpoint
 from dash_export.runtime.text import Text
 from dash_export.train import corpus
-from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
+from dash_export.train.corpus import Corpus, Passage, read_corpus
 from dash_export.train.training import _text
 from tests.models.helpers import tiny_tokenizer
 
@@ -91,42 +91,3 @@ def test_a_text_that_cannot_serve(tmp_path: Path, text: Text, content: bytes | N
         path.write_bytes(content)
     with pytest.raises(RequestError, match=said):
         read_corpus([path], text, 32, 0.1)
-
-
-def test_prompts_in_all_their_forms(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        '{"prompt": "a"}\n\n{"turns": ["b", "c"]}\r\n{"messages": [{"role": "user", "content": "d\u2028"}]}\n'
-    )
-    found = read_prompts(path)
-    assert [(chat.messages[-1]["content"], chat.later) for chat in found] == [("a", ()), ("b", ("c",)), ("d\u2028", ())]
-    path.write_text('{"system": "s", "turns": ["a"]}')
-    assert [message["role"] for message in read_prompts(path)[0].messages] == ["system", "user"]
-
-
-def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What JSON makes of a line takes thirty times its letters."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + '{"prompt": "' + "b" * corpus.MAX_PROMPT + '"}\n')
-    with pytest.raises(RequestError, match=r"line 2: \d+ prompts of 1048576 letters at most"):
-        read_prompts(path)
-    monkeypatch.setattr(corpus, "MAX_PROMPTS", 3)
-    path.write_text('{"prompt": "a"}\n' * 3)
-    assert len(read_prompts(path)) == 3
-    path.write_text('{"prompt": "a"}\n' * 4)
-    with pytest.raises(RequestError, match="line 4: 3 prompts of"):
-        read_prompts(path)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("{", "[]", "3", '{"turns": []}', '{"turns": ["a", 3]}', '{"prompt": 4}', '{"system": 1, "prompt": "a"}'),
-        '{"messages": [{"role": "user"}]}',
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(RequestError, match="line 2: not a prompt"):
-        read_prompts(path)

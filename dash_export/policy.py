@@ -43,7 +43,8 @@ UNIT = 4
 """Layers of a unit by default."""
 SCHEMA = 2
 _MAX_HEADER = 1 << 20
-"""Bytes of a file's header; the facts of a thousand units would have 50,000."""
+"""Bytes of a file's header; the facts of a thousand units would have 50,000, and answers have 60,000."""
+_ANSWERS = "answers"
 METADATA = "dash_export_policy"
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
@@ -197,7 +198,6 @@ class _Facts:
     read: int
     origin: str
     static_order: tuple[int, ...] = ()
-    answers: str = ""
 
 
 def card_path(path: str | Path) -> Path:
@@ -254,13 +254,14 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
     path = Path(path)
     check_policy(policy, spec)
     model = (spec.model_type, spec.num_layers, spec.hidden_size)
-    facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order, policy.answers)
+    facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order)
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
+    metadata = {METADATA: json.dumps(asdict(facts))} | ({_ANSWERS: policy.answers} if policy.answers else {})
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, safetensors.numpy.save(tensors, {METADATA: json.dumps(asdict(facts))}))
+    write_atomic(path, safetensors.numpy.save(tensors, metadata))
     write_atomic(card_path(path), text)
 
 
@@ -291,7 +292,7 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
         bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:
             raise PolicyError(f"it holds a tensor {min(foreign)!r:.60}, which is nothing of ours")
-        rest = (facts.origin, facts.static_order, norm, facts.answers)
+        rest = (facts.origin, facts.static_order, norm, metadata.get(_ANSWERS, ""))
         policy = SkipPolicy(facts.units, facts.read, network, bypasses, *rest)
         check_policy(policy, spec)
     except PolicyError as error:

@@ -57,7 +57,7 @@ def own_answers(run: Run, text: Text, chats: Sequence[Chat]) -> tuple[list[Answe
     judged = order[split:][: max(1, round(settings.own_prompts * settings.held_out))]
     chosen = np.random.default_rng(settings.seed).permutation(order[:split])[: settings.own_prompts - len(judged)]
     parts = ((False, chosen), (True, judged))
-    talks = [_Talk(int(place), held, *chats[place]) for held, part in parts for place in part]
+    talks = [_Talk(int(place), held, *chats[place][:2]) for held, part in parts for place in part]
     total, done = sum(1 + len(talk.later) for talk in talks), 0
     found: tuple[list[Answer], list[Answer]] = ([], [])
     for turn in range(max((1 + len(talk.later) for talk in talks), default=0)):

@@ -14,13 +14,14 @@ from dash_export import DashRuntime
 from dash_export.building import build, cost_table, dial, pipeline
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
 from dash_export.building.gpu_backends import CudaBackend
-from dash_export.bundle import Bundle
+from dash_export.bundle import ANSWERS, Bundle
 from dash_export.decision import DialPoint
 from dash_export.errors import BackendError, BundleError, PolicyError
 from dash_export.exporting import export
 from dash_export.models import Checkpoint
 from dash_export.policy import narrowed
 from dash_export.runtime.backends import Launch
+from dash_export.runtime.chats import chats_text
 from dash_export.runtime.ort_engine import OrtBackend
 from tests.commands.helpers import done, python
 from tests.forged import edit
@@ -267,6 +268,27 @@ def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> No
     saved = skipped[:, [2, 4]].mean(axis=0) @ made.cost.cost
     assert point.time == pytest.approx(1 - saved, abs=0.02)
     assert point.kl == pytest.approx(np.mean(divergence), rel=0.05)
+
+
+def test_the_dial_is_of_the_answers_that_came_with_the_policy(bundle: Bundle, tiny_model: Checkpoint) -> None:
+    """They are a file of the bundle, and gone with another policy."""
+    plain = bundle.load_build("cpu-fp32").dial
+    messages = [{"role": "user", "content": "Tell me of it."}]
+    answers = chats_text((messages, f"It is story {place}, and nobody knows how it ends.") for place in range(20))
+    policy = tiny_policy(tiny_model, "linear", units=bundle.manifest.policy.units)
+    own = export(tiny_model, bundle.root, replace(policy, answers=answers))
+    assert ANSWERS in {record.name for record in own.manifest.files}
+    built = build(own, "cpu-fp32")
+    runtime = DashRuntime.load(own.root, "cpu-fp32")
+    items = dial._calibration_items(runtime)
+    prompt = runtime.text.chat(messages)
+    assert len(items) == 16
+    assert all(item.prefix == len(prompt) and item.ids[: len(prompt)].tolist() == prompt for item in items)
+    assert built.dial != plain
+    (own.root / ANSWERS).write_text("{")
+    with pytest.raises(BundleError, match=ANSWERS):
+        DashRuntime.load(own.root, "cpu-fp32")
+    assert not (export(tiny_model, own.root, policy).root / ANSWERS).exists()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

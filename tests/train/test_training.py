@@ -17,6 +17,7 @@ from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK, work_folder
 from dash_export.policy import check_replaceable, load_policy
+from dash_export.runtime.chats import parsed_chats
 from dash_export.train import TrainingSettings, partition, stages, training, work
 from dash_export.train.corpus import OWN
 from dash_export.train.partition import Candidate, candidate_groups
@@ -301,6 +302,22 @@ def test_static_kind_and_own_answers(learn: Learn, output: Path, tmp_path: Path)
     assert OWN not in seen
     assert (policy.network, sorted(policy.static_order)) == (None, [0, 1])
     assert card_of(output)["tokens"].keys() == {"prose", OWN}
+
+
+def test_without_text_and_prompts_it_learns_from_those_that_ship(
+    checkpoint: Checkpoint, learn: Learn, output: Path
+) -> None:
+    """And keeps the held-out answers; a model without a chat template has none."""
+    heard: list[str] = []
+    policy = learn(texts=[], planned=lambda plan: heard.append(str(plan)), progress=lambda name, *_: heard.append(name))
+    assert "GiB of memory" in heard[0], "before the model is read"
+    assert card_of(output)["data"].keys() == {"prompts.jsonl"}
+    known = load_policy(output, checkpoint.spec)
+    assert known.answers == policy.answers
+    assert [chat.answer is not None for chat in parsed_chats(known.answers, "answers")] == [True]
+    plain = replace(checkpoint, assets={name: text for name, text in checkpoint.assets.items() if "chat" not in name})
+    assert learn(model=plain, texts=[]).answers == ""
+    assert card_of(output)["data"].keys() == {"quantise.txt"}
 
 
 def test_a_tokenizer_and_a_template_that_give_up(checkpoint: Checkpoint, learn: Learn, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
 }
 TOKENS = 70
+FAMILIES = {family: case for case, (family, _) in reversed(CASES.items())}
+"""Family -> its first case."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,6 +129,28 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     logits = runtime.session().logits(random_ids(TOKENS))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
     assert error < {"int8": 0.13, "int4": 0.6}[precision], error
+
+
+@pytest.mark.parametrize("case", FAMILIES.values())
+def test_decode_and_score_where_a_channel_stands_out(case: str, tmp_path: Path) -> None:
+    """In fp32 they are the same. With activations in int8 sums in another order turn single roundings, which the next
+    layers multiply: the two are equally far from fp32, and nearer to each other (docs/evaluation.md).
+    """
+    family, options = CASES[case]
+    root = tiny_bundle(tmp_path, "cpu", "cpu-gguf", family=family, outlier=25.0, **options)
+    ids, found = random_ids(TOKENS), {}
+    for target in ("cpu-fp32", "cpu-gguf"):
+        runtime = DashRuntime.load(root, target)
+        session = runtime.session()
+        found[target] = runtime.session().logits(ids), np.array([session.decode_one(each)[0] for each in ids.tolist()])
+    exact, score, decode = found["cpu-fp32"][0], *found["cpu-gguf"]
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((one - other) ** 2)) / exact.std())
+
+    assert distance(*found["cpu-fp32"]) < 1e-4
+    assert distance(decode, exact) == pytest.approx(distance(score, exact), rel=0.1)
+    assert distance(decode, score) < distance(score, exact)
 
 
 @pytest.mark.parametrize("case", ["gemma2", "phi3-partial", "granite", "olmo2"])

@@ -59,10 +59,16 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(family: str, scaled: bool = False, kind: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
+def tiny_model(
+    family: str,
+    scaled: bool = False,
+    kind: Any = transformers.AutoModelForCausalLM,
+    outlier: float = 1.0,
+    **options: Any,
+) -> Any:
     """A random float32 transformers model; every tensor (biases and norms too) differs from its initial value.
     `scaled`: gains near one and matrices that keep the scale, so that attention is far from uniform and no layer is
-    lost in another's noise.
+    lost in another's noise. `outlier`: how much larger everything writes one channel of the states.
     """
     config = transformers.AutoConfig.for_model(family, **(DIMENSIONS | options))
     torch.manual_seed(0)
@@ -71,6 +77,10 @@ def tiny_model(family: str, scaled: bool = False, kind: Any = transformers.AutoM
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if scaled and "norm" in name else (0.17 if scaled else 0.05) * noise)
+            if name.endswith("embed_tokens.weight"):
+                parameter[:, 5] *= outlier
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[5] *= outlier
     return model
 
 

@@ -8,7 +8,7 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.export import export_model, policy_options
+from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
@@ -105,8 +105,9 @@ def command(
                 raise click.UsageError(
                     f"--{name} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
                 )
-        bundle = Bundle.open(source)
+        bundle, model = Bundle.open(source), None
     else:
+        model = source
         bundle = export_model(ctx, source, output, policy, units, prune)
     from dash_export.building import build
 
@@ -124,6 +125,7 @@ def command(
         _kit(bundle, target, changes, str(reason), kit)
         return
     _summary(bundle, made)
+    tell_without_policy(bundle, model)
 
 
 def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: str, output: Path | None) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from dash_export.advice import if_without_policy
 from dash_export.bundle import Bundle
+from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.decision import Unit, units_text
 from dash_export.errors import StaleBuildError
@@ -39,6 +41,8 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
         click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}))
         return
     _print_bundle(opened)
+    if advice := if_without_policy(opened.manifest):
+        click.echo(printable(f"{advice}\n"))
     for build in builds:
         _print_build(build, opened.manifest.policy.units)
     for line in stale:

@@ -1,0 +1,49 @@
+"""Advice where a bundle has no token policy: the command that gets one, how long that takes, what it gains."""
+
+from math import log
+from pathlib import Path
+from shlex import quote
+
+from dash_export.manifest import Manifest, ModelFacts
+from dash_export.resources import resource_folder
+
+_ANCHORS = ((0.135e9, 6, 10), (0.494e9, 20, 11), (1.54e9, 60, 11))
+"""Models by their parameters: minutes of `train --effort quick` on 2 cores, and per cent of the decode time that a
+policy saves for 2 % of perplexity.
+"""
+
+
+def shipped_policies() -> list[str]:
+    """Return the names of the trained policies that come with this package."""
+    return sorted(file.stem for file in resource_folder("calibration").glob("*.safetensors"))
+
+
+def quick_training(parameters: int) -> tuple[int, str]:
+    """Return the minutes that `train --effort quick` takes on 2 cores, and what it gains: those of the model that is
+    nearest in size, the minutes in proportion.
+    """
+    size, minutes, saved = min(_ANCHORS, key=lambda anchor: abs(log(parameters / anchor[0])))
+    gain = f"about {saved} % of the decode time for 2 % of perplexity"
+    return max(1, round(minutes * parameters / size)), gain
+
+
+def policy_command(model: ModelFacts, source: str | None = None) -> str:
+    """Return one sentence with the command that gets the model a token policy, at its end. `source`: the model as the
+    user gave it; None where that is not known.
+    """
+    given = "MODEL" if source is None else quote(source)
+    for name in shipped_policies():
+        if model.name.lower().startswith(name):
+            return f"One for this model comes with this package: dash-export build {given} --policy {name}"
+    minutes, gain = quick_training(model.parameters)
+    name = "NAME" if source is None else Path(source).absolute().name.removesuffix(".gguf")
+    expected = f"Train one (about {minutes} minutes on 2 cores, saves {gain})"
+    return f"{expected}: dash-export train {given} -o {quote(f'{name}.safetensors')} --effort quick"
+
+
+def if_without_policy(manifest: Manifest, source: str | None = None) -> str:
+    """Return what to do about a bundle that has neither a trained policy nor was asked to have none; else ""."""
+    policy = manifest.policy
+    if policy.has_network or policy.static_order or not policy.units:
+        return ""
+    return f"No token policy: every token runs every layer. {policy_command(manifest.model, source)}"

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,10 @@ def _largest(vectors: Floats) -> float:
     return float(np.abs(vectors).max())
 
 
-def _moments(vectors: Floats) -> Moments:
+def _moments(vectors: Floats) -> Floats:
     """Return the sum of x x^T over vectors x [..., width]: [width, width]."""
     rows = vectors.reshape(-1, vectors.shape[-1])
-    product: Moments = (rows.T @ rows).astype(np.float64)
+    product: Floats = rows.T @ rows
     return product
 
 
@@ -239,7 +240,7 @@ _COLUMNS, _SYSTEM_BYTES = 4096, 1 << 30
 """Columns that are rounded together: at most so many, with so much memory for the systems that refine their scales."""
 _INVERSE_BYTES = 40
 """Memory for each pair of a matrix's inputs: moments, and what their inverse takes (float64)."""
-_STRIDE = 32
+_STRIDE = 16
 
 
 def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Rounded:
@@ -257,52 +258,55 @@ def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Round
     order = np.argsort(-squares, kind="stable")
     damped = moments[np.ix_(order, order)]
     damped[np.diag_indices(rows)] += DAMPING * mean
-    # Each row of the inverse's Cholesky factor says how an input's error is shared out among the inputs after it.
-    shares = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    shares /= np.diag(shares)[:, None].copy()
-    curvature = damped.astype(np.float32)
-    del damped
-    felt = (curvature / np.diag(curvature)).astype(np.float32)
+    # damped = U D U^T with ones on U's diagonal; U's column says how an input makes up for the errors of those before
+    # it. GPTQ takes this from the inverse; QuIP's LDLQ (arXiv 2307.13304) shows that it is the same.
+    factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    shares = (factor / np.diag(factor)).astype(np.float32)
+    felt = (damped / np.diag(damped)).astype(np.float32)
+    del damped, factor
+    curvature = moments.astype(np.float32)
+    curvature[np.diag_indices(rows)] += np.float32(DAMPING * mean)
     weights = (squares / mean + 1e-6).astype(np.float32)
-    blocks = -(-rows // block)
+    starts = np.arange(0, rows, block)
     codes = np.empty((rows, columns), np.uint8)
-    scales, zeros = np.empty((blocks, columns), np.float32), np.empty((blocks, columns), np.uint8)
-    step = min(_COLUMNS, max(1, _SYSTEM_BYTES // (8 * blocks**2)))
-    for start in range(0, columns, step):  # the head of a large vocabulary would need gigabytes at once
-        part = slice(start, start + step)
-        for index in range(blocks):
-            inside = slice(index * block, (index + 1) * block)
+    scales, zeros = np.empty((len(starts), columns), np.float32), np.empty((len(starts), columns), np.uint8)
+    step = min(_COLUMNS, max(1, _SYSTEM_BYTES // (8 * len(starts) ** 2)))
+    for first in range(0, columns, step):  # the head of a large vocabulary would need gigabytes at once
+        part = slice(first, first + step)
+        for index, start in enumerate(starts):
+            inside = slice(start, start + block)
             scales[index, part], zeros[index, part] = _grid(matrix[inside, part], weights[inside], symmetric)
         wanted, grid = matrix[order, part], order // block
         scale, zero = scales[grid, part], zeros[grid, part].astype(np.float32)
-        found = _sweep(wanted, np.zeros_like(wanted), shares, scale, zero, free=True)
-        scales[:, part] = _refit(found - zero, scales[:, part], grid, wanted, curvature)
+        codes[order, part] = _sweep(wanted, np.zeros_like(wanted), shares, scale, zero)
+        steps = codes[:, part] - np.repeat(zeros[:, part].astype(np.float32), block, axis=0)[:rows]
+        scales[:, part] = _refit(steps, scales[:, part], starts, matrix[:, part], curvature)
         scale = scales[grid, part]
-        values: Floats = (found.astype(np.float32) - zero) * scale
-        codes[order, part] = _sweep(values, felt.T @ (values - wanted), felt, scale, zero, free=False)
+        values: Floats = steps[order] * scale
+        codes[order, part] = _sweep(values, felt.T @ (values - wanted), felt, scale, zero)
     return Rounded(codes, scales, zeros, block)
 
 
-def _sweep(
-    values: Floats, pull: Floats, spread: Floats, scales: Floats, zeros: Floats, *, free: bool
-) -> npt.NDArray[np.uint8]:
+def _sweep(values: Floats, pull: Floats, spread: Floats, scales: Floats, zeros: Floats) -> npt.NDArray[np.uint8]:
     """Round rows in the order given and return their codes. A row's code is the nearest to its value less `pull`, what
-    the errors of other rows add to it; rounding a row adds to `pull`, in place, by `spread` [from, to]. `free` (GPTQ):
-    rows to come make up for what rounding missed. Else (coordinate descent) rows to come are still at their `values`,
-    and `pull` changes by how far a rounded row has moved from its own.
+    the errors of other rows add to it: in place, a row adds by `spread` [from, to] how far it has moved from its own
+    value. In GPTQ these are the wanted ones, in coordinate descent those found before, whose errors `pull` has already.
     """
-    rows, columns = values.shape
-    codes = np.empty(values.shape, np.uint8)
-    for start in range(0, rows, _STRIDE):
-        stop = min(start + _STRIDE, rows)
-        moved = np.empty((stop - start, columns), np.float32)
+    codes, moved = np.empty(values.shape, np.uint8), np.empty_like(values)
+
+    def sweep(start: int, stop: int) -> None:
+        if stop - start > _STRIDE:  # halves, so that most of the work is products of large matrices
+            middle = (start + stop) // 2
+            sweep(start, middle)
+            pull[middle:stop] += spread[start:middle, middle:stop].T @ moved[start:middle]
+            sweep(middle, stop)
+            return
         for row in range(start, stop):
-            wanted = values[row] - pull[row]
-            codes[row] = np.clip(np.rint(wanted / scales[row]) + zeros[row], 0, TOP)
-            found = (codes[row] - zeros[row]) * scales[row]
-            moved[row - start] = wanted - found if free else found - values[row]
-            pull[row + 1 : stop] += spread[row, row + 1 : stop, None] * moved[row - start]
-        pull[stop:] += spread[start:stop, stop:].T @ moved
+            codes[row] = np.clip(np.rint((values[row] - pull[row]) / scales[row]) + zeros[row], 0, TOP)
+            moved[row] = (codes[row] - zeros[row]) * scales[row] - values[row]
+            pull[row + 1 : stop] += spread[row, row + 1 : stop, None] * moved[row]
+
+    sweep(0, len(values))
     return codes
 
 
@@ -325,18 +329,18 @@ def _grid(values: Floats, weights: Floats, symmetric: bool) -> tuple[Floats, npt
     return scale, zero.astype(np.uint8)
 
 
-def _refit(steps: Floats, scales: Floats, grid: npt.NDArray[np.int64], wanted: Floats, curvature: Floats) -> Floats:
+def _refit(steps: Floats, scales: Floats, starts: npt.NDArray[np.int64], wanted: Floats, curvature: Floats) -> Floats:
     """Return the scales [blocks, out] with which `steps` (codes less zero points, [in, out]) come closest to `wanted`
-    in the matrix's product: one blocks x blocks system per column. `grid`: each row's block.
+    in the matrix's product: one blocks x blocks system per column. `starts`: each block's first row.
     """
     blocks, columns = scales.shape
-    inside = [np.flatnonzero(grid == index) for index in range(blocks)]
     system, right = np.empty((columns, blocks, blocks)), np.empty((columns, blocks, 1))
     pull = curvature @ wanted
-    for index, rows in enumerate(inside):
-        product = steps * (curvature[:, rows] @ steps[rows])
-        system[:, :, index] = np.stack([product[others].sum(axis=0) for others in inside], axis=1)
-        right[:, index, 0] = (steps[rows] * pull[rows]).sum(axis=0)
+    for index, (start, stop) in enumerate(pairwise([*starts, len(steps)])):
+        product = steps[start:] * (curvature[start:, start:stop] @ steps[start:stop])
+        system[:, index:, index] = np.add.reduceat(product, starts[index:] - start).T
+        system[:, index, index:] = system[:, index:, index]
+        right[:, index, 0] = (steps[start:stop] * pull[start:stop]).sum(axis=0)
     diagonal = np.einsum("nbb->nb", system)
     diagonal += 1e-6 * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
     found = np.linalg.solve(system, right)[..., 0].T

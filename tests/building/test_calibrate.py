@@ -13,9 +13,9 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from dash_export.artifacts import no_progress
+from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build, calibrate
-from dash_export.building.calibrate import gptq
+from dash_export.building.gptq import gptq
 from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
@@ -84,13 +84,17 @@ def test_a_matrix_too_large_to_invert(tiny_root: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * 96**2 - 1)
     ways = r"keep the 4 bits of a GGUF file \(--target cpu-gguf\), or round to the nearest \(--rounding nearest\)"
     with pytest.raises(BackendError, match=rf"96 inputs takes 0\.0 GB of memory, and 0\.0 GB are free: {ways}"):
-        next(calibrate.calibrate_matrices(Bundle.open(tiny_root), load_recipe("cpu"), tmp_path, no_progress))
+        next(
+            calibrate.calibrate_matrices(
+                Bundle.open(tiny_root), load_recipe("cpu"), ArtifactStore(tmp_path), "", no_progress
+            )
+        )
 
 
 def test_few_columns_at_a_time_give_the_same(case: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, matrix = case
     whole = gptq(matrix, moments(inputs), BLOCK, False)
-    monkeypatch.setattr(calibrate, "_SYSTEM_BYTES", 8 * 3**2 * 7)
+    monkeypatch.setattr("dash_export.building.gptq._SYSTEM_BYTES", 8 * 3**2 * 7)
     np.testing.assert_array_equal(gptq(matrix, moments(inputs), BLOCK, False).codes, whole.codes)
 
 
@@ -356,7 +360,7 @@ def test_the_range_of_a_bypass_that_reads_the_state_itself(family: str, tmp_path
     """OLMo 2's Q projection reads that state, too; what other families' bypasses read is normed."""
     bundle = Bundle.open(tiny_bundle(tmp_path, form="linear", family=family, pad_token_id=0))
     recipe = with_weights(load_recipe("h100"), weights="fp8", rounding="gptq")
-    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, tmp_path, no_progress))
+    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, ArtifactStore(tmp_path / "kept"), "", no_progress))
     assert isinstance(ranges["layer_02/attention/q_proj"], float)
     for unit, layer in (("02-03", "02"), ("04-04", "04")):
         wanted = ranges[f"layer_{layer}/attention/q_proj"] if family == "olmo2" else None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 DEFAULT_TARGET = "cpu"
 """Target of every command that is given none."""
+GGUF_TARGET = "cpu-gguf"
+"""Target that `build` takes in its place for a model stored in few bits, which it keeps."""
 
 REPORT = "a dash-export report"
 """Text in the beginning of every file that a measuring command writes. Such a command overwrites no other files."""

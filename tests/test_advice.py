@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from dash_export import DashRuntime, advice
-from dash_export.advice import if_without_policy, policy_command, quick_training
+from dash_export.advice import if_without_policy, policy_command, quick_training, suitable_target
+from dash_export.bundle import Bundle
+from dash_export.exporting import export
+from tests.commands.helpers import done
+from tests.models.helpers import tiny_model, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,31 @@ def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
         replace(bare, units=()),  # pruned, or --units none
     ):
         assert if_without_policy(replace(manifest, policy=policy)) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("Q4_0", "cpu-gguf"), ("Q5_0", "cpu-gguf"), ("Q8_0", "cpu"), ("F16", "cpu")]
+)
+def test_the_target_that_suits_a_file(kind: str, target: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), quantize=kind)
+    assert suitable_target(export(tmp_path / "tiny.gguf", tmp_path / "tiny.dash").manifest) == target
+
+
+def test_a_file_of_few_bits_is_built_as_it_is(tmp_path: Path) -> None:
+    """Unless the target is given, or what it would be is built already; then what else there is is told."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), quantize="Q4_0")
+    bundle = tmp_path / "tiny.dash"
+    told = done("export", tmp_path / "tiny.gguf", "-o", bundle).stdout
+    assert f"Next: dash-export build {bundle} --target cpu-gguf\n" in told
+    assert f"Next: dash-export build {bundle} --target cpu-gguf\n" in done("inspect", bundle).stdout
+    first = done("build", tmp_path / "tiny.gguf", "-o", bundle)
+    assert "--target cpu-gguf, for the model is stored in few bits" in first.stderr
+    assert Bundle.open(bundle).targets() == ["cpu-gguf"]
+    assert "stored in few bits" not in done("build", bundle).stderr
+    asked, again = (done("build", bundle, "--target", "cpu") for _ in range(2))
+    assert (
+        "Calibrating int4 takes about 1 minutes on 2 cores. The model is stored in few bits: --target" in asked.stderr
+    )
+    assert "Calibrating" not in again.stderr
+    assert "/engines/cpu:" in done("build", bundle).stdout
+    assert Bundle.open(bundle).targets() == ["cpu", "cpu-gguf"]

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any, TypeVar
 
 import click
 
-from dash_export.advice import if_without_policy
+from dash_export.advice import if_without_policy, suitable_target
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.options import UNITS, with_options
@@ -62,7 +61,7 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
     click.echo(f"{bundle.root}: {counts}, {files_size(manifest.files)}")
     click.echo(f"Units: {units_text(manifest.policy.units)}. Token policy: {token}.")
-    click.echo(f"Next: dash-export build {quote(str(bundle.root))} --target cpu")
+    click.echo(f"Next: {bundle.build_command(suitable_target(manifest))}")
     tell_without_policy(bundle, model)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dash_export.advice import if_without_policy
+from dash_export.advice import if_without_policy, suitable_target
 from dash_export.bundle import Bundle
 from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
@@ -48,7 +48,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     for line in stale:
         click.echo(line)
     if not builds and not stale:
-        click.echo(f"Nothing is built yet. Next: {opened.build_command('cpu')}")
+        click.echo(f"Nothing is built yet. Next: {opened.build_command(suitable_target(opened.manifest))}")
     if verify:
         but = ", but for the builds above, which were not looked at" if stale else ""
         click.echo(f"Every file is what was written (SHA-256){but}.")

@@ -35,15 +35,15 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
 def _lines(title: str) -> Progress:
     last, said = (0, 0), time.monotonic()
-    began, before, seen = said, (0, 0), said
+    began, base, before, seen = said, 0, (0, 0), said
 
     def progress(name: str, done: int, total: int) -> None:
-        nonlocal last, said, began, before, seen
+        nonlocal last, said, began, base, before, seen
         now = time.monotonic()
-        if total != before[1] or done < before[0]:  # other work, which began after the last call
-            began = seen
+        if total != before[1] or done < before[0]:  # other work: its first step, or that of a resumed one, began then
+            began, base = seen, done - 1
         before, seen = (done, total), now
-        left = (now - began) * (total - done) / done if done else 0.0
+        left = (now - began) * (total - done) / max(1, done - base)
         part = (total, done * PLAIN_LINES // total if total else 0)
         if total == 0 or (done and (part != last or now - said >= MINUTE)):
             until = f", {left / MINUTE:.0f} minutes left" if left >= 1.5 * MINUTE else ""

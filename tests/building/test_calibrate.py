@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -336,14 +337,36 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_calibration_leaves_nothing(
+def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
     error: BaseException, own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(own.path("engines/small-cpu"))
+    """And comes to the same codes. Of a layer three groups are int4, so the eighth call is of the third layer."""
+    folder, whole = own.path("engines/small-cpu"), calibrate.gptq
+    expected = folder.joinpath(FILE).read_bytes()
+    shutil.rmtree(folder)
     monkeypatch.setattr(calibrate, "gptq", Mock(side_effect=error))
     with pytest.raises(type(error)):
         build(own, targets["cpu"])
-    assert {path.name for path in own.path("engines/small-cpu").iterdir()} <= {".journal.json"}
+    assert {path.name for path in folder.rglob("*")} <= {".journal.json", "calibration"}
+    calls, stop = list[int](), 0
+
+    def counted(*given: Any) -> Rounded:
+        calls.append(len(given[0]))
+        if len(calls) == stop:
+            raise error
+        return whole(*given)
+
+    monkeypatch.setattr(calibrate, "gptq", counted)
+    stop = 8
+    with pytest.raises(type(error)):
+        build(own, targets["cpu"])
+    kept = {path.name for path in folder.rglob("*")}
+    assert kept == {".journal.json", "calibration", "layer_00.npz", "layer_01.npz"}
+    calls.clear()
+    build(own, targets["cpu"])
+    assert len(calls) == 6 * 3 + 1 - 2 * 3
+    assert folder.joinpath(FILE).read_bytes() == expected
+    assert not (folder / "calibration").exists()
 
 
 def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,18 @@ def test_a_line_every_minute(capsys: pytest.CaptureFixture[str], monkeypatch: py
         for step in (1, 2, 100):  # the same again
             now += 1.0
             said(f"step {step}", step, 1000)
+        now += 100.0
+        for step in (1, 2, 3):  # other work, of minutes a step
+            now += 120.0
+            said(f"layer {step}", step, 4)
     assert capsys.readouterr().err.splitlines() == [
         "train: reading",
         "train: step 400 (400/1000)",
-        "train: step 407 (407/1000)",
-        "train: step 414 (414/1000)",
-        "train: step 1 (1/1000)",
-        "train: step 100 (100/1000)",
+        "train: step 407 (407/1000, 78 minutes left)",
+        "train: step 414 (414/1000, 82 minutes left)",
+        "train: step 1 (1/1000, 10007 minutes left)",
+        "train: step 100 (100/1000, 90 minutes left)",
+        "train: layer 1 (1/4, 11 minutes left)",
+        "train: layer 2 (2/4, 6 minutes left)",
+        "train: layer 3 (3/4, 2 minutes left)",
     ]

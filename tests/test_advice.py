@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dash_export import DashRuntime, advice
-from dash_export.advice import if_without_policy, policy_command, quick_training, suitable_target
+from dash_export.advice import calibration_minutes, if_without_policy, policy_command, quick_training, suitable_target
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
 from tests.commands.helpers import done
@@ -82,3 +82,9 @@ def test_a_file_of_few_bits_is_built_as_it_is(tmp_path: Path) -> None:
     assert "Calibrating" not in again.stderr
     assert "/engines/cpu:" in done("build", bundle).stdout
     assert Bundle.open(bundle).targets() == ["cpu", "cpu-gguf"]
+
+
+@pytest.mark.parametrize(("parameters", "minutes"), [(134_515_008, 1), (1_543_714_304, 35), (8_000_000_000, 352)])
+def test_minutes_of_a_calibration(parameters: int, minutes: int) -> None:
+    """Of SmolLM2 it was a minute."""
+    assert calibration_minutes(parameters) == minutes

@@ -33,5 +33,5 @@ def test_a_line_every_minute(capsys: pytest.CaptureFixture[str], monkeypatch: py
         "train: step 100 (100/1000, 90 minutes left)",
         "train: layer 1 (1/4, 11 minutes left)",
         "train: layer 2 (2/4, 6 minutes left)",
-        "train: layer 3 (3/4, 2 minutes left)",
+        "train: layer 3 (3/4, 3 minutes left)",
     ]

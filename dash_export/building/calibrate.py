@@ -70,8 +70,8 @@ def rounding_artifact(
 ) -> Artifact:
     """Return the artifact of the file of all int4 roundings and fp8 ranges. Writing it copies the file in the build's
     `folder` where that has the same key, as in a kit. Else it calibrates, keeping whole layers in `work` (by default
-    `folder`) in case it is killed, and raises BackendError where ONNX Runtime is
-    missing; only then, because with a kit's file none is needed.
+    `folder`) in case it is killed, and raises BackendError where ONNX Runtime is missing; only then, because with a
+    kit's file none is needed.
     """
     weights = recipe.weights
     parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(weights)

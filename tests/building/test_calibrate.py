@@ -274,7 +274,7 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
 def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
     error: BaseException, own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And comes to the same codes. Of a layer three groups are int4, so the eighth call is of the third layer."""
+    """And comes to the same codes. A layer has four groups of matrices, so the tenth call is of the third layer."""
     folder, whole = own.path("engines/small-cpu"), calibrate.gptq
     expected = folder.joinpath(FILE).read_bytes()
     shutil.rmtree(folder)
@@ -291,14 +291,14 @@ def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
         return whole(*given)
 
     monkeypatch.setattr(calibrate, "gptq", counted)
-    stop = 8
+    stop = 10
     with pytest.raises(type(error)):
         build(own, targets["cpu"])
     kept = {path.name for path in folder.rglob("*")}
     assert kept == {".journal.json", "calibration", "layer_00.npz", "layer_01.npz"}
     calls.clear()
     build(own, targets["cpu"])
-    assert len(calls) == 6 * 3 + 1 - 2 * 3
+    assert len(calls) == 6 * 4 + 1 - 2 * 4
     assert folder.joinpath(FILE).read_bytes() == expected
     assert not (folder / "calibration").exists()
 

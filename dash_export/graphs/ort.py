@@ -172,7 +172,7 @@ class OrtWriter(ProductWriter):
         inputs += [self.input(short_name(past), shape) for past in past_names(layer)]
         inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
         inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
-        inputs += [self.stored(f"{rope}.cos"), self.stored(f"{rope}.sin")] if rotates else []
+        inputs += self.tables(rope) if rotates else []
         options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
         if window := self.traits.window(layer):
             options["local_window_size"] = window
@@ -267,12 +267,17 @@ class OrtWriter(ProductWriter):
 
     def rotary_size(self, rope: str) -> int:
         """Return how many dimensions of a head are rotated."""
-        return 2 * self.shape(f"{rope}.cos")[1]
+        facts = self.facts
+        return 2 * len(facts.window_frequencies if rope == "rope.window" else facts.rope_frequencies)
+
+    def tables(self, rope: str) -> list[ir.Value]:
+        shape = ("positions", self.rotary_size(rope) // 2)
+        return [self.input(f"{rope}.{turn}", shape) for turn in ("cos", "sin")]
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """Apply RoPE to [batch, sequence, heads * head_dim]."""
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-        tables, size = [self.stored(f"{rope}.{which}") for which in ("cos", "sin")], self.rotary_size(rope)
+        tables, size = self.tables(rope), self.rotary_size(rope)
         options = {"num_heads": heads} | ({} if size == self.facts.head_dim else {"rotary_embedding_dim": size})
         return self.op("RotaryEmbedding", [value, *tables, positions], node, **options)
 

@@ -3,22 +3,20 @@ opset 24, nothing traced.
 
 States are batch x sequence x hidden, caches batch x kv_heads x capacity x head_dim. A cache has one row per position, a
 step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence, capacity] (bool) says which
-rows a query may read. Weights are named as in the checkpoint.
+rows a query may read. RoPE's tables, `rope.cos` and `rope.sin` [positions, rotary_dim / 2], are inputs too (rope.py).
+Weights are named as in the checkpoint.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.graphs.ggml import DOMAIN, block_function
 from dash_export.graphs.stored import stored_tensors
-from dash_export.graphs.writer import GraphWriter, external, external_references
+from dash_export.graphs.writer import GraphWriter, external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
-from dash_export.names import FINAL_STATE, ROPE, past_names, present_names
+from dash_export.names import FINAL_STATE, past_names, present_names
 from dash_export.policy import SkipPolicy, Weights, key_value_size
 
 EMBED_FILE = "embed.data"
@@ -26,25 +24,9 @@ EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 HEAD_MATRIX = "head/weight"
 """Name of the node that transposes EMBED_WEIGHT (a tied head) or HEAD_WEIGHT for the logits."""
-SHARED_FILES = (ROPE, EMBED_FILE)
-
-_BLOCK = 1 << 14
-"""Positions whose angles are in memory at a time."""
-
 WINDOW = "dash_export.window"
 """Metadata key of an Attention node: how many tokens a query may attend to, 0 for all."""
 HIDDEN_SHAPE = ("batch", "sequence")
-
-
-def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield blocks of `cos`, then of `sin`, each [max_positions, rotary_dim / 2] float32 in all: every layer's graph
-    refers to this one file. The tables of layers with a window follow, if those have others.
-    """
-    for frequencies, scale in ((spec.rope_frequencies, spec.rope_scale), (spec.window_frequencies, 1.0)):
-        for turned in (np.cos, np.sin):
-            for start in range(0, spec.max_positions if frequencies else 0, _BLOCK):
-                positions = np.arange(start, min(start + _BLOCK, spec.max_positions))
-                yield (turned(np.outer(positions, np.asarray(frequencies))) * scale).astype(np.float32)
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
@@ -268,12 +250,8 @@ class PortableWriter(GraphWriter):
     def rotated(self, layer: int, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
         if not (rope := self.spec.traits.rope(layer)):
             return value
-        widths, rows = [len(self.spec.rope_frequencies), len(self.spec.window_frequencies)], self.spec.max_positions
-        own, before = (widths[1], 2 * widths[0]) if rope == "rope.window" else (widths[0], 0)
-        tables = []
-        for place, table in enumerate((f"{rope}.cos", f"{rope}.sin")):
-            offset = 4 * rows * (before + place * own)
-            tables.append(self.initializer(table, external(table, ROPE, ir.DataType.FLOAT, (rows, own), offset)))
+        own = len(self.spec.window_frequencies if rope == "rope.window" else self.spec.rope_frequencies)
+        tables = [self.input(f"{rope}.{turn}", ("positions", own)) for turn in ("cos", "sin")]
         part = {} if 2 * own == self.spec.head_dim else {"rotary_embedding_dim": 2 * own}
         return self.op("RotaryEmbedding", [value, *tables, positions], name, **part)
 

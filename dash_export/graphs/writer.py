@@ -102,7 +102,7 @@ def lazy_weight(
 
 
 def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int], offset: int = 0) -> ir.ExternalTensor:
-    """Return a reference to a tensor in a file that another graph wrote (shared tables, a tied embedding)."""
+    """Return a reference to a tensor in a file that another graph wrote."""
     length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return ir.ExternalTensor(location, offset, int(length), dtype, shape=ir.Shape(shape), name=name, base_dir="")
 
@@ -138,13 +138,6 @@ def _is_own(tensor: ir.TensorProtocol | None, shared: Collection[str]) -> bool:
     if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) in shared):
         return False
     return tensor.nbytes > INLINE_BYTES
-
-
-def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
-    """Write raw arrays one after another (see `external` for how graphs refer to them)."""
-    with path.open("wb") as file:
-        for table in tables:
-            np.ascontiguousarray(table).tofile(file)
 
 
 def external_references(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:

@@ -192,8 +192,13 @@ class Bundle:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether the bundle has its portable graphs. A copy without them runs its engines all the same."""
+        """Whether the bundle has its portable graphs. One without them runs its engines all the same."""
         return self.path("onnx").is_dir()
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Exported files that are to be here: all, or those outside `onnx/`."""
+        return [one for one in self.manifest.files if self.has_graphs or not one.name.startswith("onnx/")]
 
     def build_command(self, target: str) -> str:
         """Return the command that makes a target's engines, for messages."""

@@ -11,9 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.decision import Unit
-from dash_export.graphs.ggml import DOMAIN, block_function
-from dash_export.graphs.stored import stored_tensors
-from dash_export.graphs.writer import GraphWriter, external_references
+from dash_export.graphs.stored import StoredWriter, stored_tensors
+from dash_export.graphs.writer import external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import FINAL_STATE, past_names, present_names
@@ -151,14 +150,13 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     return g.model()
 
 
-class PortableWriter(GraphWriter):
+class PortableWriter(StoredWriter):
     """Writer with the pieces that the portable graphs have in common."""
 
     def __init__(self, name: str, doc: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> None:
         super().__init__(name, doc)
         self.spec = spec
         self.weights = checkpoint.weights if checkpoint is not None else {}
-        self.functions: set[str] = set()
 
     def state_input(self) -> ir.Value:
         return self.input("hidden", (*HIDDEN_SHAPE, self.spec.hidden_size))
@@ -174,38 +172,19 @@ class PortableWriter(GraphWriter):
         """Return a weight as stored, converted to float32 by nodes. `file`: the file of a weight that graphs share."""
         kind, values = self._stored(name, transpose, file)
         node, turned = f"{self.graph.name}/{name}", transpose and kind not in ("", "Cast")
-        found = self._as_float(kind, values, f"{node}/rows" if turned else node)
+        found = self.as_float(kind, values, f"{node}/rows" if turned else node)
         found = self.op("Transpose", [found], node, perm=[1, 0]) if turned else found
         found.name = name
         return found
 
     def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
-        """Return rows of a weight, gathered before their conversion: ONNX Runtime would convert the whole weight."""
-        kind, values = self._stored(name, False, file)
-        rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
-        return self._as_float(kind, rows, "embed")
+        return self.gathered(*self._stored(name, False, file), ids)
 
     def _stored(self, name: str, transpose: bool, file: str) -> tuple[str, list[ir.Value]]:
         kind, tensors = stored_tensors(name, self.weights[name], transpose)
         return kind, [
             self.initializer(str(item.name), item) for item in (external_references(tensors, file) if file else tensors)
         ]
-
-    def _as_float(self, kind: str, values: list[ir.Value], node: str) -> ir.Value:
-        if not kind:
-            return values[0]
-        if kind == "Cast":
-            return self.op("Cast", values, node, to=ir.DataType.FLOAT)
-        self.functions.add(kind)
-        return self.node(kind, values, node, 1, DOMAIN)[0]
-
-    def model(self) -> ir.Model:
-        model = super().model()
-        for kind in sorted(self.functions):
-            made = block_function(kind)
-            model.functions[made.identifier()] = made
-            model.graph.opset_imports[DOMAIN] = 1
-        return model
 
     def linear(self, layer: int, value: ir.Value, weight: str) -> ir.Value:
         full = f"model.layers.{layer}.{weight}"

@@ -195,6 +195,14 @@ class Bundle:
         """Whether the bundle has its portable graphs. One without them runs its engines all the same."""
         return self.path("onnx").is_dir()
 
+    def require_graphs(self) -> None:
+        """Raise BundleError where there are no portable graphs to build from."""
+        if not self.has_graphs:
+            raise BundleError(
+                f"{self.root} is without portable graphs (onnx/): its engines run, and can be measured here "
+                f"(--measure). New ones need the model again. Run: {_make(self.root, 'export')}"
+            )
+
     @property
     def files(self) -> list[FileRecord]:
         """Exported files that are to be here: all, or those outside `onnx/`."""

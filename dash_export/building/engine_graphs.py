@@ -116,11 +116,7 @@ def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> 
 
 def write_whole(model: ir.Model, path: Path) -> Path:
     """Save a graph and all its weights beside it, also weights that lie in a bundle."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):  # else small ones would stay references into the bundle
-            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-    save_graph(model, path)
-    return path
+    return save_graph(model, path)[0]
 
 
 def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:

@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from shlex import quote
 
 from dash_export.arguments import check_arguments
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
@@ -74,11 +73,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:
         if not measure:
-            raise BundleError(
-                f"{bundle.root} is without portable graphs (onnx/): its engines run, and can be measured here "
-                "(--measure). New ones need the model again. Run: dash-export export MODEL "
-                f"-o {quote(str(bundle.root))}"
-            )
+            bundle.require_graphs()
         if verify:
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _remeasure(bundle, recipe, progress)
@@ -224,7 +219,7 @@ def _make_engines(
     records = {
         job.name: EngineRecord(
             f"{prefix}/{files[job.name][0].name}",
-            sum(sizes[name] for name in (job.name, *job.extends)),
+            sizes[job.name] + sum(sizes[name] for name in job.extends if _maps(folder / files[job.name][0].name, name)),
             job.key,
             store.seconds(job.name),
         )
@@ -233,3 +228,8 @@ def _make_engines(
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for group in files.values() for record in group]
     return records, tuple(listed)
+
+
+def _maps(graph: Path, other: str) -> bool:
+    """Return whether a graph refers to the weights of another engine."""
+    return f"{other}.data".encode() in graph.read_bytes()

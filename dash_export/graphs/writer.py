@@ -116,8 +116,10 @@ def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> lis
     """
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= INLINE_BYTES:
-            # Read now: during serialisation a fault of the tensor would become an error of onnx_ir's.
+        apart = isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in shared
+        if tensor is not None and (apart or isinstance(tensor, ir.LazyTensor)) and tensor.nbytes <= INLINE_BYTES:
+            # Read now: during serialisation a fault of the tensor would become an error of onnx_ir's, and a reference
+            # would point to no file.
             value.const_value = ir.Tensor(tensor.numpy(), name=tensor.name)
     own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
     files = [path]

@@ -1,5 +1,6 @@
 """`dash-export build`: compile the engines for a target, and measure their costs on the machine that runs them."""
 
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, get_args
@@ -121,8 +122,8 @@ def command(
         if kit is not None:
             raise NotHereError("Asked for with --kit.")
         with progress_bar(f"build {target}") as progress:
-            options = {"verify": verify, "measure": measure, "keep_portable": not no_portable}
-            made = build(bundle, target, **changes, **options, progress=progress)
+            how = partial(build, verify=verify, measure=measure, keep_portable=not no_portable, progress=progress)
+            made = how(bundle, target, **changes)
     except NotHereError as reason:
         from dash_export.building.kit import RECORD
 

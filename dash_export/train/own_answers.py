@@ -101,11 +101,11 @@ def _answered(run: Run, text: Text, rows: Sequence["Row"], stage: str, done: int
 
     def make() -> list[list[int]]:
         model, part = run.model, run.work.kept(f"{stage}-part") or ()
-        return answers(model.model, model.spec, rows, tokens, text.eos_ids, part, each)
+        made = answers(model.model, model.spec, rows, tokens, text.eos_ids, part, each)
+        run.progress(OWN, (done + len(rows)) * tokens, total * tokens)
+        return made
 
-    found = run.work.once(stage, make)
-    run.progress(OWN, (done + len(rows)) * tokens, total * tokens)
-    return found
+    return run.work.once(stage, make)
 
 
 class Row(NamedTuple):

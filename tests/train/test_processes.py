@@ -36,7 +36,7 @@ def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp
     train(checkpoint, alone, [prose], settings=SETTINGS)
     ran = torchrun(2, checkpoint.source, "-o", shared, "--text", prose, *OPTIONS)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("Held-out text") == 1, "the first process alone speaks"
+    assert ran.stdout.count("Held out: texts") == 1, "the first process alone speaks"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.with_suffix(suffix).name for path in (alone, shared) for suffix in (".json", ".safetensors")
     )

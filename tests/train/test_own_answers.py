@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dash_export.models import Checkpoint
+from dash_export.runtime.chats import Chat
 from dash_export.runtime.text import Text
 from dash_export.train import own_answers, work
-from dash_export.train.corpus import Chat, Corpus
+from dash_export.train.corpus import Corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.own_answers import Answer, Row, answers
 from dash_export.train.stages import Run

@@ -22,7 +22,7 @@ from dash_export.train.work import Work
 from tests.tiny import TINY_UNITS
 
 OPTIONS = ("--steps", "6", "--window", "32", "--trade-offs", "0.5", "8")
-SETTINGS = TrainingSettings(window=32, tuning_steps=6, trade_offs=(0.5, 8.0))
+SETTINGS = TrainingSettings(window=32, tuning_steps=6, trade_offs=(0.5, 8.0)).shortened()
 
 
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from dash_export.train.work import Work
 from tests.tiny import TINY_UNITS
 
 OPTIONS = ("--steps", "6", "--window", "32", "--trade-offs", "0.5", "8")
-SETTINGS = TrainingSettings(window=32, tuning_steps=6, trade_offs=(0.5, 8.0)).shortened()
+SETTINGS = TrainingSettings(window=32, tuning_steps=6, trade_offs=(0.5, 8.0))
 
 
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]
 def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     """The search chooses the units that one process chooses. The policy is about as good: its draws are others."""
     alone, shared = tmp_path / "alone.safetensors", tmp_path / "shared.safetensors"
-    train(checkpoint, alone, [prose], settings=SETTINGS)
+    train(checkpoint, alone, [prose], settings=SETTINGS.shortened())
     ran = torchrun(2, checkpoint.source, "-o", shared, "--text", prose, *OPTIONS)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Held out: texts") == 1, "the first process alone speaks"

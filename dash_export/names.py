@@ -6,6 +6,8 @@ from pathlib import Path
 
 DEFAULT_TARGET = "cpu"
 """Target of every command that is given none."""
+GGUF_TARGET = "cpu-gguf"
+"""Target that `build` takes in its place for a model stored in few bits, which it keeps."""
 
 REPORT = "a dash-export report"
 """Text in the beginning of every file that a measuring command writes. Such a command overwrites no other files."""
@@ -16,9 +18,11 @@ MANIFEST, ROPE, SIGNATURE = "manifest.json", "rope.data", "manifest.json.sig"
 """Files of a bundle: the manifest and a table, by which a bundle is recognised, and the owner's signature."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""
-ROUNDINGS = "roundings.npz"
+ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"
 TIMING_CACHE = "timing.cache"
-"""Files in a build's folder from which `build` makes engines again. The runtime never reads them."""
+"""In a build's folder: files from which `build` makes engines again, and a folder of layers that an unfinished build
+has calibrated. The runtime never reads them.
+"""
 
 
 def cache_folder() -> Path:

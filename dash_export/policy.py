@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.advice import shipped_policies
 from dash_export.artifacts import open_regular, read_bounded, write_atomic
 from dash_export.decision import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
@@ -208,7 +209,7 @@ def card_path(path: str | Path) -> Path:
 def policy_path(given: str | Path) -> Path:
     """Return the file, or else the policy of that name that comes with this package. Raises PolicyError."""
     folder, path = resource_folder("calibration"), Path(given)
-    shipped = sorted(file.stem for file in folder.glob("*.safetensors"))
+    shipped = shipped_policies()
     if path.is_file():
         return path
     if str(given) in shipped:

@@ -23,7 +23,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS, refuse_foreign
 from dash_export.manifest import Verification
-from dash_export.names import MANIFEST, ROUNDINGS
+from dash_export.names import CALIBRATION, MANIFEST, ROUNDINGS
 from dash_export.replacing import check_movable, check_outside_bundles, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe
@@ -125,7 +125,8 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
     """Calibrate into `engines` where the recipe does, lower each graph once, and compare it with its portable graph."""
     if calibration_key(bundle, recipe):
         engines.mkdir(parents=True)
-        rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
+        rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress, engines).write(engines)
+        shutil.rmtree(engines / CALIBRATION, ignore_errors=True)
     segments = backend_of(recipe).segments(bundle.manifest)
     return verify_engines(bundle, recipe, segments, {}, engines, progress)
 

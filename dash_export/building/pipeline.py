@@ -1,6 +1,7 @@
 """`build`: a bundle and a recipe -> engines, cost table and dial under `engines/<target>/`."""
 
 import logging
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
-from dash_export.names import SIGNATURE
+from dash_export.names import CALIBRATION, SIGNATURE
 from dash_export.outputs import check_writable, folder_locked, lock_file, locked, output_path, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.signing import check_trusted
@@ -208,6 +209,7 @@ def _make_engines(
             ) from error
         progress(job.name, done, len(jobs))
     store.keep_only({job.name for job in jobs})
+    shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
     files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
     prefix = f"engines/{folder.name}"

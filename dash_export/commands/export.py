@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any, TypeVar
 
 import click
 
+from dash_export.advice import if_without_policy, suitable_target
 from dash_export.bundle import Bundle
-from dash_export.cli import OUTPUT
+from dash_export.cli import OUTPUT, printable
 from dash_export.commands.options import UNITS, with_options
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size
@@ -61,7 +61,14 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
     click.echo(f"{bundle.root}: {counts}, {files_size(manifest.files)}")
     click.echo(f"Units: {units_text(manifest.policy.units)}. Token policy: {token}.")
-    click.echo(f"Next: dash-export build {quote(str(bundle.root))} --target cpu")
+    click.echo(f"Next: {bundle.build_command(suitable_target(manifest))}")
+    tell_without_policy(bundle, model)
+
+
+def tell_without_policy(bundle: Bundle, model: str | None) -> None:
+    """Print how a bundle that has no policy gets one. `model`: as the user gave it; None where that is not known."""
+    if advice := if_without_policy(bundle.manifest, model):
+        click.echo(printable(advice))
 
 
 def export_model(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from dash_export.advice import if_without_policy, suitable_target
 from dash_export.bundle import Bundle
+from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.decision import Unit, units_text
 from dash_export.errors import StaleBuildError
@@ -39,12 +41,14 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
         click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}))
         return
     _print_bundle(opened)
+    if advice := if_without_policy(opened.manifest):
+        click.echo(printable(f"{advice}\n"))
     for build in builds:
         _print_build(build, opened.manifest.policy.units)
     for line in stale:
         click.echo(line)
     if not builds and not stale:
-        click.echo(f"Nothing is built yet. Next: {opened.build_command('cpu')}")
+        click.echo(f"Nothing is built yet. Next: {opened.build_command(suitable_target(opened.manifest))}")
     if verify:
         but = ", but for the builds above, which were not looked at" if stale else ""
         click.echo(f"Every file is what was written (SHA-256){but}.")

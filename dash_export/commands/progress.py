@@ -11,7 +11,8 @@ from dash_export.artifacts import Progress
 
 PLAIN_LINES = 10
 """Lines that a step of known length prints where there is no terminal; a slow step prints one every EVERY seconds."""
-EVERY = 20.0
+EVERY, PERIOD = 20.0, 1800.0
+"""Seconds. A bar's time left is estimated from the last PERIOD: a step may take minutes."""
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (*Bar.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=PERIOD) as bar:
         task = bar.add_task(title, total=None)
         yield lambda name, done, total: bar.update(
             task, description=f"{title}: {name}", completed=done, total=total or None

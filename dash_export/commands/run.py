@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from dash_export.advice import policy_command
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, load_runtime, setting_options
-from dash_export.decision import Setting
+from dash_export.commands.progress import progress_bar
+from dash_export.decision import Setting, layers_text
 from dash_export.errors import DashError, RequestError
 from dash_export.targets import MAX_THREADS, Dispatch
 from dash_export.text_files import read_stream, read_text
 
 if TYPE_CHECKING:
-    from dash_export.runtime import Batch, Response, Sampling, Session
+    from dash_export.runtime import Batch, DashRuntime, Response, Sampling, Session
 
 BATCH = 8
 
@@ -97,7 +99,8 @@ def command(
         prompt = read_stream(sys.stdin).removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise RequestError("The prompt is empty: give at least one word.")
-    setting.check()
+    if setting.given:  # `--policy token` alone: the bundle is asked first, which may have no such policy
+        setting.check()
 
     from dash_export.commands.chat import AnswerPrinter, converse
     from dash_export.runtime import Sampling
@@ -106,6 +109,8 @@ def command(
     templated = runtime.text.template is not None and not raw
     if not templated and (chat or system is not None):
         raise RequestError("This model has no chat template, so there is no --chat and no --system: give plain text.")
+    if not templated and not raw:
+        click.echo("[this model has no chat template: it continues the prompt as plain text]", err=True)
     if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
         if not setting.hold:
             raise click.UsageError("--no-hold is of a --budget: what the bundle recommends is not held.")
@@ -113,7 +118,10 @@ def command(
         if setting.budget is not None:
             told = f"[budget {setting.budget:g} on the calibration text, as this bundle recommends"
             click.echo(f"{told}; --policy dense skips nothing]", err=True)
-    options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
+    session = runtime.session_with(setting)
+    if setting.skip and runtime.bundle.manifest.policy.bypass == "none":
+        _warn_of_skips(runtime, setting.skip)
+    options = RunOptions(session, Sampling(**sampling), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)
     elif many:
@@ -132,6 +140,19 @@ def command(
             printer = AnswerPrinter(options.session, show_skips)
             printer.print(stream)
             printer.print_legend()
+
+
+def _warn_of_skips(runtime: DashRuntime, skip: tuple[int, ...]) -> None:
+    """Tell what skipping layers costs that have no trained bypass."""
+    from dash_export.evaluate.fixed_skips import perplexity_factor
+
+    with progress_bar("run") as progress:
+        factor = perplexity_factor(runtime, skip, progress)
+    click.echo(
+        f"[no trained bypass stands in for the layers {layers_text(skip)}: skipping them makes perplexity {factor:.3g} "
+        f"times as high on the calibration text. A policy has bypasses. {policy_command(runtime.engines.model)}]",
+        err=True,
+    )
 
 
 def _check_usage(ctx: click.Context) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dash_export.advice import target_of_bits
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
@@ -125,4 +126,5 @@ def _summary(model: str, output: Path) -> None:
         )  # fmt: skip
     took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
     click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
-    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target cpu")
+    target = target_of_bits(card["model_bits"])
+    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target {target}")

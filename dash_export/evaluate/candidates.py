@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dash_export.advice import if_without_policy
 from dash_export.decision import OWN, POLICY_KINDS, Actions, Setting, layers_text, unit_skips
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime import DashRuntime, Session
@@ -87,6 +88,8 @@ def settings_at(
     settings += [Setting(kind) for kind in wanted if ":" in kind]
     if len(settings) == 1 and refused:
         raise PolicyError(f"This bundle gives none of the settings asked for. {refused[0]['reason']}")
+    if kinds is None and (advice := if_without_policy(runtime.bundle.manifest)):
+        refused.append({"label": "token", "setting": {"kind": "token"}, "reason": advice})
     return settings, refused
 
 

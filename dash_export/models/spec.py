@@ -99,6 +99,13 @@ class DecoderSpec(ModelFacts):
         return shapes
 
 
+_BITS = {
+    **{"F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_1": 6.0, "Q5_0": 5.5, "Q5_K": 5.5},
+    **{"Q4_1": 5.0, "Q4_0": 4.5, "Q4_K": 4.5},
+}
+"""Types of matrices that a bundle keeps, and their bits per weight."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """One tensor of a checkpoint, still on disk: `rows(start, stop)` reads rows of its first axis, in any float type.
@@ -123,6 +130,11 @@ class Weight:
             raise CheckpointError(f"cannot read tensor {self.name}: {error}") from error
         self.check_finite(found, start, stop)
         return found
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight in which a bundle stores the tensor: types that it does not keep become float32."""
+        return _BITS.get(self.dtype, 32.0) if len(self.shape) == 2 else 32.0
 
     def check_finite(self, found: npt.NDArray[Any], start: int, stop: int) -> None:
         """Raise CheckpointError when `found`, read from rows [start, stop), holds NaN or infinity."""
@@ -149,6 +161,11 @@ class Checkpoint:
     assets: Mapping[str, str]
     fingerprint: str
     seen: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight in which a bundle stores the model, on average."""
+        return sum(prod(weight.shape) * weight.bits for weight in self.weights.values()) / self.spec.parameters
 
     def read(self, name: str) -> Float32Array:
         """Return a whole weight as float32. Raises CheckpointError when it cannot be read or is not finite."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dash_export.advice import policy_command
 from dash_export.decision import (
     OWN,
     Damages,
@@ -112,6 +113,13 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
     """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for more than the
     policy can give.
     """
+    if setting.kind == "token" and not policy.has_network:
+        raise PolicyError(f"The policy 'token' needs a bundle with a policy network. {policy_command(model)}")
+    if setting.kind == "static" and not policy.static_order and setting.skip is None:
+        raise PolicyError(
+            "The policy in this bundle has no order in which 'static' skips units: it was not trained. List the layers "
+            f"to skip (skip), or use a trained policy. {policy_command(model)}"
+        )
     setting.check()
     if setting.kind == OWN:
         return SessionRules(OwnRule(load_policy(setting.policy or ""), model, policy.units, build.cost))
@@ -119,8 +127,6 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
         return SessionRules()
     if setting.kind == "static":
         return SessionRules(FixedRule(_static_places(setting, model, policy, build)))
-    if not policy.has_network:
-        raise PolicyError(f"The policy {setting.kind!r} needs a bundle with a policy network: export with --policy.")
     trade_off = setting.trade_off
     if trade_off is None and setting.given != ("max_layers",):
         trade_off = trade_off_for(build.dial, budget=setting.budget, skipped=setting.skipped, max_kl=setting.max_kl)
@@ -137,11 +143,6 @@ def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, bui
         check_max_layers(setting.max_layers, policy.units, model.num_layers)
         wanted = model.num_layers - setting.max_layers
     order = policy.static_order
-    if not order:
-        raise PolicyError(
-            "The policy in this bundle has no order in which 'static' skips units: it was not trained. List the layers "
-            "to skip, or export with a trained policy."
-        )
     for count in range(len(order) + 1):
         skipped = sum(len(policy.units[place].layers) for place in order[:count])
         time = 1.0 - sum(build.cost.cost[place] for place in order[:count])

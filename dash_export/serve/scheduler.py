@@ -12,6 +12,7 @@ from contextlib import suppress
 from copy import deepcopy
 from queue import SimpleQueue
 
+from dash_export.advice import policy_command
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
@@ -74,13 +75,11 @@ class Scheduler:
         self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
         self.pace: Pace | None = None
         if pace is not None:
-            manifest = runtime.bundle.manifest
-            if not manifest.policy.static_order or not isinstance(self._alone.calibrated, DecisionRule):
-                raise PolicyError(
-                    f"A pace needs a trained policy, and {manifest.model.name} decodes densely here: give a --budget, "
-                    "or export with a policy."
-                )
-            self.pace = Pace(pace, least, manifest.policy.static_order, runtime.cost)
+            policy, model = runtime.bundle.manifest.policy, engines.model
+            if not policy.static_order or not isinstance(self._alone.calibrated, DecisionRule):
+                advice = "Give a --budget." if policy.has_network and policy.static_order else policy_command(model)
+                raise PolicyError(f"A pace needs a trained policy, and {model.name} decodes densely here. {advice}")
+            self.pace = Pace(pace, least, policy.static_order, runtime.cost)
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._live: dict[Ticket, None] = {}

@@ -41,6 +41,7 @@ def policy_card(
     return {
         "model": Path(checkpoint.source).name,
         "model_fingerprint": checkpoint.fingerprint,
+        "model_bits": round(checkpoint.bits, 2),
         **facts,
         "units": units_text(policy.units),
         "read": policy.read,

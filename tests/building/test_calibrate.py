@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,15 +14,13 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from dash_export.artifacts import no_progress
+from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build, calibrate
-from dash_export.building.calibrate import gptq
 from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs.grid import grid_from, packed
-from dash_export.graphs.ort_products import quantize_block
 from dash_export.graphs.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
@@ -33,42 +32,6 @@ from tests.building.test_kit import run
 from tests.tiny import save_model, tiny_bundle, tiny_policy
 
 UNIT, DOWN = "layers_02-03", "layer_03/mlp/down_proj"
-ROWS, COLUMNS, BLOCK = 96, 40, 32
-Arrays = tuple[np.ndarray, ...]
-
-
-@pytest.fixture(scope="module")
-def case() -> Arrays:
-    """Inputs of low rank plus noise, a few of them much larger; a matrix."""
-    rng = np.random.default_rng(0)
-    mixed = rng.standard_normal((2000, 12)) @ rng.standard_normal((12, ROWS))
-    inputs = mixed + 0.3 * rng.standard_normal((2000, ROWS))
-    inputs[:, [5, 50]] *= 20
-    return inputs.astype(np.float32), rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
-
-
-def moments(inputs: np.ndarray) -> np.ndarray:
-    return inputs.astype(np.float64).T @ inputs
-
-
-def nearest(matrix: np.ndarray) -> Rounded:
-    """ONNX Runtime's own rounding."""
-    packed, scales, zeros = quantize_block(matrix, 4, BLOCK, False)
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(matrix.shape[1], -1).T
-    offsets = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(matrix.shape[1], -1)[:, : len(matrix) // BLOCK].T
-    return Rounded(codes, np.ascontiguousarray(scales.T), offsets, BLOCK)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_product_is_closer_than_with_nearest_weights(case: Arrays, symmetric: bool) -> None:
-    inputs, matrix = case
-
-    def error(rounded: Rounded) -> float:
-        return float(np.square(inputs @ (rounded.dequantized() - matrix)).mean())
-
-    rounded = gptq(matrix, moments(inputs), BLOCK, symmetric)
-    assert error(rounded) < 0.4 * error(nearest(matrix))
-    assert not symmetric or (rounded.zeros == 8).all()
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -84,35 +47,11 @@ def test_a_matrix_too_large_to_invert(tiny_root: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(calibrate, "available_memory", lambda: 40 * 96**2 - 1)
     ways = r"keep the 4 bits of a GGUF file \(--target cpu-gguf\), or round to the nearest \(--rounding nearest\)"
     with pytest.raises(BackendError, match=rf"96 inputs takes 0\.0 GB of memory, and 0\.0 GB are free: {ways}"):
-        next(calibrate.calibrate_matrices(Bundle.open(tiny_root), load_recipe("cpu"), tmp_path, no_progress))
-
-
-def test_few_columns_at_a_time_give_the_same(case: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, matrix = case
-    whole = gptq(matrix, moments(inputs), BLOCK, False)
-    monkeypatch.setattr(calibrate, "_SYSTEM_BYTES", 8 * 3**2 * 7)
-    np.testing.assert_array_equal(gptq(matrix, moments(inputs), BLOCK, False).codes, whole.codes)
-
-
-def test_odd_matrices(case: Arrays) -> None:
-    """Columns of zeros, inputs of which nothing is known, a last short block."""
-    inputs, matrix = case[0], case[1].copy()
-    unknown = gptq(matrix, np.zeros((ROWS, ROWS)), BLOCK, False).dequantized()
-    assert np.square(unknown - matrix).mean() < 1.1 * np.square(nearest(matrix).dequantized() - matrix).mean()
-    matrix[:, 3] = 0
-    matrix[:BLOCK, 5] = 0
-    found = gptq(matrix, moments(inputs), BLOCK, False).dequantized()
-    assert np.isfinite(found).all()
-    assert not found[:, 3].any()
-    short = gptq(matrix[:80], moments(inputs[:, :80]), BLOCK, False)
-    *parts, _ = packed([grid_from(short)])
-    assert [part.shape for part in parts] == [(COLUMNS, 3, BLOCK // 2), (COLUMNS, 3), (COLUMNS, 2)]
-
-
-def test_packing_is_what_onnx_runtime_packs(case: Arrays) -> None:
-    *parts, _ = packed([grid_from(nearest(case[1]))])
-    for found, wanted in zip(parts, quantize_block(case[1], 4, BLOCK, False), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+        next(
+            calibrate.calibrate_matrices(
+                Bundle.open(tiny_root), load_recipe("cpu"), ArtifactStore(tmp_path), "", no_progress
+            )
+        )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -332,14 +271,36 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_calibration_leaves_nothing(
+def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
     error: BaseException, own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(own.path("engines/small-cpu"))
+    """And comes to the same codes. A layer has four groups of matrices, so the tenth call is of the third layer."""
+    folder, whole = own.path("engines/small-cpu"), calibrate.gptq
+    expected = folder.joinpath(FILE).read_bytes()
+    shutil.rmtree(folder)
     monkeypatch.setattr(calibrate, "gptq", Mock(side_effect=error))
     with pytest.raises(type(error)):
         build(own, targets["cpu"])
-    assert {path.name for path in own.path("engines/small-cpu").iterdir()} <= {".journal.json"}
+    assert {path.name for path in folder.rglob("*")} <= {".journal.json", "calibration"}
+    calls, stop = list[int](), 10
+
+    def counted(*given: Any) -> Rounded:
+        calls.append(len(given[0]))
+        if len(calls) == stop:
+            raise error
+        return whole(*given)
+
+    monkeypatch.setattr(calibrate, "gptq", counted)
+    with pytest.raises(type(error)):
+        build(own, targets["cpu"])
+    kept = {path.name for path in folder.rglob("*")}
+    assert kept == {".journal.json", "calibration", "layer_00.npz", "layer_01.npz"}
+    calls.clear()
+    stop = 0
+    build(own, targets["cpu"])
+    assert len(calls) == 6 * 4 + 1 - 2 * 4
+    assert folder.joinpath(FILE).read_bytes() == expected
+    assert not (folder / "calibration").exists()
 
 
 def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +317,7 @@ def test_the_range_of_a_bypass_that_reads_the_state_itself(family: str, tmp_path
     """OLMo 2's Q projection reads that state, too; what other families' bypasses read is normed."""
     bundle = Bundle.open(tiny_bundle(tmp_path, form="linear", family=family, pad_token_id=0))
     recipe = with_weights(load_recipe("h100"), weights="fp8", rounding="gptq")
-    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, tmp_path, no_progress))
+    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, ArtifactStore(tmp_path / "kept"), "", no_progress))
     assert isinstance(ranges["layer_02/attention/q_proj"], float)
     for unit, layer in (("02-03", "02"), ("04-04", "04")):
         wanted = ranges[f"layer_{layer}/attention/q_proj"] if family == "olmo2" else None

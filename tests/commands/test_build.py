@@ -36,12 +36,17 @@ def test_model(model: Path, tmp_path: Path) -> None:
     result = done("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
     assert "portable graphs, used as they are" in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.units == TINY_UNITS
+    train = "dash-export train {} -o {}.safetensors --effort quick\n"
+    assert result.stdout.endswith(train.format(model, "model"))
+    again = done("build", tmp_path / "m.dash", "--target", "portable").stdout
+    assert again.endswith(train.format("MODEL", "NAME")), "a bundle does not know what it was made of"
 
 
 def test_model_with_a_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
     result = done("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--policy", trained)
     assert "Dial of the token policy: budget 1.0 (dense) down to" in result.stdout
     assert "calibrating the dial" in result.stderr
+    assert "dash-export train" not in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"
 
 

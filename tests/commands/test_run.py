@@ -240,6 +240,16 @@ def test_a_conversation_needs_a_template(own_bundle: Path) -> None:
         assert "so there is no --chat and no --system" in refused("run", own_bundle, *given, *FP32)
 
 
+def test_a_model_without_a_template_is_continued(own_bundle: Path) -> None:
+    """Which is said once; not to who asks for it."""
+    (own_bundle / "chat_template.jinja").write_text("")
+    rehash(own_bundle, "chat_template.jinja")
+    told, asked = (done("run", own_bundle, "hello", *FP32, *raw, "--max-tokens", 4) for raw in ([], ["--raw"]))
+    assert told.stderr.count("no chat template: it continues the prompt as plain text") == 1
+    assert "template" not in asked.stderr
+    assert told.stdout == asked.stdout
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed: str, tiny_root: Path) -> None:
     """No traceback, and nothing of ours takes their place."""

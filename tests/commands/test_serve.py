@@ -93,7 +93,8 @@ def test_a_pace_beside_a_bundle_without_a_policy(tiny_root: Path, tmp_path: Path
     dense = export(checkpoint, tmp_path / "dense.dash", no_policy(checkpoint.spec.num_layers, ()))
     build(dense, "cpu", weights="fp32")
     paced = (*FP32, "--pace", "50", "--budget", "0.9")
-    assert "A pace needs a trained policy" in refused("serve", dense.root, *FP32, "--pace", "50")
+    for options in (("--pace", "50"), ("--budget", "0.9")):
+        assert "Train one (about 1 minutes" in refused("serve", dense.root, *FP32, *options)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = ("--port", taken.getsockname()[1])
         assert "cannot be listened to" in refused("serve", tiny_root, dense.root, *paced, *port)

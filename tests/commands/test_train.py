@@ -18,6 +18,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     said = done("train", model, "-o", first, "--text", prose, "--units", "2-3,4", "--trade-offs", 0.2, 0.9, *QUICK)
     card = json.loads(first.with_suffix(".json").read_text())
     assert f"Held out: texts, {card['held_out']['texts']['judged']} tokens" in said.output
+    assert f"Next: dash-export build {model} --policy {first} --target cpu\n" in said.output
     assert (card["units"], card["settings"]["trade_offs"]) == ("2-3,4", [0.2, 0.9])
     said = done("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name

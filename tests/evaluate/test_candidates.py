@@ -33,8 +33,12 @@ def test_all_kinds_are_those_of_the_bundle(runtime: DashRuntime) -> None:
     settings, _ = settings_at(runtime, None, "skipped", (1.0,))
     assert tuple(setting.kind for setting in settings) == POLICY_KINDS
     policy = replace(runtime.bundle.manifest.policy, static_order=(), has_network=False)
-    bare = Mock(bundle=Mock(manifest=Mock(policy=policy)))
-    assert settings_at(bare, None, "skipped", (1.0,))[0] == [Setting("dense")]
+    bare = Mock(bundle=Mock(manifest=replace(runtime.bundle.manifest, policy=policy)))
+    settings, refused = settings_at(bare, None, "skipped", (1.0,))
+    assert settings == [Setting("dense")]
+    assert [told["label"] for told in refused] == ["token"]
+    assert "dash-export train MODEL" in refused[0]["reason"]
+    assert settings_at(bare, ("dense",), "skipped", (1.0,))[1] == [], "of what nobody asked for nothing is told"
 
 
 def test_what_a_skip_map_took(runtime: DashRuntime) -> None:

@@ -68,10 +68,14 @@ def test_without_a_network_and_an_order(runtime: DashRuntime, monkeypatch: pytes
     bare = replace(manifest.policy, static_order=(), has_network=False)
     monkeypatch.setattr(runtime.bundle, "manifest", replace(manifest, policy=bare))
     assert bare.kinds == ("dense", "static")
-    with pytest.raises(PolicyError, match="needs a bundle with a policy network"):
-        runtime.session(trade_off=1.0)
-    with pytest.raises(PolicyError, match="was not trained"):
-        runtime.session("static", skipped=1)
+    for amount in ({}, {"trade_off": 1.0}, {"budget": 7.0}):  # told at once: no amount would help
+        with pytest.raises(
+            PolicyError, match=r"needs a bundle with a policy network\. Train one .*dash-export train MODEL"
+        ):
+            runtime.session("token", **amount)
+    for amount in ({}, {"skipped": 1}):
+        with pytest.raises(PolicyError, match=r"was not trained\. List the layers .*dash-export train MODEL"):
+            runtime.session("static", **amount)
     assert runtime.generate([1, 2, 3], 3, skip=[4]).actions[1:, 4].all()
 
 

@@ -125,5 +125,5 @@ def test_a_prompt_that_nobody_waits_for_is_in_no_pace(
 
 
 def test_it_needs_a_policy(runtime: DashRuntime) -> None:
-    with pytest.raises(PolicyError, match="A pace needs a trained policy"):
+    with pytest.raises(PolicyError, match=r"A pace needs a trained policy, .* here\. Give a --budget\."):
         Scheduler(runtime, pace=0.01, alone=Setting("dense"))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from common import held_out, print_json
 
+from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.engine_graphs import write_whole
@@ -50,7 +51,7 @@ def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
     """Write the layers and the head as the recipe's engines have them."""
     known: dict[str, Any] = {}
     if recipe.weights.calibrates:
-        known = dict(calibrate_matrices(bundle, recipe, folder, lambda *_: None))
+        known = dict(calibrate_matrices(bundle, recipe, ArtifactStore(folder / "layers"), "", no_progress))
     names = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     for name in (*names, "head"):
         model = load_graph(bundle.graph(name))

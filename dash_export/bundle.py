@@ -194,8 +194,21 @@ class Bundle:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether the bundle has its portable graphs. A copy without them runs its engines all the same."""
+        """Whether the bundle has its portable graphs. One without them runs its engines all the same."""
         return self.path("onnx").is_dir()
+
+    def require_graphs(self) -> None:
+        """Raise BundleError where there are no portable graphs to build from."""
+        if not self.has_graphs:
+            raise BundleError(
+                f"{self.root} is without portable graphs (onnx/): its engines run, and can be measured here "
+                f"(--measure). New ones need the model again. Run: {_make(self.root, 'export')}"
+            )
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Exported files that are to be here: all, or those outside `onnx/`."""
+        return [one for one in self.manifest.files if self.has_graphs or not one.name.startswith("onnx/")]
 
     def build_command(self, target: str) -> str:
         """Return the command that makes a target's engines, for messages."""

@@ -29,15 +29,15 @@ from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.portable import EMBED_WEIGHT
 from dash_export.graphs.stored import stored_tensors
-from dash_export.graphs.writer import save_graph, save_placed, save_tables
+from dash_export.graphs.writer import save_graph, save_placed
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
-from dash_export.names import MANIFEST, ROPE, SIGNATURE
+from dash_export.names import MANIFEST, SIGNATURE
 from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_movable, check_outside_bundles, is_bundle, put_in_place, recover, refuse_inputs
 
-GRAPH_REVISION = 7
+GRAPH_REVISION = 8
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
 OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
@@ -168,12 +168,7 @@ def _jobs(
     spec = checkpoint.spec
 
     def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
-        return lambda folder: save_graph(make(), folder / f"{name}.onnx", portable.SHARED_FILES)
-
-    def rope(folder: Path) -> list[Path]:
-        path = folder / ROPE
-        save_tables(path, portable.rope_tables(spec))
-        return [path]
+        return lambda folder: save_graph(make(), folder / f"{name}.onnx", (portable.EMBED_FILE,))
 
     def table(folder: Path) -> list[Path]:
         path = folder / portable.EMBED_FILE
@@ -181,7 +176,6 @@ def _jobs(
         save_placed(path, tensors)
         return [path]
 
-    yield "rope", (), rope
     yield "table", (), table
     yield "embed", (), graph("embed", partial(portable.embed_graph, checkpoint))
     for layer in range(spec.num_layers):

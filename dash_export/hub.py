@@ -145,7 +145,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
     for target in bundle.targets():
         with suppress(StaleBuildError):
             builds.append(bundle.load_build(target))
-    records = [*bundle.manifest.files, *(record for build in builds for record in build.files)]
+    records = [*bundle.files, *(record for build in builds for record in build.files)]
     seal = bundle.verify(records)
     for build in (None, *builds):
         bundle.check_listed(build)

@@ -17,10 +17,10 @@ from dash_export.errors import PolicyError
 from dash_export.targets import Recipe, recipe_faults
 from dash_export.typed_json import Bytes, NotNegative, Within
 
-SCHEMA = 5
+SCHEMA = 6
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 20
-"""Bound of positions: each has its sines and cosines in a table. Long contexts have a million."""
+"""Bound of positions. Long contexts have a million."""
 # Above any published model, so that an absurd manifest or config fails where it is read instead of at an allocation.
 LARGEST = {
     "num_layers": 1 << 10,
@@ -78,7 +78,13 @@ class Traits:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of the model that the runtime needs."""
+    """Facts of the model that the runtime needs.
+
+    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
+    scaling already applied: position p rotates pair i by p * rope_frequencies[i] radians. `rope_scale` multiplies sines
+    and cosines. `window_frequencies`: those of the layers with a window, if these have others. `tie_embeddings`: the
+    head's matrix is the embedding's.
+    """
 
     name: str
     model_type: str
@@ -91,6 +97,10 @@ class ModelFacts:
     max_positions: Annotated[int, Within(2, LARGEST["max_positions"])]
     parameters: Annotated[int, Within(1, LARGEST["parameters"])]
     rms_norm_eps: float
+    rope_frequencies: tuple[float, ...]
+    rope_scale: float = 1.0
+    window_frequencies: tuple[float, ...] = ()
+    tie_embeddings: bool = False
     traits: Traits = Traits()
 
     @property
@@ -277,6 +287,8 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         yield str(error)
     if len(model.traits.windows) not in (0, model.num_layers):
         yield "its attention windows are not one per layer."
+    if 2 * max(len(model.rope_frequencies), len(model.window_frequencies)) > model.head_dim:
+        yield "it rotates more dimensions than a head has."
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
     if missing := needed - set(manifest.graphs):
@@ -287,7 +299,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     if records > 3 * len(needed) + _MOST_OTHERS:
         yield f"it lists {records} files and tools."
     listed = {record.name for record in manifest.files if record.bytes > 0}
-    if unlisted := {*manifest.graphs.values(), "onnx/rope.data", "onnx/embed.data"} - listed:
+    if unlisted := {*manifest.graphs.values(), "onnx/embed.data"} - listed:
         yield f"{min(unlisted)} is not among the files."
 
 

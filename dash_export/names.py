@@ -14,8 +14,8 @@ REPORT = "a dash-export report"
 
 FINAL_STATE = "final_state"
 """Output of the head: the normed state of the tokens that get logits."""
-MANIFEST, ROPE, SIGNATURE = "manifest.json", "rope.data", "manifest.json.sig"
-"""Files of a bundle: the manifest and a table, by which a bundle is recognised, and the owner's signature."""
+MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
+"""Files of a bundle: the manifest, and the owner's signature."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""
 ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dash_export.artifacts import read_bounded, sync, write_atomic
 from dash_export.errors import OutputError
-from dash_export.names import MANIFEST, ROPE
+from dash_export.names import MANIFEST
 from dash_export.outputs import MARK, PLAN, bears_mark, mark, remove, remove_own, unmark, work_of
 
 _LONGEST_PLAN = 1 << 16
@@ -107,8 +107,7 @@ def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
 
 def is_bundle(folder: Path) -> bool:
     """Return whether a folder looks like a bundle. Others have manifests, too, and folders called onnx."""
-    known = [folder / "onnx" / name for name in (ROPE, "layer_00.onnx")]
-    known += (folder / "engines").glob("*/build.json")
+    known = [folder / "onnx" / "layer_00.onnx", *(folder / "engines").glob("*/build.json")]
     return (folder / MANIFEST).is_file() and any(map(Path.is_file, known))
 
 

@@ -136,7 +136,6 @@ class Backend(ABC):
         base = content_key(self.revision, self.key(), asdict(self.recipe.weights), policy.layers, calibrated)
         if calibrated:
             yield rounding_artifact(bundle, self.recipe, folder, progress)
-        yield from self.shared_artifacts(bundle)
         roundings = roundings_lookup(folder / ROUNDINGS) if calibrated else to_nearest
         for graph in engine_graphs(bundle, segments, self.on_device):
 
@@ -147,10 +146,6 @@ class Backend(ABC):
             read = policy.read if POLICY in graph.parts else None
             key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
             yield Artifact(graph.name, key, write, graph.extends)
-
-    def shared_artifacts(self, _bundle: Bundle) -> Iterator[Artifact]:
-        """Yield the files that engines share."""
-        return iter(())
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose

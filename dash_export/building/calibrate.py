@@ -103,7 +103,10 @@ def calibrate_matrices(
     model, gated = bundle.manifest.model, bundle.manifest.policy.layers
     embed = graph_run(bundle.graph("embed"))
     states = [embed({"input_ids": windows})["hidden_out"] for windows in _windows(bundle)]
-    feeds = {name: np.repeat(array, BATCH, axis=0) for name, array in step_inputs(0, WINDOW, WINDOW).items()}
+    places = step_inputs(model, 0, WINDOW, WINDOW)
+    feeds = {
+        name: array if name.startswith("rope.") else np.repeat(array, BATCH, axis=0) for name, array in places.items()
+    }
     # What other bypasses read is normed, and needs no measuring.
     begins = {unit.first: unit for unit in bundle.manifest.policy.units if model.traits.norms_after}
     empty = np.zeros((BATCH, model.num_kv_heads, WINDOW, model.head_dim), np.float32)

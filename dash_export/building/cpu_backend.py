@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dash_export.artifacts import content_key
 from dash_export.building.backend import Backend, plan_segments
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
@@ -16,19 +12,15 @@ from dash_export.manifest import EngineRecord, Manifest, Segment
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, usable_cores
 
-if TYPE_CHECKING:
-    from dash_export.building.engine_graphs import Artifact
-
-
 _FOLDING_BYTES = 40
 """Bytes that ONNX Runtime takes per weight of a GGUF file's blocks, while it folds their dequantisation to float32."""
 
 
 class CpuBackend(Backend):
-    """Engines that share the RoPE tables. ONNX Runtime packs weights for this machine's kernels at loading."""
+    """Lowered graphs. ONNX Runtime packs weights for this machine's kernels at loading."""
 
     on_device = False
-    revision = 21
+    revision = 22
 
     def build_obstacle(self) -> str | None:
         return self.run_obstacle()
@@ -67,12 +59,3 @@ class CpuBackend(Backend):
 
     def key(self) -> Any:
         return self.version()
-
-    def shared_artifacts(self, bundle: Bundle) -> Iterator[Artifact]:
-        from dash_export.building.engine_graphs import Artifact
-
-        def write(out: Path) -> list[Path]:
-            return [Path(shutil.copy(bundle.path("onnx/rope.data"), out))]
-
-        hashes = {record.name: record.sha256 for record in bundle.manifest.files}
-        yield Artifact("rope", content_key(hashes["onnx/rope.data"]), write, role="shared")

@@ -1,11 +1,11 @@
 """Graphs of a build's engines: the portable graphs of a model cut into segments, composed, and lowered."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
@@ -14,23 +14,22 @@ from dash_export.decision import Unit
 from dash_export.graphs import trt
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.surgery import absorb, load_graph
-from dash_export.graphs.writer import GraphWriter, save_graph
+from dash_export.graphs.writer import INLINE_BYTES, GraphWriter, external, save_graph
 from dash_export.manifest import MIXED, POLICY, Segment
-from dash_export.names import ROPE
 from dash_export.targets import Recipe
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make, or files that engines map (`shared`) or are made from (`aside`). `write(temporary folder)`
-    returns the files it wrote, the engine's own first. `extends`: engines whose weights this one maps too.
+    """One engine to make, or files that engines are made from (`aside`). `write(temporary folder)` returns the files it
+    wrote, the engine's own first. `extends`: engines whose weights this one maps too.
     """
 
     name: str
     key: str
     write: Callable[[Path], list[Path]]
     extends: tuple[str, ...] = ()
-    role: Literal["engine", "shared", "aside"] = "engine"
+    role: Literal["engine", "aside"] = "engine"
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,16 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
 
     On the host a unit has a third, mixed engine, for steps in which some rows run and others skip; it maps the weights
     of the other two. The host's segment with the layer whose input the policy reads gives the damage of all units as
-    one more output. On a device the policy is an engine of its own.
+    one more output. On a device the policy is an engine of its own. A tied head on the host maps the embedding's codes,
+    where it has the same.
     """
-    policy = bundle.manifest.policy
+    policy, tied = bundle.manifest.policy, bundle.manifest.model.tie_embeddings and not on_device
     for segment in segments:
         reads = policy.has_network and policy.read in segment.layers
         if reads and on_device:
             yield EngineGraph(POLICY, segment, [POLICY])
         parts = [*segment.graphs, POLICY] if reads and not on_device else segment.graphs
-        yield EngineGraph(segment.name, segment, parts)
+        yield EngineGraph(segment.name, segment, parts, ("embed",) * (tied and segment.head and not segment.embed))
         if segment.gated:
             unit = Unit(segment.first, segment.last)
             yield EngineGraph(unit.bypass, segment, [unit.bypass])
@@ -72,13 +72,13 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
     files = [bundle.manifest.graphs[name] for name in names]
     data = [file.removesuffix(".onnx") + ".data" for file in files]
-    return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
+    return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/embed.data")])
 
 
 def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
     """Return an engine's graph in the recipe's dialect, at the recipe's precisions."""
     if recipe.dialect != "ort":
-        return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
+        return trt.lower(portable(bundle, graph), bundle.manifest, recipe, roundings)
     from dash_export.graphs import ort  # imports ONNX Runtime, for its quantiser: a machine with TensorRT may lack it
 
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
@@ -87,17 +87,22 @@ def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: R
 
 
 def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
-    """Save a lowered graph. Weights that are equal in the finished engines `extended` stay in the files of those."""
-    known = [load_graph(other).graph.initializers for other in extended]
-    for weight, value in lowered.graph.initializers.items():
-        for twin in (weights[weight].const_value for weights in known if weight in weights):
-            if (
-                isinstance(twin, ir.ExternalTensor)
-                and value.const_value is not None
-                and np.array_equal(twin.numpy(), value.const_value.numpy())
-            ):
-                value.const_value = twin
-    return save_graph(lowered, path, (ROPE, *(f"{other.stem}.data" for other in extended)))
+    """Save a lowered graph. Large weights whose bytes the finished engines `extended` have stay in the files of those,
+    whatever their names and shapes are there.
+    """
+    graphs = [load_graph(other).graph for other in extended]
+    found = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    known = {_digest(tensor): tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)}
+    for value in lowered.graph.initializers.values() if known else ():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > INLINE_BYTES and (twin := known.get(_digest(tensor))):
+            shape, offset = tensor.shape.numpy(), twin.offset or 0
+            value.const_value = external(str(value.name), str(twin.location), tensor.dtype, shape, offset)
+    return save_graph(lowered, path, [f"{other.stem}.data" for other in extended])
+
+
+def _digest(tensor: ir.TensorProtocol) -> bytes:
+    return hashlib.sha256(tensor.tobytes()).digest()
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:
@@ -111,11 +116,7 @@ def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> 
 
 def write_whole(model: ir.Model, path: Path) -> Path:
     """Save a graph and all its weights beside it, also weights that lie in a bundle."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):  # else small ones would stay references into the bundle
-            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-    save_graph(model, path)
-    return path
+    return save_graph(model, path)[0]
 
 
 def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:

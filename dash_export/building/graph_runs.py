@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Bundle
+from dash_export.manifest import ModelFacts
 from dash_export.names import short_name
 from dash_export.resources import resource_folder
+from dash_export.rope import rope_tables
 from dash_export.runtime.text import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -26,7 +28,7 @@ def text_ids(bundle: Bundle, count: int) -> npt.NDArray[np.int64]:
     return np.resize(np.array(ids, np.int64), count)
 
 
-def step_inputs(start: int, count: int, capacity: int) -> Arrays:
+def step_inputs(model: ModelFacts, start: int, count: int, capacity: int) -> Arrays:
     """Return the inputs that say where `count` tokens go after `start` cached ones, in a cache of `capacity` rows: all
     that graphs and engines of any dialect take beside states, actions and caches.
     """
@@ -39,6 +41,7 @@ def step_inputs(start: int, count: int, capacity: int) -> Arrays:
         "seqlens_k": np.array([start + count - 1], np.int32),
         "total_length": np.array([start + count], np.int32),
         "first_logit": np.array([count - 1]),
+        **rope_tables(model, capacity),
     }
 
 

@@ -84,6 +84,7 @@ def write_kit(
         unfinished = outputs.work_folder(folder, "build --kit")
         with outputs.removed_on_error(unfinished):
             bundle = Bundle.open(bundle.root)
+            bundle.require_graphs()
             seal = bundle.verify(bundle.manifest.files)
             bundle.check_listed(None)
             verification = _lower(bundle, recipe, unfinished / root.name / "engines" / recipe.name, progress)

@@ -12,6 +12,7 @@ from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progre
 from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
+from dash_export.building.pruning import check_prunable, prune
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
@@ -40,11 +41,13 @@ def build(
     rounding: str | None = None,
     verify: bool = False,
     measure: bool = False,
+    keep_portable: bool = True,
     progress: Progress = no_progress,
 ) -> Build:
     """Build engines for `target` (a recipe's name or path); `weights`, `head`, `embedding` and `rounding` override the
     recipe. Engines whose inputs are unchanged are reused. `verify`: compare every engine with its portable graph and
-    keep the result. `measure`: measure costs and dial even where nothing changed.
+    keep the result. `measure`: measure costs and dial even where nothing changed. Without `keep_portable` the portable
+    graphs are deleted in the end, and all else that only another build would read.
 
     Raises BundleError, RecipeError, BackendError; BusyError where another process builds for the same target or exports
     the bundle; NotHereError where this machine cannot compile for the target.
@@ -57,7 +60,12 @@ def build(
         own_folder(bundle.path("engines"))
         with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
             bundle.manifest = Bundle.open(bundle.root).manifest  # as it is under the lock
-            return _build(bundle, recipe, verify, measure, progress)
+            if not keep_portable:
+                check_prunable(bundle, recipe)
+            made = _build(bundle, recipe, verify, measure, progress)
+    if not keep_portable:
+        prune(bundle, root)
+    return made
 
 
 def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
@@ -66,10 +74,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:
         if not measure:
-            raise BundleError(
-                f"{bundle.root} is a copy without portable graphs (onnx/): its engines run, and can be measured here "
-                "(--measure). New ones are built where the graphs are."
-            )
+            bundle.require_graphs()
         if verify:
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _remeasure(bundle, recipe, progress)
@@ -216,7 +221,7 @@ def _make_engines(
     records = {
         job.name: EngineRecord(
             f"{prefix}/{files[job.name][0].name}",
-            sum(sizes[name] for name in (job.name, *job.extends)),
+            sizes[job.name] + sum(sizes[name] for name in job.extends if _maps(folder / files[job.name][0].name, name)),
             job.key,
             store.seconds(job.name),
         )
@@ -225,3 +230,8 @@ def _make_engines(
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for group in files.values() for record in group]
     return records, tuple(listed)
+
+
+def _maps(graph: Path, other: str) -> bool:
+    """Return whether a graph refers to the weights of another engine."""
+    return f"{other}.data".encode() in graph.read_bytes()

@@ -131,7 +131,8 @@ class _Walk:
         pairs: defaultdict[str, list[tuple[Floats, Floats, Floats]]] = defaultdict(list)
         for step, (start, count) in enumerate(STEPS):
             state, skips = self.states[step], len(runs) > 1 and count == 1
-            inputs: Arrays = step_inputs(start, count, CAPACITY) | {"skipped": np.full((1, count, 1), skips)}
+            inputs = step_inputs(self.model, start, count, CAPACITY)
+            inputs["skipped"] = np.full((1, count, 1), skips)
             inputs["input_ids" if state.dtype == np.int64 else "hidden"] = state
             wanted = self._step(runs[skips], inputs, wanted_cache, start, count)
             found = self._step(run, inputs, cache, start, count)

@@ -1,5 +1,6 @@
 """`dash-export build`: compile the engines for a target, and measure their costs on the machine that runs them."""
 
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, get_args
@@ -61,6 +62,10 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     help="How int4 weights are chosen: each the nearest, or calibrated.",
 )  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
+@click.option(
+    "--no-portable", is_flag=True,
+    help="Delete the portable graphs in the end: engines run without them, another build needs the model again.",
+)  # fmt: skip
 @click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
 @click.option(
     "--kit", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -73,8 +78,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @policy_options
 @click.pass_context
 def command(
-    ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, kit: Path | None, output: Path | None,
-    policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any
+    ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, no_portable: bool, kit: Path | None,
+    output: Path | None, policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any
 ) -> None:  # fmt: skip
     """Compile the engines of a bundle for a target, and measure what each unit costs here.
 
@@ -88,6 +93,8 @@ def command(
     recipe = load_recipe(target, **changes)
     if measure and kit is not None:
         raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
+    if no_portable and kit is not None:
+        raise click.UsageError("A kit builds from the portable graphs: give --no-portable where it builds.")
     backend = backend_of(recipe)
     if not backend.on_device:
         if kit is not None:
@@ -121,7 +128,8 @@ def command(
         if kit is not None:
             raise NotHereError("Asked for with --kit.")
         with progress_bar(f"build {target}") as progress:
-            made = build(bundle, target, **changes, verify=verify, measure=measure, progress=progress)
+            how = partial(build, verify=verify, measure=measure, keep_portable=not no_portable, progress=progress)
+            made = how(bundle, target, **changes)
     except NotHereError as reason:
         from dash_export.building.kit import RECORD
 
@@ -175,7 +183,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
     engines = f"{len(build.engines)} engines, {files_size(build.files)}"
     if not build.files:
         engines = f"{len(build.engines)} portable graphs, used as they are"
-    click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {files_size(bundle.manifest.files)})")
+    click.echo(f"{bundle.root}/engines/{build.target}: {engines} (all else {files_size(bundle.files)})")
     if build.verification:
         found = build.verification.engines
         worst = max((error for errors in found.values() for error in errors.values()), default=0.0)

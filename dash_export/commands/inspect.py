@@ -55,8 +55,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
 
 
 def _verify(bundle: Bundle, builds: list[Build]) -> None:
-    files = bundle.manifest.files
-    bundle.verify(record for record in files if bundle.has_graphs or not record.name.startswith("onnx/"))
+    bundle.verify(bundle.files)
     bundle.check_listed(None)
     for build in builds:
         bundle.check_listed(build)
@@ -94,7 +93,7 @@ def _print_bundle(bundle: Bundle) -> None:
         "attention": f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V",
         "vocabulary": model.vocab_size,
         "context": f"{model.max_positions} positions",
-        "portable size": files_size(bundle.manifest.files),
+        "portable size": files_size(bundle.files),
         "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
         "bypass": policy.bypass,
         "policy": policy.origin,
@@ -108,7 +107,7 @@ def _print_bundle(bundle: Bundle) -> None:
         graphs = ((kind, len(each), size(sum(each))) for kind, each in _graph_kinds(bundle).items())
         print_table("Portable graphs", ("kind",), ("count", "size"), graphs)
     else:
-        click.echo("The portable graphs are not here: engines run, and new ones are built elsewhere.\n")
+        click.echo("The portable graphs are not here: engines run, and new ones are built after another export.\n")
 
 
 def _print_build(build: Build, units: Sequence[Unit]) -> None:

@@ -35,6 +35,11 @@ class Block:
     def bytes(self) -> int:
         return 2 * self.factors + sum(self.fields)
 
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, its share of the factors included."""
+        return 8 * self.bytes / self.weights
+
 
 BLOCKS = {
     "Q4_0": Block(32, 1, (16,), 8),
@@ -47,6 +52,7 @@ BLOCKS = {
     "Q6_K": Block(256, 1, (128, 64, 16), 32),
 }
 _FACTORS_LAST = ("Q6_K",)
+FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 
 
 def split_blocks(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
@@ -73,7 +79,7 @@ def four_bits(
     """Return codes [rows, parts, 32], scales and least weights [rows, parts] of a type in which weight = code * scale +
     least in parts of 32 weights; None for other types.
     """
-    if kind not in ("Q4_0", "Q4_1", "Q4_K"):
+    if kind not in FOUR_BITS:
         return None
     rows, numbers = len(factors), factors.astype(np.float32)
     packed = others[..., -BLOCKS[kind].weights // 2 :].reshape(rows, -1, 1, 32 if kind == "Q4_K" else 16)

@@ -15,9 +15,11 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
+from dash_export.graphs.ggml import BLOCKS, FOUR_BITS
 from dash_export.graphs.ort_products import CONTRIB, ProductWriter
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings
+from dash_export.graphs.stored import STORED
 from dash_export.manifest import Manifest
 from dash_export.models.spec import FINAL_NORM
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
@@ -107,12 +109,22 @@ class OrtWriter(ProductWriter):
         # A row must be whole blocks.
         if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % self.recipe.block_size:
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
+        own = getattr(self.weights[EMBED_WEIGHT], "meta", {}).get(STORED)
+        if own is not None and self.recipe.rounding == "as-is" and self.keeps_rows(own.kind):
+            values = [self.initializer(str(part.name), part) for part in (own.factors, own.others)]
+            return self.gathered(own.kind, values, ids)
         table, bits = self.array(EMBED_WEIGHT), BITS[self.recipe.embedding]
         # The quantiser makes blocks along the first axis of [in, out], so the table's rows are passed as columns.
         block, (codes, scales, zeros) = self.quantized("embed", np.ascontiguousarray(table.T), bits)
         packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
         options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)
+
+    def keeps_rows(self, kind: str) -> bool:
+        """Return whether the embedding keeps the file's blocks: where these have less than 8 bits, unless its codes of
+        8 bits are those of a tied head, too.
+        """
+        return BLOCKS[kind].bits < 8 and not (self.facts.tie_embeddings and kind not in FOUR_BITS)
 
     def layer(self, layer: int, state: State, choice: Choice | None) -> State:
         name, weights = f"layer_{layer:02d}", f"model.layers.{layer}"
@@ -172,7 +184,7 @@ class OrtWriter(ProductWriter):
         inputs += [self.input(short_name(past), shape) for past in past_names(layer)]
         inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
         inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
-        inputs += [self.stored(f"{rope}.cos"), self.stored(f"{rope}.sin")] if rotates else []
+        inputs += self.tables(rope) if rotates else []
         options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
         if window := self.traits.window(layer):
             options["local_window_size"] = window
@@ -267,12 +279,17 @@ class OrtWriter(ProductWriter):
 
     def rotary_size(self, rope: str) -> int:
         """Return how many dimensions of a head are rotated."""
-        return 2 * self.shape(f"{rope}.cos")[1]
+        facts = self.facts
+        return 2 * len(facts.window_frequencies if rope == "rope.window" else facts.rope_frequencies)
+
+    def tables(self, rope: str) -> list[ir.Value]:
+        shape = ("positions", self.rotary_size(rope) // 2)
+        return [self.input(f"{rope}.{turn}", shape) for turn in ("cos", "sin")]
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """Apply RoPE to [batch, sequence, heads * head_dim]."""
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-        tables, size = [self.stored(f"{rope}.{which}") for which in ("cos", "sin")], self.rotary_size(rope)
+        tables, size = self.tables(rope), self.rotary_size(rope)
         options = {"num_heads": heads} | ({} if size == self.facts.head_dim else {"rotary_embedding_dim": size})
         return self.op("RotaryEmbedding", [value, *tables, positions], node, **options)
 

@@ -10,8 +10,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from dash_export.graphs.grid import BLOCK, Grid, grid_from, grid_of, packed
 from dash_export.graphs.rounded import Rounded, Roundings, weight_precision
-from dash_export.graphs.stored import STORED
-from dash_export.graphs.writer import GraphWriter
+from dash_export.graphs.stored import STORED, StoredWriter
 from dash_export.manifest import Manifest
 from dash_export.models.spec import Float32Array
 from dash_export.targets import BITS, QUANTISED, Recipe
@@ -44,7 +43,7 @@ def eight_bit_block(rows: int, node: str) -> int:
     return next((block for block in (128, 64, 32) if block <= widest and rows % block == 0), 16)
 
 
-class ProductWriter(GraphWriter):
+class ProductWriter(StoredWriter):
     """Writer of a graph that takes its weights by name from portable graphs."""
 
     def __init__(

@@ -3,22 +3,19 @@ opset 24, nothing traced.
 
 States are batch x sequence x hidden, caches batch x kv_heads x capacity x head_dim. A cache has one row per position, a
 step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence, capacity] (bool) says which
-rows a query may read. Weights are named as in the checkpoint.
+rows a query may read. RoPE's tables, `rope.cos` and `rope.sin` [positions, rotary_dim / 2], are inputs too (rope.py).
+Weights are named as in the checkpoint.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
-from dash_export.graphs.ggml import DOMAIN, block_function
-from dash_export.graphs.stored import stored_tensors
-from dash_export.graphs.writer import GraphWriter, external, external_references
+from dash_export.graphs.stored import StoredWriter, stored_tensors
+from dash_export.graphs.writer import external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
-from dash_export.names import FINAL_STATE, ROPE, past_names, present_names
+from dash_export.names import FINAL_STATE, past_names, present_names
 from dash_export.policy import SkipPolicy, Weights, key_value_size
 
 EMBED_FILE = "embed.data"
@@ -26,25 +23,9 @@ EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 HEAD_MATRIX = "head/weight"
 """Name of the node that transposes EMBED_WEIGHT (a tied head) or HEAD_WEIGHT for the logits."""
-SHARED_FILES = (ROPE, EMBED_FILE)
-
-_BLOCK = 1 << 14
-"""Positions whose angles are in memory at a time."""
-
 WINDOW = "dash_export.window"
 """Metadata key of an Attention node: how many tokens a query may attend to, 0 for all."""
 HIDDEN_SHAPE = ("batch", "sequence")
-
-
-def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield blocks of `cos`, then of `sin`, each [max_positions, rotary_dim / 2] float32 in all: every layer's graph
-    refers to this one file. The tables of layers with a window follow, if those have others.
-    """
-    for frequencies, scale in ((spec.rope_frequencies, spec.rope_scale), (spec.window_frequencies, 1.0)):
-        for turned in (np.cos, np.sin):
-            for start in range(0, spec.max_positions if frequencies else 0, _BLOCK):
-                positions = np.arange(start, min(start + _BLOCK, spec.max_positions))
-                yield (turned(np.outer(positions, np.asarray(frequencies))) * scale).astype(np.float32)
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
@@ -169,14 +150,13 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     return g.model()
 
 
-class PortableWriter(GraphWriter):
+class PortableWriter(StoredWriter):
     """Writer with the pieces that the portable graphs have in common."""
 
     def __init__(self, name: str, doc: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> None:
         super().__init__(name, doc)
         self.spec = spec
         self.weights = checkpoint.weights if checkpoint is not None else {}
-        self.functions: set[str] = set()
 
     def state_input(self) -> ir.Value:
         return self.input("hidden", (*HIDDEN_SHAPE, self.spec.hidden_size))
@@ -192,38 +172,19 @@ class PortableWriter(GraphWriter):
         """Return a weight as stored, converted to float32 by nodes. `file`: the file of a weight that graphs share."""
         kind, values = self._stored(name, transpose, file)
         node, turned = f"{self.graph.name}/{name}", transpose and kind not in ("", "Cast")
-        found = self._as_float(kind, values, f"{node}/rows" if turned else node)
+        found = self.as_float(kind, values, f"{node}/rows" if turned else node)
         found = self.op("Transpose", [found], node, perm=[1, 0]) if turned else found
         found.name = name
         return found
 
     def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
-        """Return rows of a weight, gathered before their conversion: ONNX Runtime would convert the whole weight."""
-        kind, values = self._stored(name, False, file)
-        rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
-        return self._as_float(kind, rows, "embed")
+        return self.gathered(*self._stored(name, False, file), ids)
 
     def _stored(self, name: str, transpose: bool, file: str) -> tuple[str, list[ir.Value]]:
         kind, tensors = stored_tensors(name, self.weights[name], transpose)
         return kind, [
             self.initializer(str(item.name), item) for item in (external_references(tensors, file) if file else tensors)
         ]
-
-    def _as_float(self, kind: str, values: list[ir.Value], node: str) -> ir.Value:
-        if not kind:
-            return values[0]
-        if kind == "Cast":
-            return self.op("Cast", values, node, to=ir.DataType.FLOAT)
-        self.functions.add(kind)
-        return self.node(kind, values, node, 1, DOMAIN)[0]
-
-    def model(self) -> ir.Model:
-        model = super().model()
-        for kind in sorted(self.functions):
-            made = block_function(kind)
-            model.functions[made.identifier()] = made
-            model.graph.opset_imports[DOMAIN] = 1
-        return model
 
     def linear(self, layer: int, value: ir.Value, weight: str) -> ir.Value:
         full = f"model.layers.{layer}.{weight}"
@@ -268,12 +229,8 @@ class PortableWriter(GraphWriter):
     def rotated(self, layer: int, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
         if not (rope := self.spec.traits.rope(layer)):
             return value
-        widths, rows = [len(self.spec.rope_frequencies), len(self.spec.window_frequencies)], self.spec.max_positions
-        own, before = (widths[1], 2 * widths[0]) if rope == "rope.window" else (widths[0], 0)
-        tables = []
-        for place, table in enumerate((f"{rope}.cos", f"{rope}.sin")):
-            offset = 4 * rows * (before + place * own)
-            tables.append(self.initializer(table, external(table, ROPE, ir.DataType.FLOAT, (rows, own), offset)))
+        own = len(self.spec.window_frequencies if rope == "rope.window" else self.spec.rope_frequencies)
+        tables = [self.input(f"{rope}.{turn}", ("positions", own)) for turn in ("cos", "sin")]
         part = {} if 2 * own == self.spec.head_dim else {"rotary_embedding_dim": 2 * own}
         return self.op("RotaryEmbedding", [value, *tables, positions], name, **part)
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BundleError
-from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, split_blocks
-from dash_export.graphs.writer import lazy_weight
+from dash_export.graphs.ggml import BLOCKS, DOMAIN, block_function, dequantized, split_blocks
+from dash_export.graphs.writer import GraphWriter, lazy_weight
 from dash_export.manifest import DAMAGED
 from dash_export.models.spec import Weight
 
@@ -39,6 +39,36 @@ class Stored:
         if not np.isfinite(factors).all():
             raise BundleError(f"{self.factors.name:.100} has numbers that are none. {DAMAGED}")
         return factors, self.others.numpy()
+
+
+class StoredWriter(GraphWriter):
+    """Writer of a graph with weights as they are stored, which nodes convert."""
+
+    def __init__(self, name: str, doc: str) -> None:
+        super().__init__(name, doc)
+        self._functions: set[str] = set()
+
+    def as_float(self, kind: str, values: Sequence[ir.Value], node: str) -> ir.Value:
+        """Return the weight of a kind's tensors (`stored_tensors`), float32."""
+        if not kind:
+            return values[0]
+        if kind == "Cast":
+            return self.op("Cast", values, node, to=ir.DataType.FLOAT)
+        self._functions.add(kind)
+        return self.node(kind, values, node, 1, DOMAIN)[0]
+
+    def gathered(self, kind: str, values: Sequence[ir.Value], ids: ir.Value) -> ir.Value:
+        """Return rows of the embedding, gathered before their conversion: ONNX Runtime would convert all of it."""
+        rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
+        return self.as_float(kind, rows, "embed")
+
+    def model(self) -> ir.Model:
+        model = super().model()
+        for kind in sorted(self._functions):
+            made = block_function(kind)
+            model.functions[made.identifier()] = made
+            model.graph.opset_imports[DOMAIN] = 1
+        return model
 
 
 def stored_tensors(name: str, weight: Weight, transpose: bool) -> tuple[str, list[ir.LazyTensor]]:

@@ -6,9 +6,10 @@ norms, logits and damage. TensorRT builds strongly typed networks: the types in 
 every conversion is a Cast in the graph.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -18,15 +19,17 @@ from dash_export.graphs.surgery import constant_value, drop_unused_inputs
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
 from dash_export.graphs.trt_quantize import quantize_weights
 from dash_export.graphs.writer import constant
+from dash_export.manifest import Manifest
 from dash_export.names import FINAL_STATE
+from dash_export.rope import rope_tables
 from dash_export.targets import Recipe
 
 FLOAT32_OUTPUTS = ("logits", "damage")
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
-    """Lower a portable segment, bypass or policy to the recipe's GPU dialect, in place. `gated`: layers of all units.
+def lower(model: ir.Model, manifest: Manifest, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
+    """Lower a portable segment, bypass or policy of a bundle to the recipe's GPU dialect, in place.
 
     `hidden`, caches and weights get the recipe's activation type; `logits` and `damage` stay float32.
     """
@@ -35,7 +38,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     sizes = {"capacity": capacity} | ({"batch": 1} if recipe.engine.sequences == 1 else {})
     graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # no output on a device
     _fix_shapes(graph, sizes)
-    _cut_rope(graph, capacity)
+    _fix_rope(graph, rope_tables(manifest.model, capacity))
     _give_last_logits(graph)
     _sum_policy(graph)
     _scale_queries(graph)
@@ -47,7 +50,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
         decompose(model, capacity)
     else:
         _make_mask(graph, capacity)
-    quantize_weights(graph, recipe.weights, gated, roundings)
+    quantize_weights(graph, recipe.weights, manifest.policy.layers, roundings)
     set_activation_type(graph, DTYPES[recipe.engine.activations])
     RemoveUnusedNodesPass()(model)
     return model
@@ -60,13 +63,12 @@ def _fix_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
             value.shape = ir.Shape([sizes.get(str(size), size) for size in named])
 
 
-def _cut_rope(graph: ir.Graph, capacity: int) -> None:
-    """Cut the RoPE tables to the rows that the cache has: every engine holds its own copy of the tables."""
-    for name in [name for name in graph.initializers if name.startswith("rope")]:
-        value = graph.initializers[name]
-        table = constant_value(value)
-        if table is not None:
-            value.replace_all_uses_with(constant(graph, f"{name}.{capacity}", table[:capacity]))
+def _fix_rope(graph: ir.Graph, tables: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Make the RoPE tables constants, of as many rows as the cache has."""
+    for value in [value for value in graph.inputs if value.name in tables]:
+        graph.inputs.remove(value)
+        table = tables[str(value.name)]
+        value.replace_all_uses_with(constant(graph, f"{value.name}.{len(table)}", table))
 
 
 def _make_mask(graph: ir.Graph, capacity: int) -> None:

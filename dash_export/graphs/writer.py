@@ -102,7 +102,7 @@ def lazy_weight(
 
 
 def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int], offset: int = 0) -> ir.ExternalTensor:
-    """Return a reference to a tensor in a file that another graph wrote (shared tables, a tied embedding)."""
+    """Return a reference to a tensor in a file that another graph wrote."""
     length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return ir.ExternalTensor(location, offset, int(length), dtype, shape=ir.Shape(shape), name=name, base_dir="")
 
@@ -116,8 +116,10 @@ def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> lis
     """
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= INLINE_BYTES:
-            # Read now: during serialisation a fault of the tensor would become an error of onnx_ir's.
+        apart = isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in shared
+        if tensor is not None and (apart or isinstance(tensor, ir.LazyTensor)) and tensor.nbytes <= INLINE_BYTES:
+            # Read now: during serialisation a fault of the tensor would become an error of onnx_ir's, and a reference
+            # would point to no file.
             value.const_value = ir.Tensor(tensor.numpy(), name=tensor.name)
     own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
     files = [path]
@@ -138,13 +140,6 @@ def _is_own(tensor: ir.TensorProtocol | None, shared: Collection[str]) -> bool:
     if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) in shared):
         return False
     return tensor.nbytes > INLINE_BYTES
-
-
-def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
-    """Write raw arrays one after another (see `external` for how graphs refer to them)."""
-    with path.open("wb") as file:
-        for table in tables:
-            np.ascontiguousarray(table).tofile(file)
 
 
 def external_references(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:

@@ -30,23 +30,16 @@ class DecoderSpec(ModelFacts):
     """A decoder with RMSNorm, rotary grouped-query attention and a gated MLP (SiLU by default): the facts that
     a runtime needs, and those that the graphs are built from.
 
-    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
-    scaling already applied: position p rotates pair i by p * rope_frequencies[i] radians. `rope_scale` multiplies sines
-    and cosines. `window_frequencies`: frequencies of the layers with a window, if those have others. `post_norms`: the
-    outputs of attention and MLP are normed before they are added. `norm_offset`: added to the gains in a Hugging Face
-    folder. `fused`: the folder stores Q, K and V as one matrix, and gate and up as another. `updates`: the layers that
-    end with the update of a pruned unit that followed them, each listed once per such unit (bypasses.py). `parameters`
-    are counted from the weights. An option that a new family needs is a field with a default here, its weights below,
-    and its nodes in graphs/portable.py.
+    `post_norms`: the outputs of attention and MLP are normed before they are added. `norm_offset`: added to the gains
+    in a Hugging Face folder. `fused`: the folder stores Q, K and V as one matrix, and gate and up as another.
+    `updates`: the layers that end with the update of a pruned unit that followed them, each listed once per such unit
+    (bypasses.py). `parameters` are counted from the weights. An option that a new family needs is a field with a
+    default here, its weights below, and its nodes in graphs/portable.py.
     """
 
     name: str = "model"
     parameters: int = field(init=False)
     intermediate_size: int
-    rope_frequencies: tuple[float, ...]
-    rope_scale: float = 1.0
-    window_frequencies: tuple[float, ...] = ()
-    tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

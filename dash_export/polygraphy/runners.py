@@ -16,7 +16,7 @@ from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text
 from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
-from dash_export.manifest import POLICY, Build, Segment
+from dash_export.manifest import POLICY, Build, ModelFacts, Segment
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
@@ -103,7 +103,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         arrays["damage"] = np.zeros((1, count, units), np.float32)
         with polygraphy_errors():
             if self.layers:
-                arrays |= _places(arrays["position_ids"][0], arrays[past_names(self.layers[0])[0]].shape[2])
+                arrays |= _places(model, arrays["position_ids"][0], arrays[past_names(self.layers[0])[0]].shape[2])
             written = []
             for layer in self.layers:
                 for past, present, new in zip(past_names(layer), present_names(layer), new_names(layer), strict=True):
@@ -129,14 +129,14 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         del self.engine
 
 
-def _places(positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
+def _places(model: ModelFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
     start, count = int(positions[0]), len(positions)
     if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
         raise RequestError(
             f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
             f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
         )
-    return step_inputs(start, count, capacity)
+    return step_inputs(model, start, count, capacity)
 
 
 class DashStepRunner(BaseRunner):  # type: ignore[misc]
@@ -202,7 +202,7 @@ def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int,
         step = slice(start, start + tokens)
         caches = {name: np.where(np.arange(length)[:, None] < start, cache, 0) for name, cache in full.items()}
         own: Arrays = {"input_ids": ids[:, step], "hidden": states[:, step]}
-        feeds.append(step_inputs(start, tokens, length) | own | caches)
+        feeds.append(step_inputs(bundle.manifest.model, start, tokens, length) | own | caches)
     return [feeds[index % steps] for index in range(iterations)]
 
 
@@ -211,7 +211,7 @@ def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tup
     the portable graphs up to the segment's end.
     """
     model, length, caches = bundle.manifest.model, ids.shape[1], Arrays()
-    places = step_inputs(0, length, length)
+    places = step_inputs(model, 0, length, length)
     empty = np.zeros((1, model.num_kv_heads, length, model.head_dim), np.float32)
     hidden = states = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": ids})["hidden_out"]
     for layer in range(segment.last + 1):

@@ -20,6 +20,7 @@ from dash_export.decision import Skips, Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
+from dash_export.rope import rope_tables
 from dash_export.runtime.backends import Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.own_policy import State
@@ -72,6 +73,8 @@ class EngineSet:
             # Without the policy's engine damage would stay zero, and a unit of zero damage is always skipped.
             raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine of the policy. {DAMAGED}")
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+        self._rotates = any(name.startswith("rope.") for engine in engines for name in engine.inputs)
+        self._rope: dict[str, Floats] = {}
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
 
@@ -92,6 +95,13 @@ class EngineSet:
     def rows_at_once(self, capacity: int) -> int:
         """Return how many tokens one pass over a cache of `capacity` rows may hold: their scores fit SCORES bytes."""
         return max(1, SCORES // (4 * self.model.num_heads * max(1, capacity)))
+
+    def rope(self, rows: int) -> dict[str, Floats]:
+        """Return the engines' RoPE inputs for `rows` positions; all sessions share their memory."""
+        tables = self._rope  # another thread may replace them meanwhile, by shorter ones
+        if self._rotates and rows > min(map(len, tables.values()), default=-1):
+            tables = self._rope = rope_tables(self.model, rows)
+        return {name: table[:rows] for name, table in tables.items()}
 
     def cache(self, step: int, sequences: int = 1) -> KVCache:
         """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
@@ -150,6 +160,7 @@ class BoundStep:
             "logits": self.logits,
             FINAL_STATE: self.final_state,
             "damage": damage,
+            **engines.rope(cache.capacity),
         }
         self._mask = np.zeros((batch, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
         if self._mask is not None:

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.graph_runs import graph_run
 from dash_export.exporting import export
 from dash_export.graphs.ggml import split_blocks
 from dash_export.graphs.grid import BLOCK, grid_of, packed
@@ -100,6 +101,30 @@ def test_engines_hold_the_file_s_weights(layer: int, tmp_path: Path) -> None:
         if "q_proj" in node:  # queries come out scaled for attention, by a power of two here
             expected[: parts[0].shape[0]] *= np.float32(checkpoint.spec.head_dim**-0.5)
         np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("Q8_0", True), ("Q5_0", False), ("Q4_0", True)])
+def test_an_embedding_takes_no_more_than_in_the_file(kind: str, tied: bool, tmp_path: Path) -> None:
+    """In 8 bits a tied head maps its codes; in fewer its rows are the file's, bit for bit."""
+    write_gguf(tmp_path / "a.gguf", tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=tied), quantize=kind)
+    checkpoint, ids = open_checkpoint(tmp_path / "a.gguf"), random_ids(20)
+    bundle = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    engines = build(bundle, "cpu-gguf").engines
+    paths = [bundle.path(record.file) for record in (engines["embed"], list(engines.values())[-1])]
+    shared = [
+        entry.value
+        for tensor in onnx.load(paths[1], load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if tensor.name.startswith("head/logits") and entry.key == "location"
+    ]
+    expected = checkpoint.read("model.embed_tokens.weight")[ids]
+    found = graph_run(paths[0])({"input_ids": ids[None]})["hidden_out"][0]
+    if kind == "Q8_0":
+        assert set(shared) == {"embed.data"}
+        np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 120)
+    else:
+        assert "embed.data" not in shared
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("kind", "family"), [("Q4_1", "qwen2"), ("Q8_0", "llama")])

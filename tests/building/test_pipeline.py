@@ -323,7 +323,10 @@ def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
     """As a device has it, which has no onnx either."""
     before = bundle.load_build("cpu-fp32")
     shutil.rmtree(bundle.path("onnx"))
-    with pytest.raises(BundleError, match=r"without portable graphs .* can be measured here \(--measure\)"):
+    with pytest.raises(
+        BundleError,
+        match=r"without portable graphs .* can be measured here \(--measure\).* Run: dash-export export MODEL -o",
+    ):
         build(bundle, "cpu", weights="fp32")
     with pytest.raises(BundleError, match=r"no portable graphs .* to compare"):
         build(bundle, "cpu", weights="fp32", verify=True, measure=True)

@@ -137,7 +137,7 @@ def test_a_damaged_cpu_engine_is_refused(name: str, own_bundle: Path) -> None:
 def test_bf16_graphs_are_bf16(tiny_root: Path) -> None:
     """What CPU verification cannot run is at least of the right type: no product is left at float32."""
     bundle = Bundle.open(tiny_root)
-    model = trt.lower(load_graph(bundle.graph("layer_03")), load_recipe("h100"), bundle.manifest.policy.layers)
+    model = trt.lower(load_graph(bundle.graph("layer_03")), bundle.manifest, load_recipe("h100"))
     types = {
         value.dtype for node in model.graph for value in node.inputs if value is not None and node.op_type == "MatMul"
     }

@@ -191,7 +191,7 @@ def in_onnx(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
         case 7:
             tensor.data_type = rng.randrange(25)
         case 8 if tensor.external_data:
-            rng.choice(tensor.external_data).value = str(rng.choice([*NUMBERS, "../x", "", "rope.data", "/dev/zero"]))
+            rng.choice(tensor.external_data).value = str(rng.choice([*NUMBERS, "../x", "", "embed.data", "/dev/zero"]))
         case 9:
             tensor.raw_data = tensor.raw_data[: rng.randrange(len(tensor.raw_data) + 1)]
         case 10:

@@ -51,7 +51,7 @@ def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np
         name: rng.standard_normal([size or sizes[axis] for axis, size in enumerate(item.shape)]).astype(np.float32)
         for name, item in runner.get_input_metadata().items()
     }
-    known = step_inputs(0, count, capacity) | {"input_ids": random_ids(count)[None]}
+    known = step_inputs(runner.bundle.manifest.model, 0, count, capacity) | {"input_ids": random_ids(count)[None]}
     return feed | {name: array for name, array in known.items() if name in feed}
 
 
@@ -70,7 +70,7 @@ def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path
     with DashEngineRunner(str(tiny_root), target, name) as runner:
         feed = feed_of(runner, 3, 9)
         found = runner.infer(feed)
-    expected = graph(step_inputs(0, 3, 9) | feed)
+    expected = graph(step_inputs(bundle.manifest.model, 0, 3, 9) | feed)
     assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)

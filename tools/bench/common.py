@@ -106,7 +106,6 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     root = bundle.root.absolute().parent
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
-        (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
         whole = lower_graph(bundle, EngineGraph(segment.name, segment, segment.graphs), build.recipe)
         path = save_extending(whole, folder / f"{segment.name}.onnx")[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")

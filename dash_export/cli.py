@@ -23,6 +23,7 @@ COMMANDS = {
     "sign": "Sign a bundle, for machines that run only what you signed.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "train": "Learn a skip policy for a model: its units, network and bypasses.",
+    "bench": "Tokens per second here, of prompts and of answers, under every policy kind.",
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "What policy kinds and other builds pay for the time they save.",
     "skipmap": "Which layers each token of a text skips, as a picture.",

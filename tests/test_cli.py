@@ -87,6 +87,16 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     refused(*arguments, code=2)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("biuld", "Did you mean build?"), ("servce", "Did you mean serve?"), ("zzz", "zzz"), ("--verbos", "--verbose")],
+)
+def test_a_mistyped_command(typed: str, meant: str) -> None:
+    said = refused(typed, "x", code=2)
+    assert meant in said
+    assert ("Did you mean" in said) == (typed != "zzz")
+
+
 def disk(code: int) -> OSError:
     return OSError(code, "reason", "/x/y.data")
 

@@ -49,7 +49,9 @@ def test_exchange_rate() -> None:
     assert [lopsided.value, lopsided.low, lopsided.high] == pytest.approx(expected)
     assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
-    few = replace(point("token", 0.9, more=0.02, spread=0.01), timing=Timing(0.9, 0.9, 0.9, 5.0, 0.9, 9.0)).exchange_rate
+    few = replace(
+        point("token", 0.9, more=0.02, spread=0.01), timing=Timing(0.9, 0.9, 0.9, 5.0, 0.9, 9.0)
+    ).exchange_rate
     assert few is not None
     assert few.low == few.value == few.high == pytest.approx(0.2), "of too few rounds"
 

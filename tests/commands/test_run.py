@@ -217,6 +217,8 @@ def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
     (own_bundle / "engines" / "portable" / "build.json").unlink()
     assert dash("run", own_bundle, "hello", "--max-tokens", 1).exit_code == 0
     assert "There is no bundle" in refused("run", tmp_path / "none.dash", "hello")
+    assert "/etc/passwd is a file that is no bundle" in (said := refused("run", "/etc/passwd", "hello"))
+    assert "-o /etc/passwd" not in said
 
 
 def test_a_template_that_would_steer_the_terminal(own_bundle: Path, tmp_path: Path) -> None:

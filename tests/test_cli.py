@@ -71,6 +71,18 @@ def test_every_command_has_help(name: str) -> None:
     assert result.output.startswith(f"Usage: dash-export {name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run", "The build to use, by the target that it was built for; by default cpu, or the only build of the bundle."),
+        ("sign", "Give others your public key. With it as --trusted-key of `run` or `serve`, or as "
+                 "DASH_EXPORT_TRUSTED_KEY, only bundles that you have signed are run."),
+    ],
+)  # fmt: skip
+def test_what_help_says(name: str, said: str) -> None:
+    assert said in " ".join(done(name, "--help").output.split())
+
+
 def test_version_and_completion() -> None:
     """Click's own, by the variable that `--help` names."""
     assert dash("--version").output == f"dash-export, version {__version__}\n"

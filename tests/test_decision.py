@@ -147,9 +147,13 @@ DIAL = [
         ({"skipped": 9}, 54**0.5),
         ({"max_kl": 0}, 0.0),
         ({"max_kl": 0.125}, 24**0.5),
-        ({"budget": 0.7}, "take 0.750 of the dense time"),
-        ({"skipped": 10.5}, r"skip 10\.00 layers"),
-        ({"max_kl": 0.6}, r"diverge by 0\.5000 nats"),
+        (
+            {"budget": 0.7},
+            r"^A budget of 0\.7 is below the 0\.75 that this policy reaches with all its units skipped: "
+            r"give at least that\.$",
+        ),
+        ({"skipped": 10.5}, r"^Skipping 10\.5 layers of a token is above the 10 that .* give at most that\.$"),
+        ({"max_kl": 0.6}, r"^A KL of 0\.6 nats is above the 0\.5 that .* give at most that\.$"),
     ],
 )
 def test_the_dial(asked: dict[str, float], expected: float | str) -> None:
@@ -160,6 +164,18 @@ def test_the_dial(asked: dict[str, float], expected: float | str) -> None:
         trade_off_for(DIAL, **asked)
     with pytest.raises(PolicyError, match="no calibrated dial"):
         trade_off_for([], **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [({"budget": 0.1}, 0.329), ({"skipped": 25.0}, 20.12), ({"max_kl": 9.0}, 1.2345)],
+)
+def test_the_limit_that_is_told_may_be_asked_for(asked: dict[str, float], limit: float) -> None:
+    """It is rounded towards what the policy gives."""
+    dial = [DialPoint(0.0, 30, 1.0, 0.0), DialPoint(9.0, 30 - 20.1287, 0.32812, 1.23459)]
+    with pytest.raises(PolicyError, match=rf"the {limit} that"):
+        trade_off_for(dial, **asked)
+    assert 8.9 < trade_off_for(dial, **dict.fromkeys(asked, limit)) <= 9.0
 
 
 @pytest.mark.parametrize(

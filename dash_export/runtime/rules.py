@@ -15,6 +15,7 @@ from dash_export.decision import (
     Skips,
     check_max_layers,
     decision_rule,
+    out_of_reach,
     trade_off_for,
     units_of,
 )
@@ -148,7 +149,6 @@ def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, bui
         time = 1.0 - sum(build.cost.cost[place] for place in order[:count])
         if skipped >= wanted if setting.budget is None else time <= setting.budget + 1e-9:
             return order[:count]
-    raise PolicyError(
-        f"That is more than the policy 'static' can give: with all of its units skipped a token runs "
-        f"{model.num_layers - skipped} of {model.num_layers} layers and takes {time:.3f} of the dense time."
-    )
+    if setting.budget is not None:
+        raise out_of_reach(1 - time, budget=setting.budget)
+    raise out_of_reach(skipped, skipped=wanted)

@@ -74,7 +74,8 @@ def test_every_command_has_help(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("run", "The build to use, by the target that it was built for; by default cpu, or the only build of the bundle."),
+        ("run", "The build to use, by the target that it was built for; by default cpu, or the only build of the "
+                "bundle."),
         ("sign", "Give others your public key. With it as --trusted-key of `run` or `serve`, or as "
                  "DASH_EXPORT_TRUSTED_KEY, only bundles that you have signed are run."),
     ],

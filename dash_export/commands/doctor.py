@@ -308,8 +308,8 @@ def _print(report: dict[str, Any]) -> None:
     print_table("Targets", ("target", "build here", "run here", "why not, or what to install"), (), targets)
     if any(row["kit"] for row in report["targets"]):
         click.echo(
-            "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device, where a script "
-            "in it builds the engines."
+            "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, a "
+            "script in it builds the engines."
         )
     if report["missing_for_export"]:
         missing = ", ".join(report["missing_for_export"])

@@ -86,7 +86,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     told = dash("doctor").stdout
     assert "no device. There is no NVIDIA driver" in told
     assert re.search(r"h100 +on the device +no +it needs", told)
-    assert "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device, where" in told
+    assert (
+        "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, " in told
+    )
     lacking(monkeypatch, "tensorrt_rtx")
     assert rows()["rtx"]["install"] == "pip install 'dash-export[rtx]'"
 

@@ -78,10 +78,11 @@ class Conversation:
         click.echo("The system message holds from the next answer on." if text else "No system message.", err=True)
 
     def do_budget(self, given: str) -> None:
-        try:
+        budget = 0.0
+        with suppress(ValueError):
             budget = float(given)
-        except ValueError as error:
-            raise RequestError(f"/budget takes a number above 0 and up to 1, like 0.85, not {given!r:.40}.") from error
+        if not 0 < budget <= 1:
+            raise RequestError(f"/budget takes a number above 0 and up to 1, like 0.85, not {given!r:.40}.")
         setting = Setting("dense") if budget == 1 else Setting("token", budget=budget)
         self._session.rules = self._options.runtime.rules(setting)
         self._setting = setting

@@ -50,7 +50,7 @@ def test_budget(tiny_root: Path) -> None:
     steps = [len(answer) - 1 for answer in answers]
     layers = sum(sum(answer[1:]) for answer in answers) / sum(steps)
     assert f"{layers:.1f} of 6 layers/token" in told.rpartition("[2 answers")[2]
-    assert re.search(r"; \d+ of 512 positions used\]|, \d+ of 512 positions used\]", told)
+    assert re.search(r", \d+ of 512 positions used\]$", told, re.MULTILINE)
     assert "[0 answers, dense, 0 tokens, " in said(tiny_root, "/stats")[1]
 
 
@@ -75,7 +75,7 @@ def test_save_and_load(tiny_root: Path, tmp_path: Path) -> None:
         ("/budget", "/budget takes a number above 0 and up to 1, like 0.85, not ''."),
         ("/budget much", "not 'much'"),
         ("/budget 0.01", "is below the"),
-        ("/budget nan", "in (0, 1], not nan"),
+        ("/budget nan", "not 'nan'"),
         ("/save", "/save takes the name of a file, like /save talk.jsonl."),
         ("/save {mine}", "mine.txt exists: it will not be overwritten. Choose another name."),
         ("/save {mine}/x.jsonl", "could not be read or written"),

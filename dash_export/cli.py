@@ -29,7 +29,7 @@ COMMANDS = {
     "frontier": "What policy kinds and other builds pay for the time they save.",
     "skipmap": "Which layers each token of a text skips, as a picture.",
     "profile": "Where the time of a token goes: segments, actions, policy, host; table, report, trace.",
-    "list": "Shipped policies, and bundles of the hub in the cache, with their sizes.",
+    "list": "Targets and policies that come with the package, and bundles of the hub in the cache.",
     "doctor": "What this machine has, and the install line for what is missing.",
 }
 # Package that may be missing -> the extra that brings it.

@@ -49,7 +49,7 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
         judged = judged_text(candidates[0].runtime, text, progress=progress)
         parts = judged.stretches(rounds, prompt + SETTLE + tokens)
         timings = decode_times(candidates, parts, prompt, progress)
-    found = {
+    found: dict[str, Any] = {
         "model": candidates[0].runtime.bundle.manifest.model.name,
         "machine": machine,
         "course": {"text": judged.name, "context": prompt, "tokens": tokens, "windows": rounds, "rounds": rounds},

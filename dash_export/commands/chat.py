@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -92,7 +93,7 @@ class Conversation:
         path = _file("save", given)
         if not self.turns:
             raise RequestError("There is nothing to save yet: say something first.")
-        if path.exists() and path != self._file:
+        if os.path.lexists(path) and (path != self._file or path.is_symlink()):
             raise RequestError(f"{path} exists: it will not be overwritten. Choose another name.")
         check_outside_bundles(path)
         *asked, answer = with_system(self._system, self.turns)

@@ -79,6 +79,7 @@ def test_save_and_load(tiny_root: Path, tmp_path: Path) -> None:
         ("/save", "/save takes the name of a file, like /save talk.jsonl."),
         ("/save {mine}", "mine.txt exists: it will not be overwritten. Choose another name."),
         ("/save {mine}/x.jsonl", "could not be read or written"),
+        ("/save {link}", "link.txt exists: it will not be overwritten."),
         ("/save {bundle}/x.jsonl", "inside the bundle"),
         ("/load", "/load takes the name of a file"),
         ("/load nothing.jsonl", "no text file"),
@@ -93,6 +94,8 @@ def test_what_cannot_be_done(line: str, told: str, own_bundle: Path, tmp_path: P
     files["mine"].write_text("mine")
     files["prompts"].write_text('{"prompt": "a", "answer": "b"}\n' * 2)
     files["one"].write_text('{"messages": [{"role": "assistant", "content": "a"}], "answer": "b"}\n')
+    files["link"] = tmp_path / "link.txt"
+    files["link"].symlink_to("nowhere")
     line = line.format(bundle=own_bundle, **files)
     result = dash("run", own_bundle, "--chat", *FP32, *DENSE, input=f"hello\n{line}\nhello\n")
     assert result.exit_code == 1
@@ -100,3 +103,4 @@ def test_what_cannot_be_done(line: str, told: str, own_bundle: Path, tmp_path: P
     assert result.stderr.count("Error: ") == 1
     assert result.stderr.count("[6 tokens") == 2
     assert files["mine"].read_text() == "mine"
+    assert files["link"].is_symlink()

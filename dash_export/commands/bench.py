@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.commands.options import Load, comparison_options, count_option, print_refused
+from dash_export.commands.options import Load, comparison_options, count_option, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.evaluate import BENCH_PROMPT, BENCH_ROUNDS, TOKENS
@@ -76,7 +76,6 @@ def _lane(candidate: Candidate, timing: Timing, prompt: int) -> dict[str, Any]:
 
 
 def _print(lanes: Sequence[dict[str, Any]]) -> None:
-    from dash_export.commands.options import with_bounds
     from dash_export.evaluate.intervals import Interval
 
     print_table(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from math import ceil, floor
+from math import ceil
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,8 +29,6 @@ Skips = npt.NDArray[np.bool_]
 Actions = npt.NDArray[np.int8]
 """[tokens, layers] of `Action`: a skip map."""
 
-_ROUNDING = 1e-9
-"""Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 RECOMMENDED_LOSS, WORTH = 0.02, 0.05
 """Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
 DENSE_POSITIONS = 2
@@ -305,52 +303,3 @@ def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
         share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
         budget -= share * (low.time - high.time)
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
-
-
-def out_of_reach(
-    most: float, *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
-) -> PolicyError:
-    """Return the error for an amount, the one that is given, beyond what a policy reaches with all its units skipped:
-    `most`, of the time saved or of the amount. The limit that it tells is rounded so that it may be asked for.
-    """
-    if budget is not None:
-        asked, limit = f"A budget of {budget:g} is below", f"{ceil(round(1000 * (1 - most), 6)) / 1000:g}"
-    elif skipped is not None:
-        asked, limit = f"Skipping {skipped:g} layers of a token is above", f"{floor(round(100 * most, 6)) / 100:g}"
-    else:
-        asked, limit = f"A KL of {max_kl:g} nats is above", f"{floor(round(10_000 * most, 6)) / 10_000:g}"
-    end = "least" if budget is not None else "most"
-    return PolicyError(f"{asked} the {limit} that this policy reaches with all its units skipped: give at {end} that.")
-
-
-def trade_off_for(
-    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
-) -> float:
-    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
-    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
-    when there is no table, or when the amount is beyond what the policy reaches.
-    """
-    if not dial:
-        raise PolicyError(
-            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
-            "`dash-export build` on the device; or give the trade-off itself."
-        )
-    points = sorted(dial, key=lambda point: point.trade_off)
-    if budget is not None:
-        wanted, amounts = 1 - budget, [1 - point.time for point in points]
-    elif skipped is not None:
-        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
-    else:
-        assert max_kl is not None
-        wanted, amounts = max_kl, [point.kl for point in points]
-    after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
-    if after is None:
-        raise out_of_reach(max(amounts), budget=budget, skipped=skipped, max_kl=max_kl)
-    before = max(0, after - 1)
-    rise = amounts[after] - amounts[before]
-    share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
-    high = points[after].trade_off
-    low = points[before].trade_off or high / 2
-    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
-    # dense on it begins at half the first one that skips: far below that nothing is skipped.
-    return low * (high / low) ** share if high else 0.0

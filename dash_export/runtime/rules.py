@@ -207,4 +207,4 @@ def out_of_reach(
 
 
 def _floor(amount: float, digits: int) -> float:
-    return floor(round(10**digits * amount, 6)) / 10**digits
+    return floor(round(10.0**digits * amount, 6)) / 10.0**digits

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -285,7 +286,6 @@ def _make(root: Path, command: str) -> str:
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
-    export = _make(root, "export")
     half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
@@ -295,8 +295,17 @@ def _no_bundle(root: Path) -> str:
         command = f"dash-export build {quote(str(root))} --target cpu -o {quote(made)}"
         return f"{root} is a model{hub}. Make a bundle of it: {command}"
     if not root.exists():
-        return f"There is no bundle at {root}. Make one: {export}"
-    return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"
+        return f"There is no bundle at {root}. Make one: {_make(root, 'build')}"
+    if half:
+        again = f"Run the export again to complete it: {_make(root, 'export')}"
+        return f"{root} is not a finished bundle: it has no {MANIFEST}. {again}"
+    there: list[str] = []
+    with suppress(OSError):  # a file, or a folder that may not be read
+        there = sorted(path.name for path in root.iterdir() if is_bundle(path))
+    if there:
+        return f"{root} is no bundle. In it are {', '.join(there)}: give one of them."
+    kind = "a folder" if root.is_dir() else "a file"
+    return f"{root} is {kind} that is no bundle. Make one of a model: {_make(Path('NAME.dash'), 'build')}"
 
 
 def _contents(root: Path, name: str) -> bytes:

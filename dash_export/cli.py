@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import unicodedata
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -23,10 +24,12 @@ COMMANDS = {
     "sign": "Sign a bundle, for machines that run only what you signed.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "train": "Learn a skip policy for a model: its units, network and bypasses.",
+    "bench": "Tokens per second here, of prompts and of answers, under every policy kind.",
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "What policy kinds and other builds pay for the time they save.",
     "skipmap": "Which layers each token of a text skips, as a picture.",
     "profile": "Where the time of a token goes: segments, actions, policy, host; table, report, trace.",
+    "list": "Targets and policies that come with the package, and bundles of the hub in the cache.",
     "doctor": "What this machine has, and the install line for what is missing.",
 }
 # Package that may be missing -> the extra that brings it.
@@ -54,6 +57,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"dash_export.commands.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and args[0] not in COMMANDS and (near := get_close_matches(args[0], COMMANDS)):
+            ctx.fail(f"There is no command {args[0]!r}. Did you mean {' or '.join(near)}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

@@ -29,8 +29,6 @@ Skips = npt.NDArray[np.bool_]
 Actions = npt.NDArray[np.int8]
 """[tokens, layers] of `Action`: a skip map."""
 
-_ROUNDING = 1e-9
-"""Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 RECOMMENDED_LOSS, WORTH = 0.02, 0.05
 """Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
 DENSE_POSITIONS = 2
@@ -305,40 +303,3 @@ def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
         share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
         budget -= share * (low.time - high.time)
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
-
-
-def trade_off_for(
-    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
-) -> float:
-    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
-    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
-    when there is no table, or when the amount is more than the policy can give.
-    """
-    if not dial:
-        raise PolicyError(
-            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
-            "`dash-export build` on the device; or give the trade-off itself."
-        )
-    points = sorted(dial, key=lambda point: point.trade_off)
-    if budget is not None:
-        wanted, amounts = 1 - budget, [1 - point.time for point in points]
-        given, limit = f"A budget of {budget:g}", f"take {1 - max(amounts):.3f} of the dense time"
-    elif skipped is not None:
-        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
-        given, limit = f"Skipping {skipped:g} layers", f"skip {max(amounts):.2f} layers per token"
-    else:
-        assert max_kl is not None
-        wanted, amounts = max_kl, [point.kl for point in points]
-        given, limit = f"A KL of {max_kl:g}", f"diverge by {max(amounts):.4f} nats per token"
-    after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
-    if after is None:
-        most = f"with all units skipped it will {limit} on the calibration text. That is the most it can."
-        raise PolicyError(f"{given} is more than this policy can give: {most}")
-    before = max(0, after - 1)
-    rise = amounts[after] - amounts[before]
-    share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
-    high = points[after].trade_off
-    low = points[before].trade_off or high / 2
-    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
-    # dense on it begins at half the first one that skips: far below that nothing is skipped.
-    return low * (high / low) ** share if high else 0.0

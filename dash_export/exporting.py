@@ -57,9 +57,7 @@ def export(
     Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError for the
     output, BusyError where another process writes the output or builds in it.
     """
-    output = outputs.output_path(output)
-    check_outside_bundles(output)
-    refuse_foreign(output)
+    output = checked_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_inputs(checkpoint.seen, output)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
@@ -91,15 +89,29 @@ def export(
     return Bundle.open(output)
 
 
+def checked_output(output: str | Path) -> Path:
+    """Return the path that an export to `output` writes. Raises BundleError where something that is no bundle lies
+    there, OutputError where nothing could be written.
+    """
+    path = outputs.output_path(output)
+    check_outside_bundles(path)
+    refuse_foreign(path)
+    if not path.exists():
+        outputs.check_writable(next(folder for folder in path.absolute().parents if folder.exists()))
+    return path
+
+
 def check_inputs(inputs: Iterable[Path], output: Path) -> None:
     """Raise OutputError where an input lies in what an export to `output` replaces."""
     refuse_inputs(inputs, [outputs.work_of(output), *(output / name for name in OURS)])
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raise BundleError where something that is no bundle lies at `output`, OutputError for a link."""
+    """Raise BundleError where something that is neither a bundle nor an empty folder lies at `output`, OutputError for
+    a link.
+    """
     outputs.refuse_link(output)
-    if output.exists() and not is_bundle(output) and not outputs.bears_mark(output, "export"):
+    if not outputs.is_free(output) and not is_bundle(output) and not outputs.bears_mark(output, "export"):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )

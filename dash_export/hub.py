@@ -8,7 +8,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -77,6 +77,32 @@ def load_from_hub(name: str, target: str | None, trusted: _Trusted, load: Callab
                     with suppress(BusyError), folder_locked(path, [], shared=False):  # unless a process runs it
                         remove(path)
         return made
+
+
+def cached() -> dict[str, int]:
+    """Return the bundles of the hub that are in the cache, org/name, and the bytes that each takes."""
+    base = cache_folder() / "hub"
+    return {
+        folder.relative_to(base).as_posix(): sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+        for folder in sorted(base.glob("*/*"))
+        if folder.is_dir()
+    }
+
+
+def remove_cached(name: str) -> None:
+    """Remove the bundle `org/name` from the cache. Raises BundleError where it is not there, BusyError where a process
+    runs or fetches it.
+    """
+    if name not in (known := cached()):
+        raise BundleError(f"{name} is not in the cache. What is there: {', '.join(known) or 'nothing'}.")
+    base = cache_folder() / "hub" / name
+    try:
+        with ExitStack() as held:
+            for folder in (base, *filter(Path.is_dir, base.iterdir())):
+                held.enter_context(folder_locked(folder, [], shared=False))
+            remove(base)
+    except BusyError as error:
+        raise BusyError(f"{name} is in use: end the program that runs it, and remove it again.") from error
 
 
 def _version(pointer: Path) -> str | None:

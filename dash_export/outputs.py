@@ -217,6 +217,11 @@ def check_writable(folder: Path) -> None:
         raise OutputError(f"{folder} may not be written in. Check permissions and the disk, or choose another output.")
 
 
+def is_free(output: Path) -> bool:
+    """Return whether nothing would be lost at an output: nothing is there, or an empty folder."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
 def refuse_link(output: Path) -> None:
     """Raise OutputError for a link that has appeared since `output_path` resolved the output."""
     if output.is_symlink():

@@ -53,11 +53,25 @@ def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"leaves the bundle\. It is a link: copy the bundle whole"):
         Bundle.open(bundle)
     (tmp_path / "tokenizer.json").replace(bundle / "tokenizer.json")
-    with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export export MODEL -o"):
+    with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export build MODEL -o .*/nothing\.dash$"):
         Bundle.open(tmp_path / "nothing.dash")
-    for name in ("half.dash", "file.dash"):
-        with pytest.raises(BundleError, match="not a finished bundle"):
-            Bundle.open(tmp_path / name)
+    (tmp_path / "half.dash" / "onnx").mkdir()
+    with pytest.raises(BundleError, match=r"not a finished bundle.* export MODEL -o .*/half\.dash$"):
+        Bundle.open(tmp_path / "half.dash")
+
+
+def test_what_is_something_else(bundle: Path, tmp_path: Path) -> None:
+    """Nobody is told to write a bundle over a file or a folder of his own; of a folder, the bundles in it are named."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("text")
+    for place, kind in ((tmp_path / "folder", "a folder"), (tmp_path / "file.txt", "a file")):
+        said = rf"{place} is {kind} that is no bundle\. Make one of a model: dash-export build MODEL -o NAME\.dash$"
+        with pytest.raises(BundleError, match=said):
+            Bundle.open(place)
+    for name in ("a.dash", "b.dash"):
+        shutil.copytree(bundle, tmp_path / "folder" / name)
+    with pytest.raises(BundleError, match=r"folder is no bundle\. In it are a\.dash, b\.dash: give one of them\.$"):
+        Bundle.open(tmp_path / "folder")
     with pytest.raises(BundleError, match=r"'cpu' does not exist \(built: cpu-fp32, portable\).*dash-export build"):
         DashRuntime.load(bundle, "cpu")
     (bundle / BUILD_JSON).unlink()
@@ -74,7 +88,7 @@ def test_a_build_to_be_made(bundle: Path) -> None:
     moved = bundle.rename(bundle.with_name("my model.dash"))
     with pytest.raises(BundleError, match=r"dash-export build '.*/my model\.dash' --target rtx$"):
         DashRuntime.load(moved, "rtx")
-    with pytest.raises(BundleError, match=r"dash-export export MODEL -o '.*/no model\.dash'$"):
+    with pytest.raises(BundleError, match=r"dash-export build MODEL -o '.*/no model\.dash'$"):
         Bundle.open(moved.with_name("no model.dash"))
     with pytest.raises(BundleError, match=r"unfinished: trt\)\. Run: .* --target trt$"):
         DashRuntime.load(moved, "cpu")

@@ -71,6 +71,19 @@ def test_every_command_has_help(name: str) -> None:
     assert result.output.startswith(f"Usage: dash-export {name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run", "The build to use, by the target that it was built for; by default cpu, or the only build of the "
+                "bundle."),
+        ("sign", "Give others your public key. With it as --trusted-key of `run` or `serve`, or as "
+                 "DASH_EXPORT_TRUSTED_KEY, only bundles that you have signed are run."),
+    ],
+)  # fmt: skip
+def test_what_help_says(name: str, said: str) -> None:
+    assert said in " ".join(done(name, "--help").output.split())
+
+
 def test_version_and_completion() -> None:
     """Click's own, by the variable that `--help` names."""
     assert dash("--version").output == f"dash-export, version {__version__}\n"
@@ -85,6 +98,16 @@ def test_version_and_completion() -> None:
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("biuld", "Did you mean build?"), ("servce", "Did you mean serve?"), ("zzz", "zzz"), ("--verbos", "--verbose")],
+)
+def test_a_mistyped_command(typed: str, meant: str) -> None:
+    said = refused(typed, "x", code=2)
+    assert meant in said
+    assert ("Did you mean" in said) == (typed != "zzz")
 
 
 def disk(code: int) -> OSError:
@@ -115,7 +138,7 @@ def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-@pytest.mark.parametrize("asked", ["--version", "--help", "build --list-targets"])
+@pytest.mark.parametrize("asked", ["--version", "--help", "list"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_output(asked: str, unbuffered: str) -> None:
     command, settings = [sys.executable, "-m", "dash_export", *asked.split()], environment()

@@ -15,7 +15,6 @@ from dash_export.decision import (
     parse_layers,
     parse_units,
     recommended_budget,
-    trade_off_for,
     unit_skips,
     units_of,
     units_text,
@@ -125,41 +124,6 @@ def test_max_layers_is_respected_by_the_least_damage(damage: np.ndarray, trade_o
 def test_a_rule_that_cannot_be(trade_off: float, most: int | None, said: str) -> None:
     with pytest.raises(PolicyError, match=said):
         decision_rule(UNITS, COST, trade_off, most, LAYERS)
-
-
-DIAL = [
-    DialPoint(0.0, 30, 1.0, 0.0),
-    DialPoint(2.0, 26, 0.9, 0.1),
-    DialPoint(4.0, 27, 0.92, 0.05),  # tables are measured: they mostly rise and fall
-    DialPoint(6.0, 22, 0.8, 0.2),
-    DialPoint(9.0, 20, 0.75, 0.5),
-]
-
-
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        ({"budget": 1.0}, 0.0),
-        ({"budget": 0.9}, 2.0),
-        ({"budget": 0.86}, 24**0.5),  # halfway from 4 to 6, geometrically
-        ({"budget": 0.75}, 9.0),
-        ({"skipped": 2}, 2**0.5),  # from half the first on
-        ({"skipped": 9}, 54**0.5),
-        ({"max_kl": 0}, 0.0),
-        ({"max_kl": 0.125}, 24**0.5),
-        ({"budget": 0.7}, "take 0.750 of the dense time"),
-        ({"skipped": 10.5}, r"skip 10\.00 layers"),
-        ({"max_kl": 0.6}, r"diverge by 0\.5000 nats"),
-    ],
-)
-def test_the_dial(asked: dict[str, float], expected: float | str) -> None:
-    if isinstance(expected, float):
-        assert trade_off_for(DIAL[::-1], **asked) == pytest.approx(expected)
-        return
-    with pytest.raises(PolicyError, match=expected):
-        trade_off_for(DIAL, **asked)
-    with pytest.raises(PolicyError, match="no calibrated dial"):
-        trade_off_for([], **asked)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dash_export.exporting import export
 from dash_export.manifest import SCHEMA
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
+from dash_export.outputs import MARK
 from dash_export.policy import no_policy
 from tests.commands.helpers import python
 from tests.conftest import DATA
@@ -146,6 +147,24 @@ def test_what_is_no_bundle_is_not_overwritten(
     with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
         export(tiny_model, where)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_filled(tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `mktemp -d` makes it, whose permissions stay; also after a kill at its end."""
+    (output := tmp_path / "mine").mkdir(mode=0o700)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dash_export.replacing.recover", kill)  # all is planned, nothing has moved
+        with pytest.raises(KeyboardInterrupt):
+            export(tiny_model, output)
+    made = export(tiny_model, output)
+    made.verify(made.manifest.files)
+    assert output.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert not (output / MARK).exists()
 
 
 @pytest.mark.parametrize("form", ["model", "model.gguf", "blocks.gguf"])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 
 from dash_export import DashRuntime, hub, signing
 from dash_export.bundle import Bundle
+from dash_export.commands import tables
 from dash_export.errors import BundleError
 from dash_export.names import is_hub_id
 from dash_export.targets import load_recipe
@@ -272,3 +274,26 @@ def test_names_of_the_hub(name: str, found: bool, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     Path("tests").mkdir()
     assert is_hub_id(name) == found
+
+
+@pytest.mark.usefixtures("server")
+def test_what_the_cache_holds_is_listed_and_removed(own_bundle: Path) -> None:
+    """With the bytes that it takes; but not while a process runs it, and nothing beside the cache."""
+    assert "Bundles of the hub in" in done("list").stdout
+    assert ": none." in done("list").stdout
+    publish(own_bundle)
+    runtime = DashRuntime.load(NAME, TARGET)
+    folder = Path("cache/dash-export/hub") / NAME
+    taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    listed = done("list").stdout
+    assert "smollm2-135m-instruct" in listed, "the policies that come with the package"
+    assert re.search(rf"^ {NAME} +{re.escape(tables.size(taken))}", listed, re.MULTILINE), listed
+    assert "me/tiny is in use" in refused("list", "--remove", NAME)
+    assert runtime.generate([5, 6, 7], max_tokens=2).tokens.size == 2
+    del runtime
+    gc.collect()
+    for name in ("me/other", "../..", "me"):
+        assert f"{name} is not in the cache. What is there: {NAME}." in refused("list", "--remove", name)
+    assert f"{tables.size(taken)} are free again" in done("list", "--remove", NAME).stdout
+    assert not folder.exists()
+    assert answer(NAME) == answer(own_bundle), "it is fetched again"

@@ -218,6 +218,7 @@ def test_an_output_that_is_a_link(tiny_model: Checkpoint, tmp_path: Path) -> Non
         export(tiny_model, link)
     link.unlink()
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
     link.symlink_to("photos")
     with pytest.raises(BundleError, match="photos exists and is not a bundle"):
         export(tiny_model, link)

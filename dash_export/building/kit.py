@@ -136,7 +136,7 @@ def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
     """Raise BundleError where the kit, its bundle or its recipe would replace what this program did not write."""
     outputs.refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
-    if folder.exists() and not is_kit and not outputs.bears_mark(folder, "build --kit"):
+    if not outputs.is_free(folder) and not is_kit and not outputs.bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
     if not outputs.bears_mark(folder, "build --kit"):  # with the mark: a kill left the bundle half replaced
         refuse_foreign(folder / bundle)

@@ -12,43 +12,22 @@ from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import files_size, print_table, print_units, size
+from dash_export.commands.tables import files_size, print_units, size
 from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS
 from dash_export.replacing import is_bundle
-from dash_export.targets import Precision, Recipe, load_recipe, recipe_names
+from dash_export.targets import Precision, Recipe, load_recipe
 
 PRECISION = click.Choice(get_args(Precision))
-
-
-def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-
-    columns = ("target", "backend", "layers", "qkv", "head", "embedding", "what it is")
-    recipes = ((name, load_recipe(name)) for name in recipe_names())
-    rows = (
-        (name, own.backend, *(getattr(own.weights, part) for part in columns[2:6]), own.description)
-        for name, own in recipes
-    )
-    print_table("Targets", columns, (), rows)
-    click.echo(
-        "`dash-export doctor` says which of them work here. The path of a .toml file of your own is a target too."
-    )
-    ctx.exit()
 
 
 @click.command("build")
 @click.argument("source", metavar="BUNDLE|MODEL")
 @click.option(
     "--target", default=DEFAULT_TARGET, show_default=f"{DEFAULT_TARGET}; {GGUF_TARGET} for a GGUF file of few bits",
-    metavar="NAME|FILE.toml", help="A shipped recipe or the path of one.",
-)  # fmt: skip
-@click.option(
-    "--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets,
-    help="Show the shipped recipes and exit.",
+    metavar="NAME|FILE.toml", help="A shipped recipe (`dash-export list` shows them) or the path of one.",
 )  # fmt: skip
 @click.option(
     "--weights", type=PRECISION,

@@ -1,94 +1,145 @@
-"""Answers of `dash-export run` on a terminal: streamed, coloured by the number of layers run; conversations."""
+"""Conversations of `dash-export run --chat`: messages, and the commands that begin with a slash."""
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import numpy as np
-from rich.console import Console
-from rich.text import Text
 
-from dash_export.cli import printable
-from dash_export.decision import Actions, unit_skips
-from dash_export.errors import DashError, RequestError
+from dash_export.artifacts import write_atomic
+from dash_export.cli import error_message, printable
+from dash_export.commands.printing import AnswerPrinter, rates
+from dash_export.commands.run import RunOptions, with_system
+from dash_export.decision import Setting
+from dash_export.errors import ContextLengthError, DashError, RequestError
+from dash_export.evaluate.candidates import label
+from dash_export.replacing import check_outside_bundles
+from dash_export.runtime.chats import chats_text, read_prompts
 
 if TYPE_CHECKING:
-    from dash_export.commands.run import RunOptions
-    from dash_export.runtime import Response, Session
+    from dash_export.runtime import Session
 
-HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
-SLOWER = 1.5
-"""An answer's figures mention its slowdown from this ratio on: measured decode time over that of the cost table."""
-HEAT = ("blue", "cyan", "green", "yellow", "red")
-"""Colours from cold to hot: the first for a token that ran only the ungated layers, the last for all layers."""
+HINT = "/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+COMMANDS = {
+    "help": "list these commands",
+    "system": "TEXT: the system message from now on; without TEXT there is none",
+    "budget": "NUMBER: decode time of the next answers, as a fraction of dense, like 0.85; 1 is dense",
+    "save": "FILE.jsonl: write the conversation, which `eval --text` and `train --prompts` read, too",
+    "load": "FILE.jsonl: go on with a conversation that was saved",
+    "stats": "figures of all answers so far",
+    "reset": "forget the conversation",
+    "quit": "leave",
+}
+"""Command -> what it does. `Conversation.do_<command>` does it."""
 
 
-class AnswerPrinter:
-    """Printer of streamed pieces on stdout, as they are: without wrapping or highlighting. With `show_skips` each token
-    is coloured by the layers it ran; without colours (no terminal, NO_COLOR) a mark follows the token instead.
-    """
+class Conversation:
+    """Conversation with a model: its messages, and what commands change of it. `options`: of the command line."""
 
-    def __init__(self, session: Session, show_skips: bool) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._coloured = self._console.color_system is not None and not self._console.no_color
-        self._show_skips = show_skips
-        self._num_layers = session.engines.model.num_layers
-        self._units, self._cost = session.engines.units, session.engines.build.cost
-        self._asked = session.rules.calibrated.asks
-        self._gated = sum(len(unit.layers) for unit in self._units)
+    def __init__(self, options: RunOptions, show_skips: bool) -> None:
+        self._options, self._session = options, options.session
+        self.printer = AnswerPrinter(options.session, show_skips)
+        self._system, self._setting = options.system, options.setting
+        self.turns: list[dict[str, str]] = []
+        """The user's and the model's messages, in turn."""
+        self._file: Path | None = None
+        """The file that was written with this conversation, and may be written again."""
 
-    def print(self, stream: Iterator[Response]) -> str:
-        """Print an answer on stdout and, on stderr, one line of its figures. Return the answer."""
-        pieces, taken = [], []
-        for response in stream:
-            self._print_piece(response)
-            pieces.append(response.text)
-            taken.append(response.actions)
-        self._console.print()
-        click.echo(self._figures(response, np.array(taken[1:])), err=True)  # the first token's are the prefill's
-        return "".join(pieces)
+    def take(self, said: str) -> None:
+        """Obey a command or answer a message. Raises DashError; the conversation is then what it was."""
+        found = re.fullmatch(r"/(\w+)(?:\s+(.*))?", said, re.DOTALL)
+        command, rest = (found[1], found[2] or "") if found else ("", "")
+        if command in COMMANDS:
+            getattr(self, f"do_{command}")(rest)
+        elif command and ((near := get_close_matches(command, COMMANDS)) or not rest):
+            meant = f" Did you mean {' or '.join(f'/{name}' for name in near)}?" if near else ""
+            click.echo(printable(f"There is no command '/{command}'.{meant} {HINT}"), err=True)
+        elif said:
+            asked = [*self.turns, {"role": "user", "content": said}]
+            with _stopping(self._session):
+                messages = with_system(self._system, asked)
+                stream = self._session.chat(messages, self._options.max_tokens, self._options.sampling)
+                answer = self.printer.print(stream)
+            self.turns = [*asked, {"role": "assistant", "content": answer}]
 
-    def _print_piece(self, response: Response) -> None:
-        piece = printable(response.text) if self._console.is_terminal else response.text
-        skipped = int(response.actions.sum())
-        if self._show_skips and self._coloured:
-            heat = (self._gated - skipped) * (len(HEAT) - 1) // max(1, self._gated)
-            self._console.print(Text(piece, HEAT[min(len(HEAT) - 1, heat)]), end="")
-        else:
-            mark = f"‹{self._num_layers - skipped}›" if self._show_skips else ""
-            self._console.file.write(piece + mark)
-        self._console.file.flush()
+    def do_help(self, _: str) -> None:
+        for command, text in COMMANDS.items():
+            click.echo(f"/{command:8}{text}", err=True)
 
-    def print_legend(self) -> None:
-        """Print what the colours or marks mean; nothing without `show_skips`."""
-        if self._show_skips and self._coloured:
-            least, steps = self._num_layers - self._gated, len(HEAT) - 1
-            parts = [f"[{name}]{least - (-place * self._gated // steps)}[/]" for place, name in enumerate(HEAT)]
-            self._console.print("[dim]layers run, from:[/] " + " ".join(parts))
-        elif self._show_skips:
-            self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
+    def do_system(self, text: str) -> None:
+        self._system = text or None
+        click.echo("The system message holds from the next answer on." if text else "No system message.", err=True)
 
-    def _figures(self, last: Response, actions: Actions) -> str:
-        """Return one line: speed, layers and time of the decoded tokens (`actions`), prefill time, finish reason."""
-        statistics = last.statistics
-        parts = [f"{statistics.tokens} tokens"]
-        if statistics.decode_steps:
-            parts.append(f"{statistics.tokens_per_second:.1f} tokens/s")
-            parts.append(f"{statistics.layers_per_token:.1f} of {self._num_layers} layers/token")
-            if self._cost.segment_us:
-                time = float(self._cost.token_time(unit_skips(actions, self._units), self._asked).mean())
-                parts.append(f"{time:.3f} of dense time by the cost table")
-                slower = 1e6 * statistics.decode_seconds / (statistics.decode_steps * self._cost.dense_us * time)
-                if slower > SLOWER:
-                    parts.append(f"{slower:.1f} times as long as when the build measured it")
-        parts.append(f"prefill {1000 * statistics.prefill_seconds:.0f} ms for {statistics.prompt_tokens} tokens")
-        return f"[{', '.join(parts)}; ended by {last.finish_reason}]"
+    def do_budget(self, given: str) -> None:
+        budget = 0.0
+        with suppress(ValueError):
+            budget = float(given)
+        if not 0 < budget <= 1:
+            raise RequestError(f"/budget takes a number above 0 and up to 1, like 0.85, not {given!r:.40}.")
+        setting = Setting("dense") if budget == 1 else Setting("token", budget=budget)
+        self._session.rules = self._options.runtime.rules(setting)
+        self._setting = setting
+        click.echo(f"From the next answer on: {label(setting)}.", err=True)
+
+    def do_save(self, given: str) -> None:
+        path = _file("save", given)
+        if not self.turns:
+            raise RequestError("There is nothing to save yet: say something first.")
+        if os.path.lexists(path) and (path != self._file or path.is_symlink()):
+            raise RequestError(f"{path} exists: it will not be overwritten. Choose another name.")
+        check_outside_bundles(path)
+        *asked, answer = with_system(self._system, self.turns)
+        try:
+            write_atomic(path, chats_text([(asked, answer["content"])]))
+        except OSError as error:
+            raise RequestError(error_message(error, path) or str(error)) from error
+        self._file = path
+        click.echo(printable(f"Saved to {path}."), err=True)
+
+    def do_load(self, given: str) -> None:
+        path = _file("load", given)
+        chats = read_prompts(path)
+        messages, later, answer = chats[0]
+        begins = int(messages[0]["role"] == "system")
+        turns = [*messages[begins:], {"role": "assistant", "content": answer or ""}]
+        in_turn = [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        if len(chats) > 1 or later or answer is None or not in_turn:
+            raise RequestError(f"{path} is no conversation that /save wrote.")
+        self._session.reset()
+        self._system = messages[0]["content"] if begins else None
+        self.turns, self._file = turns, path
+        click.echo(f"Loaded: {len(turns) // 2} turns.", err=True)
+
+    def do_stats(self, _: str) -> None:
+        done, model = self.printer.statistics, self._session.engines.model
+        used = f"{model.max_positions - self._session.context_left} of {model.max_positions} positions used"
+        parts = [label(self._setting), *rates(done, model.num_layers), used]
+        click.echo(f"[{len(done)} answers, {', '.join(parts)}]", err=True)
+
+    def do_reset(self, _: str) -> None:
+        self._session.reset()
+        self.turns, self._file = [], None
+        click.echo("Forgotten.", err=True)
+
+    def do_quit(self, _: str) -> None:
+        raise EOFError
+
+
+def _file(command: str, given: str) -> Path:
+    if not given:
+        raise RequestError(f"/{command} takes the name of a file, like /{command} talk.jsonl.")
+    path = Path(given)
+    with suppress(RuntimeError):  # of a user who has no home
+        path = path.expanduser()
+    return path
 
 
 def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
@@ -97,48 +148,28 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
     message is dropped; in a script the program then ends with exit code 1.
     """
     click.echo(HINT, err=True)
-    printer, messages, failed = AnswerPrinter(options.session, show_skips), list[dict[str, str]](), False
-    printer.print_legend()
+    conversation, failed = Conversation(options, show_skips), False
+    conversation.printer.print_legend()
     while True:
         try:
-            said = _read() if line is None else line
-            line = None
-            if said is None or said.strip() == "/quit":
-                if failed:
-                    raise SystemExit(1)
-                return
+            said, line = _read() if line is None else line, None
             try:
-                messages = _turn(options, printer, messages, said.strip())
+                conversation.take(said.strip())
             except DashError as error:
                 failed = not sys.stdin.isatty()
-                again = "\nStart again with /reset." if messages else ""
-                click.echo(printable(f"Error: {error}{again}"), err=True)
+                full = isinstance(error, ContextLengthError) and conversation.turns
+                click.echo(printable(f"Error: {error}{' Or start again with /reset.' if full else ''}"), err=True)
+        except EOFError:
+            if failed:
+                raise SystemExit(1) from None
+            return
         except KeyboardInterrupt:  # no answer is being streamed: nothing to stop
             click.echo(f"\n{HINT}", err=True)
 
 
-def _turn(
-    options: RunOptions, printer: AnswerPrinter, messages: list[dict[str, str]], said: str
-) -> list[dict[str, str]]:
-    """Obey a command or answer a message, and return the messages so far."""
-    session = options.session
-    if said == "/reset":
-        session.reset()
-        click.echo("Forgotten.", err=True)
-        return []
-    if re.fullmatch(r"/\w+", said):
-        click.echo(f"There is no command {said!r}. {HINT}", err=True)
-    elif said:
-        asked = [*messages, {"role": "user", "content": said}] if messages else options.messages(said)
-        with _stopping(session):
-            answer = printer.print(session.chat(asked, options.max_tokens, options.sampling))
-        return [*asked, {"role": "assistant", "content": answer}]
-    return messages
-
-
-def _read() -> str | None:
-    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text; on a terminal that is
-    told, and the line is empty.
+def _read() -> str:
+    """Return a line of input. Raises EOFError at the end, RequestError where it is not UTF-8 text; on a terminal that
+    is told, and the line is empty.
     """
     terminal = sys.stdin.isatty()
     try:
@@ -146,8 +177,6 @@ def _read() -> str | None:
             with suppress(ImportError):
                 import readline  # noqa: F401  # for keys, and lines over the kernel's 4,095 bytes
         return input("> " if terminal else "")
-    except EOFError:
-        return None
     except UnicodeDecodeError as error:
         wrong = RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).")
         if not terminal:

@@ -301,13 +301,16 @@ def _print(report: dict[str, Any]) -> None:
         click.echo(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
     answers = {True: Text("yes", "green"), False: Text("no", "yellow")}
     targets = (
-        (row["target"], Text("a kit", "yellow") if row["kit"] else answers[row["build"]], answers[row["run"]],
+        (row["target"], Text("on the device", "yellow") if row["kit"] else answers[row["build"]], answers[row["run"]],
          row["install"] or row["reason"])
         for row in report["targets"]
     )  # fmt: skip
     print_table("Targets", ("target", "build here", "run here", "why not, or what to install"), (), targets)
     if any(row["kit"] for row in report["targets"]):
-        click.echo("A kit: `dash-export build` writes a folder here that builds the engines on the device.")
+        click.echo(
+            "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, a "
+            "script in it builds the engines."
+        )
     if report["missing_for_export"]:
         missing = ", ".join(report["missing_for_export"])
         click.echo(f"To export models (missing: {missing}): pip install 'dash-export[export]'")

@@ -78,10 +78,9 @@ def export_model(
     """Export a model with a progress bar; `dash-export build` calls this too. Raises PolicyError when the policy's file
     is damaged, is for another model or does not have the given units.
     """
-    from dash_export.exporting import check_inputs, export
+    from dash_export.exporting import check_inputs, checked_output, export
     from dash_export.models import open_checkpoint
     from dash_export.models.bypasses import pruned
-    from dash_export.outputs import output_path
     from dash_export.policy import load_policy, narrowed, no_policy, policy_path, untrained_policy
 
     trained = policy not in ("none", "untrained")
@@ -90,8 +89,9 @@ def export_model(
     named, output = output is not None, output or default_output(source, prune)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
+        output = checked_output(output)  # before the model is fetched and read
         if trained:
-            check_inputs([policy_path(policy)], output_path(output))
+            check_inputs([policy_path(policy)], output)
         progress(f"reading {source}", 0, 0)
         model = open_checkpoint(source)
         if policy == "none":

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-TARGET = click.option("--target", help="Which build: cpu, or the only one there is.")
+TARGET = click.option("--target", help="The build to use, by the target that it was built for; by default cpu, or "
+                      "the only build of the bundle.")  # fmt: skip
 TRUSTED = click.option("--trusted-key", type=click.Path(path_type=Path), metavar="PEM", help="The public key that must "
                        "have signed the bundle; by default DASH_EXPORT_TRUSTED_KEY, if set.")  # fmt: skip
 

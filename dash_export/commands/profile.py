@@ -36,9 +36,9 @@ def command(
 ) -> None:  # fmt: skip
     """Measure where the time of a token goes in a built BUNDLE.
 
-    Time to first token and per token; per segment and bypass, and what a skip takes; decisions, sampling and the host
-    apart; layers run; peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take
-    turns on the same known tokens. Let nothing else run meanwhile.
+    Time per token, per segment and bypass, and what a skip takes; decisions, sampling and the host apart; layers run;
+    peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same
+    known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too.
     """
     from dash_export.evaluate.breakdown import profile
     from dash_export.resources import resource_folder
@@ -80,13 +80,13 @@ def _print(found: dict[str, Any]) -> None:
 
     click.echo("\n".join([*conditions(found), ""]))
     print_table(
-        "Milliseconds per token and to the first one (median)",
+        "Milliseconds per token",
         ("setting",),
-        ("layers", "p50", "p90", "p99", "of dense", "1st token", "peak RSS"),
+        ("layers", "p50", "p90", "p99", "of dense", "peak RSS"),
         (
             (
                 lane["label"], f"{lane['layers']['mean']:.2f}", *_percentiles(lane["token_ms"], 3),
-                f"{lane['ratio']['value']:.3f}", f"{lane['first_ms']['p50']:.1f}", size(lane["peak_memory"]),
+                f"{lane['ratio']['value']:.3f}", size(lane["peak_memory"]),
             )
             for lane in found["lanes"]
         ),

@@ -35,7 +35,9 @@ class RunOptions:
     into the model's chat template.
     """
 
+    runtime: DashRuntime
     session: Session
+    setting: Setting
     sampling: Sampling
     max_tokens: int | None
     system: str | None
@@ -43,12 +45,16 @@ class RunOptions:
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """Return a new conversation: the system message, if any, and the prompt."""
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
+        return with_system(self.system, [{"role": "user", "content": prompt}])
 
     def encode(self, prompt: str) -> list[int]:
         text, limit = self.session.text, self.session.context_left
         return text.chat(self.messages(prompt), limit) if self.templated else text.encode(prompt, limit=limit)
+
+
+def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return messages that begin with the system message, if there is one."""
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 @click.command("run")
@@ -60,7 +66,9 @@ class RunOptions:
 @click.option("--batch", type=click.IntRange(1, 1024), help=f"How many of --prompts to decode together ({BATCH}).")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")
 @click.option(
-    "--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+    "--chat",
+    is_flag=True,
+    help="A conversation: /help lists its commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer.",
 )
 @click.option("--system", help="System message of the chat template.")
 @TARGET
@@ -102,7 +110,8 @@ def command(
     if setting.given:  # `--policy token` alone: the bundle is asked first, which may have no such policy
         setting.check()
 
-    from dash_export.commands.chat import AnswerPrinter, converse
+    from dash_export.commands.chat import converse
+    from dash_export.commands.printing import AnswerPrinter
     from dash_export.runtime import Sampling
 
     runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads, trusted_key=trusted_key)
@@ -121,14 +130,14 @@ def command(
     session = runtime.session_with(setting)
     if setting.skip and runtime.bundle.manifest.policy.bypass == "none":
         _warn_of_skips(runtime, setting.skip)
-    options = RunOptions(session, Sampling(**sampling), max_tokens, system, templated)
+    options = RunOptions(runtime, session, setting, Sampling(**sampling), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)
     elif many:
         size = batch or min(BATCH, runtime.engines.sequences)
         answer_all(runtime.batch_with(setting, min(size, len(many))), many, options, as_json)
     else:
-        session, asked = options.session, prompt or ""
+        asked = prompt or ""
         stream = (
             session.chat(options.messages(asked), max_tokens, options.sampling)
             if templated

@@ -16,7 +16,8 @@ from dash_export.bundle import Bundle
 def command(bundle: Path, key: Path) -> None:
     """Sign BUNDLE and its builds as they are; sign again after a build.
 
-    Who gives your public key as --trusted-key to `run` and `serve`, or as DASH_EXPORT_TRUSTED_KEY, runs no other.
+    Give others your public key. With it as --trusted-key of `run` or `serve`, or as DASH_EXPORT_TRUSTED_KEY, only
+    bundles that you have signed are run.
     """
     signature = signing.sign(Bundle.open(bundle), key)
     click.echo(f"{signature}: signed. Check: dash-export run {quote(str(bundle))} --trusted-key PUBLIC")

@@ -1,5 +1,5 @@
-"""Measuring what skipping costs and saves: scores of texts and tasks, decode times, frontier, profile, pictures,
-report.
+"""Measuring what skipping costs and saves: scores of texts and tasks, decode times, rates, frontier, profile,
+pictures, report.
 
 This file holds the defaults of all measurements, and imports nothing.
 """
@@ -13,4 +13,6 @@ DENSE_SHARE = 0.5
 """Share of an answer task's context that is dense."""
 ROUNDS, TOKENS = 10, 128
 """Processes that time each candidate of a frontier, and the tokens that each decodes."""
+BENCH_PROMPT, BENCH_ROUNDS = 512, 6
+"""Tokens of a prompt, and processes that time each setting: six give an interval."""
 PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS = 8, 64, 8

@@ -5,13 +5,13 @@ All timestamps of a token cost about a microsecond, 0.02 % of a token that takes
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress
@@ -55,7 +55,6 @@ def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> 
         "setting": setting_record(candidate.setting),
         "target": candidate.runtime.build.target,
         "token_ms": spread(lane.wall, 1e-6),
-        "first_ms": spread(lane.first, 1e-6),
         "ratio": asdict(ratio),
         "layers": spread((lane.actions == 0).sum(axis=1)),
         "parts": {name: spread(values, 1e-3) for name, values in token_parts(lane).items()},
@@ -155,7 +154,7 @@ def profile(
         "machine": machine,
         "course": {"text": name, "context": context, "tokens": tokens, "windows": len(parts), "rounds": rounds},
         "lanes": profiles,
-        "units": {"token_ms, first_ms": "milliseconds", "parts, segments": "microseconds"},
+        "units": {"token_ms": "milliseconds", "parts, segments": "microseconds"},
     }, lanes
 
 
@@ -167,6 +166,6 @@ def this_machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": getattr(sys.modules.get("onnxruntime"), "__version__", None),  # of a GPU it is not loaded
         "dash_export": __version__,
     }

@@ -56,15 +56,15 @@ class Probe:
 
 @dataclass
 class Lane:
-    """A candidate and the stamps of its tokens. `first`: nanoseconds from the prompt to its first token, [rounds].
+    """A candidate and the stamps of its tokens.
 
-    Of the timed tokens of all rounds: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin
+    Of the timed tokens of all `rounds`: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin
     and end in nanoseconds of `time.perf_counter_ns`: of the engine that ran or bypassed each segment, of the decision,
     of sampling, and of the whole token; `skipped` bool and `damage` float32 [tokens, units].
     """
 
     candidate: Candidate
-    first: npt.NDArray[np.int64]
+    rounds: int
     ids: TokenIds
     positions: npt.NDArray[np.int64]
     stamps: npt.NDArray[np.int64]
@@ -81,7 +81,7 @@ class Lane:
         self.bypassed = np.zeros((len(self.ids), len(self.segments)), np.bool_)
         self.bypassed[:, self.gated] = self.skipped
         self.took: npt.NDArray[np.int64] = self.stamps[..., 1] - self.stamps[..., 0]
-        self.wall = self.took[:, WHOLE].reshape(len(self.first), -1)
+        self.wall = self.took[:, WHOLE].reshape(self.rounds, -1)
         self.actions = layer_actions(self.skipped.T, self.units, runtime.engines.model.num_layers)
 
 
@@ -97,16 +97,13 @@ def measure(
     """
     sessions = [candidate.session() for candidate in candidates]
     probes: dict[int, Probe] = {}
-    first: list[list[int]] = [[] for _ in candidates]
     rows: list[list[tuple[Any, ...]]] = [[] for _ in candidates]
     for number, index in in_turns(len(candidates), 1 + rounds, progress, "decoding"):
         session, ids = sessions[index], parts[number % len(parts)]
         start = len(ids) - FOUND - tokens
         session.reset()
         sampler, text = Sampler(Sampling()), TextStream(session.text.tokenizer)
-        began = perf_counter_ns()
         text.push(sampler(session.prefill(ids[:start]), session.tokens))
-        prefilled = perf_counter_ns() - began
         session.reserve(FOUND + tokens)
         step = session.bound(1)
         if not isinstance(step, BoundStep):
@@ -130,9 +127,8 @@ def measure(
             stamps = np.array(probes[index].stamps, np.int64).reshape(-1, 2)
             found.append((token, position, stamps, step.skipped[:, 0].copy(), step.damage[:, 0].copy()))
         if number:
-            first[index].append(prefilled)
             rows[index] += found[FOUND:]
     return [
-        Lane(candidate, np.array(own), *(np.array(column) for column in zip(*row, strict=True)))
-        for candidate, own, row in zip(candidates, first, rows, strict=True)
+        Lane(candidate, rounds, *(np.array(column) for column in zip(*row, strict=True)))
+        for candidate, row in zip(candidates, rows, strict=True)
     ]

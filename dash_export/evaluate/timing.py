@@ -70,7 +70,8 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
 class Timing:
     """Mean decode time of a candidate. `ratio`: its time as a fraction of the first candidate's build run densely;
     `low` and `high`: bounds of the ratio over rounds (both equal to it where there are too few); `milliseconds`: per
-    token; `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens.
+    token; `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens;
+    `prompt_ms`: to compute the whole prompt.
     """
 
     ratio: float
@@ -78,6 +79,7 @@ class Timing:
     high: float
     milliseconds: float
     predicted: float
+    prompt_ms: float
 
     def at(self, predicted: float) -> Timing:
         """Return this timing moved to other tokens, for which the cost table predicts `predicted`. A policy skips more
@@ -106,18 +108,20 @@ def decode_times(
     from dash_export.evaluate.intervals import over_rounds  # here: a process that only decodes needs no scipy
 
     others = candidates[1:] or candidates
-    seconds, ratios, predicted = np.zeros((3, len(others), len(parts)))
+    seconds, ratios, predicted, prompts, first_prompts = np.zeros((5, len(others), len(parts)))
     for number, index in in_turns(len(others), len(parts), progress, "decode time"):
         took = run_alone(others[index], parts[number].tolist(), context, candidates[0], number % 2 == 1)
         seconds[index, number], ratios[index, number], predicted[index, number] = (
             took.first_seconds, took.ratio, took.predicted
         )  # fmt: skip
-    milliseconds, timings = 1e3 * float(np.median(seconds)), list[Timing]()
-    for said, measured in zip(predicted.mean(axis=1).tolist(), ratios - predicted, strict=True):
-        more = over_rounds(trimmed, measured)
+        prompts[index, number], first_prompts[index, number] = took.prompt_seconds
+    milliseconds, first_prompt = 1e3 * float(np.median(seconds)), 1e3 * float(np.median(first_prompts))
+    timings = list[Timing]()
+    for index, said in enumerate(predicted.mean(axis=1).tolist()):
+        more, prompt = over_rounds(trimmed, ratios[index] - predicted[index]), 1e3 * float(np.median(prompts[index]))
         ratio = said + more.value
-        timings.append(Timing(ratio, said + more.low, said + more.high, milliseconds * ratio, said))
-    return [Timing(1.0, 1.0, 1.0, milliseconds, 1.0), *timings][-len(candidates) :]
+        timings.append(Timing(ratio, said + more.low, said + more.high, milliseconds * ratio, said, prompt))
+    return [Timing(1.0, 1.0, 1.0, milliseconds, 1.0, first_prompt), *timings][-len(candidates) :]
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,15 @@ class ProcessFigures:
     """Figures of one process, without its first `SETTLE` tokens where there are more. `first_seconds`: per token of the
     first candidate, the median of its turns; `predicted`: what the cost table predicts for the tokens, as a fraction of
     dense; `ratio`: that, plus how much longer the turns took (`trimmed`), each as a fraction of the first candidate's
-    turn beside it; `peak_memory`: most resident bytes.
+    turn beside it; `peak_memory`: most resident bytes; `prompt_seconds`: of the whole prompt, by the candidate and by
+    the first one.
     """
 
     first_seconds: float
     ratio: float
     predicted: float
     peak_memory: int
+    prompt_seconds: tuple[float, float]
 
 
 def run_alone(
@@ -171,8 +177,11 @@ def main() -> None:
             raise BundleError(f"{root} was replaced while it was measured: leave it alone, and measure again")
         candidates.append(Candidate(load(root, target), Setting(**setting)))
     sessions = [one.session() for one in (candidates[:1] if orders[0] == orders[1] else candidates)]
-    for session in sessions:
-        session.prefill(ids[:context])
+    prompts = [0.0] * len(sessions)
+    for index in range(len(sessions)) if loaded_last else reversed(range(len(sessions))):
+        began = time.perf_counter()
+        sessions[index].prefill(ids[:context])
+        prompts[index] = time.perf_counter() - began
     tokens, actions = ids[context:], list[Actions]()
     seconds = np.zeros((len(tokens), len(sessions)))
     for start in range(0, len(tokens), BLOCK):
@@ -185,7 +194,9 @@ def main() -> None:
     turns = _timed(seconds).mean(axis=1)
     said = np.array([candidates[0].taken(turn)[2] for turn in _timed(np.array(actions))])
     ratio = said.mean() + trimmed(turns[:, 0] / turns[:, -1] - said)
-    figures = ProcessFigures(float(np.median(turns[:, -1])), float(ratio), float(said.mean()), peak_memory())
+    figures = ProcessFigures(
+        float(np.median(turns[:, -1])), float(ratio), float(said.mean()), peak_memory(), (prompts[0], prompts[-1])
+    )
     print(json.dumps(asdict(figures)))
 
 

@@ -90,7 +90,12 @@ class Guide:
     def _check(self) -> None:
         if self._matcher.is_error():
             said = self._matcher.get_error().partition("\n")[0]
-            raise RequestError(f"The answer's grammar cannot go on ({said:.200}).")
+            raise RequestError(f"The answer's grammar cannot go on ({_in_words(said):.200}).")
+
+
+def _in_words(said: str) -> str:
+    """Return what llguidance says, for who does not know its codes."""
+    return said.replace("NoExtensionBias", "by it no token of this model may come next")
 
 
 def _without_gaps(tokenizer: Tokenizer) -> str:
@@ -141,7 +146,7 @@ class Guides:
                 except RequestError as error:  # a child that fails is not the client's fault
                     raise BackendError(str(error)) from error
                 if not good:
-                    raise RequestError(f"The grammar or schema cannot be read ({text:.300}).")
+                    raise RequestError(f"The grammar or schema cannot be read ({_in_words(text):.300}).")
                 self._tried[grammar] = float(text)
                 if len(self._tried) > _KEPT:
                     self._tried.popitem(last=False)

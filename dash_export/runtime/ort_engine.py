@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import Launch
-from dash_export.runtime.cpus import usable_cores
+from dash_export.runtime.cpus import allowed_processors, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,13 @@ _BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
 
 def start_thread_pool(threads: int) -> int:
     """Create the process-wide pool once and return its size; `threads` 0: one per physical core. ONNX Runtime cannot
-    change the pool: a later, different wish is logged. Raises BackendError where the pool cannot be created.
+    change the pool: a later, different wish is logged, and so is one for more threads than processors, which is cut.
+    Raises BackendError where the pool cannot be created.
     """
     global _pool_threads
+    if threads > (most := len(allowed_processors())):
+        logger.warning("%d threads on %d processors would wait for each other: %d are taken", threads, most, most)
+        threads = most
     wanted = threads or usable_cores()
     with _pool_lock:
         if _pool_threads is None:

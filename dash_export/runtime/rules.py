@@ -1,7 +1,7 @@
 """Rules, which decide the actions of a token, and how a session's setting becomes its rule."""
 
-from collections.abc import Iterable
-from math import exp, log
+from collections.abc import Iterable, Sequence
+from math import exp, floor, log
 from typing import Protocol
 
 import numpy as np
@@ -11,16 +11,19 @@ from dash_export.decision import (
     OWN,
     Damages,
     DecisionRule,
+    DialPoint,
     Setting,
     Skips,
     check_max_layers,
     decision_rule,
-    trade_off_for,
     units_of,
 )
 from dash_export.errors import PolicyError
 from dash_export.manifest import Build, CostTable, ModelFacts, PolicyFacts
 from dash_export.runtime.own_policy import OwnRule, State, load_policy
+
+_ROUNDING = 1e-9
+"""Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 
 
 class Rule(Protocol):
@@ -148,7 +151,60 @@ def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, bui
         time = 1.0 - sum(build.cost.cost[place] for place in order[:count])
         if skipped >= wanted if setting.budget is None else time <= setting.budget + 1e-9:
             return order[:count]
-    raise PolicyError(
-        f"That is more than the policy 'static' can give: with all of its units skipped a token runs "
-        f"{model.num_layers - skipped} of {model.num_layers} layers and takes {time:.3f} of the dense time."
+    if setting.budget is not None:
+        raise out_of_reach(1 - time, budget=setting.budget)
+    raise out_of_reach(skipped, skipped=wanted)
+
+
+def trade_off_for(
+    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> float:
+    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
+    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
+    when there is no table, or when the amount is beyond what the policy reaches.
+    """
+    if not dial:
+        raise PolicyError(
+            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
+            "`dash-export build` on the device; or give the trade-off itself."
+        )
+    points = sorted(dial, key=lambda point: point.trade_off)
+    if budget is not None:
+        wanted, amounts = 1 - budget, [1 - point.time for point in points]
+    elif skipped is not None:
+        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
+    else:
+        assert max_kl is not None
+        wanted, amounts = max_kl, [point.kl for point in points]
+    after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
+    if after is None:
+        raise out_of_reach(max(amounts), budget=budget, skipped=skipped, max_kl=max_kl)
+    before = max(0, after - 1)
+    rise = amounts[after] - amounts[before]
+    share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
+    high = points[after].trade_off
+    low = points[before].trade_off or high / 2
+    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
+    # dense on it begins at half the first one that skips: far below that nothing is skipped.
+    return low * (high / low) ** share if high else 0.0
+
+
+def out_of_reach(
+    most: float, *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> PolicyError:
+    """Return the error for the amount that is given, beyond what a policy reaches with all its units skipped: `most`,
+    of the time saved or of the amount. The limit that it tells is rounded so that it may be asked for.
+    """
+    if budget is not None:
+        asked, limit, end = f"A budget of {budget:g} is below", 1 - _floor(most, 3), "least"
+    elif skipped is not None:
+        asked, limit, end = f"Skipping {skipped:g} layers of a token is above", _floor(most, 2), "most"
+    else:
+        asked, limit, end = f"A KL of {max_kl:g} nats is above", _floor(most, 4), "most"
+    return PolicyError(
+        f"{asked} the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
     )
+
+
+def _floor(amount: float, digits: int) -> float:
+    return floor(round(10.0**digits * amount, 6)) / 10.0**digits

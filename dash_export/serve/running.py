@@ -138,7 +138,8 @@ async def begin(
             max_tokens = max(1, min(LIKELY // each, scheduler.context - len(ids)))
         if each * max_tokens > LIKELY:
             raise RequestError(
-                f"logprobs: up to {each * max_tokens} would be told, {LIKELY} are the most: ask for fewer tokens."
+                f"logprobs: this request could get {each * max_tokens} of them, and {LIKELY} are the most. Lower "
+                "max_tokens, or the number of likely tokens beside each."
             )
     try:
         for place, guide in enumerate(guides):

@@ -115,6 +115,7 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     recipe = tmp_path / "mine.toml"
     text = (Path(__file__).parents[2] / "engines" / "l4.toml").read_text()
     recipe.write_text(text.replace('"8.9"', '"9.9"'))
+    (tmp_path / "kit").mkdir()  # an empty folder is filled
     kit = write_kit(Bundle.open(tiny_root), str(recipe), {"weights": "int8"}, "", tmp_path / "kit")
     record = json.loads((kit / "kit.json").read_text())
     assert record["command"] == ["build", "./tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 import pytest
 
 from dash_export.bundle import Bundle
-from dash_export.targets import recipe_names
 from tests.commands.helpers import DISK_FULL, dash, done, refused
 from tests.tiny import TINY_UNITS
 
@@ -48,11 +47,6 @@ def test_model_with_a_trained_policy(model: Path, trained: Path, tmp_path: Path)
     assert "calibrating the dial" in result.stderr
     assert "dash-export train" not in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"
-
-
-def test_list_targets() -> None:
-    result = done("build", "--list-targets")
-    assert all(name in result.stdout for name in recipe_names())
 
 
 @pytest.mark.parametrize("option", [("-o", "x.dash"), ("--units", "2"), ("--policy", "untrained")])

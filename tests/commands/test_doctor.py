@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,12 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["h100"] == {
         "target": "h100", "build": False, "run": False, "kit": True, "reason": reason, "install": "",
     }  # fmt: skip
-    assert "no device. There is no NVIDIA driver" in dash("doctor").stdout
+    told = dash("doctor").stdout
+    assert "no device. There is no NVIDIA driver" in told
+    assert re.search(r"h100 +on the device +no +it needs", told)
+    assert (
+        "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, " in told
+    )
     lacking(monkeypatch, "tensorrt_rtx")
     assert rows()["rtx"]["install"] == "pip install 'dash-export[rtx]'"
 

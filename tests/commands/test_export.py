@@ -94,6 +94,28 @@ def test_a_policy_that_does_not_fit_writes_nothing(trained: Path, tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["export", "build"])
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("photos", "is not a bundle: it will not be overwritten"),
+        ("photos/cat.jpg", "is not a bundle: it will not be overwritten"),
+        ("photos/cat.jpg/x.dash", "cat.jpg may not be written in"),
+        ("link", "is a link that points nowhere"),
+    ],
+)
+def test_a_wrong_output_is_told_before_the_model_is_read(
+    command: str, output: str, said: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Mock(side_effect=AssertionError("read"))
+    monkeypatch.setattr("dash_export.models.open_checkpoint", read)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert said in refused(command, model, "-o", tmp_path / output)
+    assert not read.called
+
+
 def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, trained: Path) -> None:
     """One that lies in what is replaced, and a damaged one."""
     inside = Path(shutil.copy(trained, own_bundle / "onnx" / "mine.safetensors"))

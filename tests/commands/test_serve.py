@@ -81,7 +81,7 @@ main()
 
 def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
     assert "give an --api-key" in refused("serve", tiny_root, *FP32, "--host", "0.0.0.0")
-    assert "is not a finished bundle" in refused("serve", tmp_path)
+    assert "a folder that is no bundle" in refused("serve", tmp_path)
     assert "Two bundles are called tiny" in refused("serve", tiny_root, tiny_root, *FP32)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot be listened to" in refused("serve", tiny_root, *FP32, "--port", taken.getsockname()[1])

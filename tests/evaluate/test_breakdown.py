@@ -53,7 +53,7 @@ def test_every_launch_has_a_stamp_and_so_has_the_decision(lanes: list[Lane]) -> 
     """In the order of the segments, one after the other; the decision before the first unit, the third."""
     for lane in lanes:
         assert lane.ids.shape == (ROUNDS * TOKENS,)
-        assert lane.first.shape == (ROUNDS,)
+        assert lane.wall.shape == (ROUNDS, TOKENS)
         order = [WHOLE, 0, 1, DECISION, *range(2, len(lane.segments)), SAMPLING]
         begins, ends = lane.stamps[:, order, 0], lane.stamps[:, order[1:], 1]
         assert (begins[:, 1:-1] <= ends[:, :-1]).all()

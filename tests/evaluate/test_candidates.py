@@ -23,7 +23,7 @@ def test_settings_at(runtime: DashRuntime) -> None:
         "token, skipped 2",
     ]
     assert [told["label"] for told in refused] == ["static, skipped 99", "token, skipped 99"]
-    assert "Skipping 99 layers is more than this policy can give" in refused[1]["reason"]
+    assert "Skipping 99 layers of a token is above the 3 that this policy reaches" in refused[1]["reason"]
     assert refused[1]["setting"] == {"kind": "token", "skipped": 99.0}
     with pytest.raises(PolicyError, match="none of the settings"):
         settings_at(runtime, ("token",), "skipped", (99.0,))

@@ -29,7 +29,7 @@ def point(kind: str, time: float, kl: float = 0.1, more: float = 0.0, spread: fl
         "perplexity_ratio": Interval(1 + more, 1 + more - spread, 1 + more + spread),
     }
     quality = Result(build, Setting(kind), 100, 30.0, time, 4, figures)
-    return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time))
+    return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time, 9.0))
 
 
 def test_exchange_rate() -> None:
@@ -49,13 +49,15 @@ def test_exchange_rate() -> None:
     assert [lopsided.value, lopsided.low, lopsided.high] == pytest.approx(expected)
     assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
-    few = replace(point("token", 0.9, more=0.02, spread=0.01), timing=Timing(0.9, 0.9, 0.9, 5.0, 0.9)).exchange_rate
+    few = replace(
+        point("token", 0.9, more=0.02, spread=0.01), timing=Timing(0.9, 0.9, 0.9, 5.0, 0.9, 9.0)
+    ).exchange_rate
     assert few is not None
     assert few.low == few.value == few.high == pytest.approx(0.2), "of too few rounds"
 
 
 def test_little_that_is_surely_saved_makes_a_rate_that_may_be_high() -> None:
-    paid = replace(point("token", 0.896, more=0.018), timing=Timing(0.896, 0.85, 0.964, 5.0, 0.9)).exchange_rate
+    paid = replace(point("token", 0.896, more=0.018), timing=Timing(0.896, 0.85, 0.964, 5.0, 0.9, 9.0)).exchange_rate
     assert paid is not None
     assert (paid.low, paid.high) == pytest.approx((0.018 / 0.15, 0.018 / 0.036))
 
@@ -78,7 +80,7 @@ def test_the_token_policy_at_equal_time() -> None:
     points += [point("static", 0.95, 0.1), point("static", 0.85, 0.4), point("static", 0.7, 0.5)]
     points += [point("dense", 0.9, 0.2, build="pruned"), point("dense", 1.3, 0.01, build="int8")]
     assert token_kl_share(points) == pytest.approx([None, None, None, 0.5, 0.5, None, 0.5, None])
-    unsure = replace(points[1], timing=Timing(0.9, 0.7, 1.1, 5.0, 0.9))
+    unsure = replace(points[1], timing=Timing(0.9, 0.7, 1.1, 5.0, 0.9, 9.0))
     assert token_kl_share([points[0], unsure, points[2], points[6]])[3] == pytest.approx(0.15 / 0.2)
     assert token_kl_share([points[0], points[3]]) == [None, None]
 

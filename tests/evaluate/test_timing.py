@@ -55,7 +55,7 @@ def test_who_is_slower(
 ) -> None:
     """By a clock on which a dense token takes 2 seconds; another one saves a share of what the cost table says, and
     takes half a second more; but the first of each turn, and those that settle, take an hour. The mean counts, however
-    skips cluster, and whatever the cost table says.
+    skips cluster, and whatever the cost table says. Its prompt takes 9 seconds, dense's takes 5.
     """
     said, asked = list[str](), Candidate(runtime, SETTINGS[2])
 
@@ -67,7 +67,7 @@ def test_who_is_slower(
         stopped.setattr(subprocess, "run", stop)
         with pytest.raises(BackendError, match="stop"):
             run_alone(asked, random_ids(84).tolist(), 20, Candidate(runtime, SETTINGS[0]))
-    sound, now, decoded = Session.decode_one, [0.0], Counter[Session]()
+    sound, prefill, now, decoded = Session.decode_one, Session.prefill, [0.0], Counter[Session]()
     monkeypatch.setattr(Session, "__hash__", object.__hash__)
 
     def slow(self: Session, token: int) -> Any:
@@ -78,13 +78,19 @@ def test_who_is_slower(
         now[0] += took if place >= SETTLE and place % BLOCK >= FOUND else 3600.0
         return done
 
+    def slow_prompt(self: Session, ids: list[int]) -> Any:
+        now[0] += 9.0 if self.rules.rule.asks else 5.0
+        return prefill(self, ids)
+
     monkeypatch.setattr(Session, "decode_one", slow)
+    monkeypatch.setattr(Session, "prefill", slow_prompt)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys, "stdin", io.StringIO(said[0]))
     main()
     found = json.loads(capsys.readouterr().out)
     assert found["ratio"] == pytest.approx(1 - share * (1 - found["predicted"]) + 0.25)
     assert (found["first_seconds"], 0 < found["predicted"] < 1) == (2.0, True)
+    assert found["prompt_seconds"] == [9, 5]
 
 
 def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,13 +102,14 @@ def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monke
         assert first is candidates[0]
         ran.append(candidate)
         orders.append(last)
-        return ProcessFigures(0.01, 0.5 if candidate is candidates[1] else 0.8, 0.6, 1)
+        return ProcessFigures(0.01, 0.5 if candidate is candidates[1] else 0.8, 0.6, 1, (0.4, 0.3))
 
     monkeypatch.setattr(timing, "run_alone", run)
     dense, one, other = decode_times(candidates, [random_ids(4)] * 3, 2)
     assert (dense.ratio, dense.milliseconds, dense.predicted) == (1, 10, 1)
     assert (one.ratio, one.milliseconds, one.predicted) == pytest.approx((0.5, 5, 0.6))
     assert (other.ratio, other.milliseconds) == pytest.approx((0.8, 8))
+    assert (dense.prompt_ms, one.prompt_ms) == pytest.approx((300, 400))
     assert len(ran) == 6
     assert candidates[0] not in ran
     assert orders == [False, False, True, True, False, False], "which is loaded first changes from round to round"
@@ -165,12 +172,12 @@ def test_a_process_times_what_was_judged(own_bundle: Path) -> None:
 
 
 def test_time_is_moved_to_the_tokens_of_the_quality() -> None:
-    timing = Timing(0.9, 0.88, 0.94, 5.0, 0.8)
+    timing = Timing(0.9, 0.88, 0.94, 5.0, 0.8, 9.0)
     moved = timing.at(0.6)
     assert (moved.ratio, moved.low, moved.high, moved.predicted) == pytest.approx((0.8, 0.76, 0.88, 0.6))
     assert moved.milliseconds == pytest.approx(5.0 * 0.8 / 0.9)
-    assert Timing(0.99, 0.9, 1.0, 5.0, 0.99).at(0.6).ratio == 0.99
-    dearer = Timing(0.97, 0.95, 0.99, 5.0, 0.97).at(1.004)
+    assert Timing(0.99, 0.9, 1.0, 5.0, 0.99, 9.0).at(0.6).ratio == 0.99
+    dearer = Timing(0.97, 0.95, 0.99, 5.0, 0.97, 9.0).at(1.004)
     assert dearer.low < dearer.ratio < dearer.high
 
 

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dash_export.runtime.guidance import _without_gaps, json_grammar
+from dash_export.errors import RequestError
+from dash_export.runtime.guidance import Guide, _without_gaps, json_grammar
 from dash_export.runtime.text import Text
 from tests.models.helpers import tiny_tokenizer
 
@@ -31,3 +33,15 @@ def test_an_end_beyond_a_gap_in_the_ids_is_one(end: int, others: list[int], tmp_
     guide.take(four)
     assert np.flatnonzero(np.isfinite(guide.allowed(logits))).tolist().count(end) == 1
     assert guide.take(end)
+
+
+def test_a_grammar_that_allows_no_token(tmp_path: Path) -> None:
+    """Is told in words, not in llguidance's codes: at the beginning, and later."""
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 257}')
+    nothing = r"start: /[^\x00-\U0010ffff]/"
+    with pytest.raises(RequestError, match=r"cannot be read \(by it no token of this model may come next\)\.$"):
+        Text(tmp_path).guides.guide(nothing)
+    matcher = Mock(is_error=lambda: True, get_error=lambda: "NoExtensionBias\n<non-verbose/>")
+    with pytest.raises(RequestError, match=r"cannot go on \(by it no token of this model may come next\)\.$"):
+        Guide(matcher).take(5)

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import onnx
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.ort_engine import check_heads, fitted_shape
+from dash_export.runtime import ort_engine
+from dash_export.runtime.ort_engine import check_heads, fitted_shape, start_thread_pool
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,20 @@ def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
         assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", given]
     monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION")
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", "1"]
+
+
+def test_more_threads_than_processors_are_cut(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ort_engine, "_pool_threads", None)
+    monkeypatch.setattr(ort_engine, "allowed_processors", lambda: {0, 1})
+    monkeypatch.setattr(ort_engine.ort, "set_global_thread_pool_sizes", begun := Mock())
+    assert start_thread_pool(1024) == 2
+    begun.assert_called_once_with(2, 1)
+    assert caplog.messages == ["1024 threads on 2 processors would wait for each other: 2 are taken"]
+    caplog.clear()
+    assert start_thread_pool(2) == 2
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(("name", "count", "good"), [

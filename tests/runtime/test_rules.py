@@ -11,7 +11,7 @@ from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable, DialPoint
-from dash_export.runtime.rules import HOLD_RANGE, SessionRules, session_rules
+from dash_export.runtime.rules import HOLD_RANGE, SessionRules, session_rules, trade_off_for
 from tests.tiny import TINY_UNITS, random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
@@ -48,10 +48,10 @@ def test_static_skips_the_fewest_units_that_are_as_much(
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no-unit": ({"skip": [0]}, r"Layers 0 are not whole units\. Units of this policy: 2-3,4"),
-    "static-too-many": ({"policy": "static", "skipped": 4}, "more than the policy 'static' can give.* 3 of 6 layers"),
-    "static-too-fast": ({"policy": "static", "budget": 0.01}, "more than the policy 'static' can give"),
+    "static-too-many": ({"policy": "static", "skipped": 4}, "Skipping 4 layers .* above the 3 that .* at most that"),
+    "static-too-fast": ({"policy": "static", "budget": 0.01}, "A budget of 0.01 is below the 0.* at least that"),
     "static-bound": ({"policy": "static", "max_layers": 2}, "from 3 to 6"),
-    "token-too-many": ({"skipped": 3.5}, r"skip 3\.00 layers"),
+    "token-too-many": ({"skipped": 3.5}, "Skipping 3.5 layers .* above the 3 that"),
     "token-bound": ({"max_layers": 1}, "from 3 to 6"),
 }
 
@@ -146,3 +146,54 @@ def test_a_held_budget_is_scored_as_calibrated(tiny_runtime: LoadRuntime) -> Non
         score, free = held.score(ids), live.session("token", budget=0.9, hold=False).score(ids)
         assert np.any(score.actions)
         np.testing.assert_array_equal(score.actions, free.actions)
+
+
+DIAL = [
+    DialPoint(0.0, 30, 1.0, 0.0),
+    DialPoint(2.0, 26, 0.9, 0.1),
+    DialPoint(4.0, 27, 0.92, 0.05),  # tables are measured: they mostly rise and fall
+    DialPoint(6.0, 22, 0.8, 0.2),
+    DialPoint(9.0, 20, 0.75, 0.5),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"budget": 1.0}, 0.0),
+        ({"budget": 0.9}, 2.0),
+        ({"budget": 0.86}, 24**0.5),  # halfway from 4 to 6, geometrically
+        ({"budget": 0.75}, 9.0),
+        ({"skipped": 2}, 2**0.5),  # from half the first on
+        ({"skipped": 9}, 54**0.5),
+        ({"max_kl": 0}, 0.0),
+        ({"max_kl": 0.125}, 24**0.5),
+        (
+            {"budget": 0.7},
+            r"^A budget of 0\.7 is below the 0\.75 that this policy reaches with all its units skipped: "
+            r"give at least that\.$",
+        ),
+        ({"skipped": 10.5}, r"^Skipping 10\.5 layers of a token is above the 10 that .* give at most that\.$"),
+        ({"max_kl": 0.6}, r"^A KL of 0\.6 nats is above the 0\.5 that .* give at most that\.$"),
+    ],
+)
+def test_the_dial(asked: dict[str, float], expected: float | str) -> None:
+    if isinstance(expected, float):
+        assert trade_off_for(DIAL[::-1], **asked) == pytest.approx(expected)
+        return
+    with pytest.raises(PolicyError, match=expected):
+        trade_off_for(DIAL, **asked)
+    with pytest.raises(PolicyError, match="no calibrated dial"):
+        trade_off_for([], **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [({"budget": 0.1}, 0.329), ({"skipped": 25.0}, 20.12), ({"max_kl": 9.0}, 1.2345)],
+)
+def test_the_limit_that_is_told_may_be_asked_for(asked: dict[str, float], limit: float) -> None:
+    """It is rounded towards what the policy gives."""
+    dial = [DialPoint(0.0, 30, 1.0, 0.0), DialPoint(9.0, 30 - 20.1287, 0.32812, 1.23459)]
+    with pytest.raises(PolicyError, match=rf"the {limit} that"):
+        trade_off_for(dial, **asked)
+    assert 8.9 < trade_off_for(dial, **dict.fromkeys(asked, limit)) <= 9.0

@@ -155,7 +155,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "wrong amount": ({"dash": {"budgte": 0.9}}, 400, "dash.budgte"),
     "code of the server's": ({"dash": {"policy": "os:system"}}, 400, "dash.policy"),
     "code of the server's by name": ({"model": "tiny@policy=os:system"}, 400, "policy"),
-    "too much": ({"dash": {"budget": 0.01}}, 400, "more than this policy can give"),
+    "too much": ({"dash": {"budget": 0.01}}, 400, "A budget of 0.01 is below the 0."),
     "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny."),
     "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),
     "alias twice": ({"model": "tiny@budget=0.9,budget=0.8"}, 400, "each once"),

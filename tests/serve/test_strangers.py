@@ -79,7 +79,9 @@ def test_likelihoods_are_bounded(stream: bool, http: httpx.Client, monkeypatch: 
     assert http.post(CHAT, json={"model": "tiny"} | body).status_code == 200
     reply = http.post(CHAT, json={"model": "tiny"} | body | {"max_tokens": 21})
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith("logprobs: up to 315 would be told, 300 are the most")
+    assert reply.json()["error"]["message"].startswith(
+        "logprobs: this request could get 315 of them, and 300 are the most. Lower max_tokens"
+    )
 
 
 def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

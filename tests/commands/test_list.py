@@ -1,0 +1,13 @@
+"""`list`: what comes with the package. The bundles in the cache: tests/test_hub.py."""
+
+from dash_export.advice import shipped_policies
+from dash_export.targets import recipe_names
+from tests.commands.helpers import done
+
+
+def test_targets_and_policies() -> None:
+    listed = done("list").stdout
+    rows = {line.split()[0]: line for line in listed.splitlines() if line.strip()}
+    assert {*recipe_names(), *shipped_policies()} <= rows.keys()
+    assert rows["cpu"].split()[1:3] == ["onnxruntime", "int4"]
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in rows["smollm2-135m-instruct"]

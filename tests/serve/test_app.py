@@ -253,7 +253,7 @@ def test_what_is_no_request(http: httpx.Client) -> None:
 def test_a_key(serve: Serve) -> None:
     """Of any letters."""
     for key in ("geheimnis-\u00fc", "secret"):
-        address = serve(key=key)
+        address = serve(keys=[key])
         assert httpx.get(f"{address}/health").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
         for given, status in ((key, 200), ("wrong", 401), (key[:-1], 401), (f"{key}s", 401), ("geheimnis-u", 401)):

@@ -259,6 +259,9 @@ def test_a_key(serve: Serve) -> None:
         for given, status in ((key, 200), ("wrong", 401), (key[:-1], 401), (f"{key}s", 401), ("geheimnis-u", 401)):
             reply = httpx.get(f"{address}/v1/models", headers={"authorization": f"Bearer {given}".encode()})
             assert reply.status_code == status
+        for form, status in (("bearer ", 200), ("BEARER  ", 200), ("", 401), ("Basic ", 401), ("Bearer", 401)):
+            reply = httpx.get(f"{address}/v1/models", headers={"authorization": f"{form}{key}".encode()})
+            assert reply.status_code == status, form
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
 

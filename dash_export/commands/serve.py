@@ -1,5 +1,6 @@
 """`dash-export serve`: bundles behind OpenAI's API."""
 
+import gc
 import logging
 import resource
 import signal
@@ -136,6 +137,7 @@ def command(
     shown = listener.getsockname()[1]
     address = f"http{'s' * (ssl_certfile is not None)}://{f'[{host}]' if ':' in host else host}:{shown}"
     click.echo(printable(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)"), err=True)
+    gc.freeze()  # the models live on: who connects does not wait while they are looked through
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all answers have ended: exit code 0
     http.run(sockets=[listener])
 

@@ -6,6 +6,7 @@ bounds the bytes, but parses in Python: one connection can keep it busy for seco
 
 import asyncio
 import json
+from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -54,7 +55,7 @@ class Door(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's own loop reads it
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's transport reads so much at a time
         self._address = self.client[0] if self.client else ""
         self._heads.connections[self._address] += 1
         most = self._heads.most
@@ -155,6 +156,7 @@ class Loop(asyncio.SelectorEventLoop):
 
     async def create_server(self, *given: Any, **named: Any) -> asyncio.Server:  # type: ignore[override]
         seconds = HEAD_SECONDS if named.get("ssl") else None
+        SSLProtocol.max_size = READ_BYTES  # the buffer of each connection, else 256 kB
         return await super().create_server(*given, ssl_handshake_timeout=seconds, **named)
 
 

@@ -154,9 +154,9 @@ class Door(HttpToolsProtocol):
 class Loop(asyncio.SelectorEventLoop):
     """asyncio's event loop, where a client's TLS handshake may take HEAD_SECONDS, too."""
 
-    async def create_server(self, *given: Any, **named: Any) -> asyncio.Server:  # type: ignore[override]
+    async def create_server(self, *given: Any, **named: Any) -> asyncio.Server:
         seconds = HEAD_SECONDS if named.get("ssl") else None
-        SSLProtocol.max_size = READ_BYTES  # the buffer of each connection, else 256 kB
+        SSLProtocol.max_size = READ_BYTES  # type: ignore[attr-defined]  # the buffer of each connection, else 256 kB
         return await super().create_server(*given, ssl_handshake_timeout=seconds, **named)
 
 

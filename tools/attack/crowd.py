@@ -64,7 +64,7 @@ async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, numbe
     for place in range(len(SLOW)):
         writer.write(SLOW[place : place + 1])
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(reader.read(1), 2 + number % 3)
+            await asyncio.wait_for(reader.read(1), 3 + number % 5)
             return
 
 

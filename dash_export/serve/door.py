@@ -61,6 +61,7 @@ class Door(HttpToolsProtocol):
         most = self._heads.most
         if most is not None and self._heads.connections[self._address] > most:
             self._refuse(HttpError(429, f"More than {most} connections of one address: close some."))
+            self.transport.close()  # at once: it must not count for longer
         else:
             self._late = self.loop.call_later(HEAD_SECONDS, self._too_late)
 

@@ -39,7 +39,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",
     "scipy": "eval",
-    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "llguidance"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "pydantic", "llguidance"), "serve"),
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"

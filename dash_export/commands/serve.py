@@ -1,10 +1,12 @@
 """`dash-export serve`: bundles behind OpenAI's API."""
 
+import gc
 import logging
 import resource
+import signal
+import socket
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -37,9 +39,20 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
               "requests that do not say how much they skip, skip what that needs.")  # fmt: skip
 @click.option("--least", default=0.85, show_default=True, type=click.FloatRange(0.01, 1),
               help="With --pace: the lowest budget that is granted.")  # fmt: skip
-@click.option("--api-key", envvar="DASH_EXPORT_API_KEY", help="What clients must send (or DASH_EXPORT_API_KEY).")
+@click.option("--served-model-name", "names", multiple=True, metavar="NAME",
+              help="Instead of the folder's name; once for each bundle, in their order.")  # fmt: skip
+@click.option("--ctx-size", type=click.IntRange(min=1), metavar="N",
+              help="Most tokens of a prompt and its answer; by default as many as model and memory allow.")  # fmt: skip
+@click.option("--api-key", "keys", multiple=True, envvar="DASH_EXPORT_API_KEY",
+              help="What clients must send; repeatable (or DASH_EXPORT_API_KEY, several apart by spaces).")  # fmt: skip
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Further keys, one a line.")
 @click.option("--no-key", is_flag=True, help="Listen to others without a key.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may ask; repeatable.")
+@click.option("--ssl-certfile", type=click.Path(path_type=Path), metavar="PEM", help="For https: the certificate.")
+@click.option("--ssl-keyfile", type=click.Path(path_type=Path), metavar="PEM",
+              help="Its private key, if the certificate's file does not hold it.")  # fmt: skip
+@click.option("--connections", type=click.IntRange(min=1), metavar="N",
+              help="Connections that an address may have; more are answered with 429.")  # fmt: skip
 @click.option("--deadline", type=click.IntRange(1, 10**6), help="Seconds a request may take, queue and all.")
 @click.option("--drain", default=30, show_default=True, type=click.IntRange(0, 3600),
               help="Seconds that answers may take to end after SIGTERM.")  # fmt: skip
@@ -49,47 +62,53 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
               help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int | None,
-    waiting: int, budget: float | None, pace: float | None, least: float, api_key: str | None, no_key: bool,
-    cors: tuple[str, ...], deadline: int | None, drain: int, logs: bool, write_triton: Path | None
+    waiting: int, budget: float | None, pace: float | None, least: float, names: tuple[str, ...], ctx_size: int | None,
+    keys: tuple[str, ...], api_key_file: Path | None, no_key: bool, cors: tuple[str, ...], ssl_certfile: Path | None,
+    ssl_keyfile: Path | None, connections: int | None, deadline: int | None, drain: int, logs: bool,
+    write_triton: Path | None
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
     /health, /metrics, /openapi.json, and a page to try it at /. A request for the model `auto` is answered by the first
     of several bundles that has time for it, or else by the last: give the best one first, the fastest one last.
     """
-    import uvicorn
-
     from dash_export.runtime.cpus import available_memory
     from dash_export.serve.app import AUTO, Server
+    from dash_export.serve.door import HttpServer
     from dash_export.serve.metrics import log
     from dash_export.serve.scheduler import Scheduler
     from dash_export.serve.triton import write_repository
 
     if write_triton is not None:
         check_outside_bundles(write_triton / "model")
-        if budget or pace or deadline or cors or trusted_key or logs:
+        if budget or pace or deadline or cors or trusted_key or logs or ctx_size:
             raise RequestError(
-                "A model for Triton has none of --budget, --pace, --deadline, --cors, --log and --trusted-key: leave "
-                "them out (DASH_EXPORT_TRUSTED_KEY where Triton runs is heeded)."
+                "A model for Triton has none of --budget, --pace, --deadline, --cors, --log, --ctx-size and "
+                "--trusted-key: leave them out (DASH_EXPORT_TRUSTED_KEY where Triton runs is heeded)."
             )
-    elif host not in LOCAL and not (api_key or no_key):
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise RequestError("--ssl-keyfile is of no use alone: give the --ssl-certfile that it belongs to.")
+    keys = known_keys(keys, api_key_file)
+    if names and len(names) != len(bundles):
+        raise RequestError(f"{len(bundles)} bundles have {len(names)} names: give a --served-model-name for each.")
+    if write_triton is None and host not in LOCAL and not (keys or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
     served: dict[str, Scheduler] = {}
     runtimes = [load_runtime(bundle, target, trusted_key=trusted_key) for bundle in bundles]
     memory = available_memory() // 2 // len(bundles)
     alone = None if budget is None else Setting("token", budget=budget)
-    for runtime in runtimes:
-        name = runtime.bundle.name
-        if name in served or name in (".", "..", AUTO) or "@" in name:
-            raise RequestError(f"Two bundles are called {name}, or it is no name for a model: rename the folder.")
+    for runtime, name in zip(runtimes, names or [one.bundle.name for one in runtimes], strict=True):
+        if name in served or name in ("", ".", "..", AUTO) or "@" in name:
+            raise RequestError(f"Two bundles are called {name}, or it is no name for a model: --served-model-name.")
+        if ctx_size is not None and ctx_size > (most := runtime.engines.model.max_positions):
+            raise RequestError(f"--ctx-size {ctx_size} is more than the {most} positions of {name}.")
         bends = len(runtimes) == 1 or runtime.bundle.manifest.policy.has_network  # beside others one may be dense
         served[name] = one = Scheduler(
             runtime, rows=rows, waiting=waiting, alone=alone if bends else None, memory=memory, least=least,
-            pace=pace / 1000 if pace is not None and bends else None,
+            pace=pace / 1000 if pace is not None and bends else None, context=ctx_size,
         )  # fmt: skip
-        if one.context < (most := runtime.engines.model.max_positions):
-            click.echo(
-                f"{name}: {one.context} of its {most} positions for each of {one.size} rows (free memory).", err=True
-            )
+        if one.short:
+            said = f"{name}: {one.context} of {ctx_size or runtime.engines.model.max_positions} positions"
+            click.echo(f"{said} for each of {one.size} rows (free memory).", err=True)
     if write_triton is not None:
         written = write_repository(write_triton, served)
         click.echo(printable(f"Written to {', '.join(map(str, written))}"))
@@ -99,26 +118,41 @@ def command(
         log.setLevel(logging.INFO)
         log.propagate = False
     hosts = LOCAL if host in LOCAL else None
-    server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
+    server = Server(served, keys=keys, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
     raise_open_file_limit()
-    config = uvicorn.Config(server.app, host, port, log_level="warning", timeout_graceful_shutdown=drain + 5)
     try:
-        socket = config.bind_socket()
-    except SystemExit:  # uvicorn has logged why
-        raise OutputError(
-            f"{host}:{port} cannot be listened to: another program may have it. Choose a --port."
+        http = HttpServer(server.app, connections, drain, server.drain, ssl_certfile, ssl_keyfile)
+    except OSError as error:
+        raise RequestError(
+            f"{ssl_certfile} and its key cannot be used ({error.strerror or error}): give --ssl-certfile a certificate "
+            "in PEM, and --ssl-keyfile the private key that belongs to it."
         ) from None
-    socket.listen(128)  # clients that connect before the server is up wait
-    shown = socket.getsockname()[1]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{shown}"
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)  # clients that connect before it is up wait
+    except OSError as error:
+        raise OutputError(
+            f"{host}:{port} cannot be listened to: {(error.strerror or str(error)).lower()}. Choose another --port."
+        ) from None
+    shown = listener.getsockname()[1]
+    address = f"http{'s' * (ssl_certfile is not None)}://{f'[{host}]' if ':' in host else host}:{shown}"
     click.echo(printable(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)"), err=True)
+    gc.freeze()  # the models live on: who connects does not wait while they are looked through
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all answers have ended: exit code 0
+    http.run(sockets=[listener])
 
-    class Draining(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            server.drain()
-            super().handle_exit(sig, frame)
 
-    Draining(config).run(sockets=[socket])
+def known_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """Return all keys, those of a file's lines too. Raises RequestError for one that is empty, or cannot be sent."""
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--api-key-file {file} cannot be read: {error}") from None
+        keys += tuple(line.strip() for line in lines if line.strip()) or ("",)
+    if not all(key and key == key.strip() for key in keys):
+        raise RequestError("An API key is empty, or begins or ends with a space: give one that clients can send.")
+    return keys
 
 
 def raise_open_file_limit() -> None:

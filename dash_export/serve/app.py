@@ -50,22 +50,24 @@ class Server:
         self,
         served: Mapping[str, Scheduler],
         *,
-        key: str | None = None,
+        keys: Collection[str] = (),
         origins: Sequence[str] = (),
         hosts: Collection[str] | None = None,
         deadline: float | None = None,
         drain: float = 30.0,
     ) -> None:
-        """Build `app`. `served`: schedulers by model name. `origins`: web pages that may send requests. `hosts`: names
-        that this server answers to, by default all. `drain`: seconds that answers have to end when the server stops.
+        """Build `app`. `served`: schedulers by model name. `keys`: API keys, one of which a request must send, or none.
+        `origins`: web pages that may send requests. `hosts`: names that this server answers to, by default all.
+        `drain`: seconds that answers have to end when the server stops.
         """
         self._origins, self._entering, self.reading = frozenset(origins), 0, 0
         self._places = asyncio.Semaphore(ENTERING)
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
         self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
-        self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
+        self._keys = [key.encode() for key in keys]
+        self.served, self.deadline, self._drain = dict(served), deadline, drain
         self.metrics = Metrics(self.served)
-        self.ready, self._began = False, int(time.time())
+        self._began = int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
             Route("/", self._open(_page)),
@@ -90,9 +92,7 @@ class Server:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         for scheduler in self.served.values():
             scheduler.start()
-        self.ready = True
         yield
-        self.ready = False
         await asyncio.gather(*(asyncio.to_thread(one.close, self._drain) for one in self.served.values()))
 
     def _open(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
@@ -111,8 +111,9 @@ class Server:
 
     def _keyed(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         async def checked(server: Server, http: HttpRequest) -> Response:
-            given = http.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it was sent
-            if self._key is not None and not hmac.compare_digest(given, self._key.encode()):
+            scheme, _, key = http.headers.get("authorization", "").partition(" ")
+            given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as it was sent
+            if self._keys and not any(hmac.compare_digest(given, one) for one in self._keys):
                 raise HttpError(
                     401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key"
                 )
@@ -131,13 +132,13 @@ class Server:
                 own.hostname,
                 own.port or _PORTS.get(asks.scheme),
             )
-            if (origin is None or {origin, "*"} & self._origins or (same and asks.hostname)) and (
-                self._hosts is None or own.hostname in self._hosts
-            ):
+            if self._hosts is not None and own.hostname not in self._hosts:
+                known = ", ".join(sorted(filter(None, self._hosts)))
+                raise HttpError(403, f"This server does not go by the name of {host!r:.100}, only by {known}. Where a "
+                                "proxy or a web page reaches it by that name: serve --cors https://NAME.")  # fmt: skip
+            if origin is None or {origin, "*"} & self._origins or (same and asks.hostname):
                 return
-        raise HttpError(
-            403, "This page's origin, or the name it knows this server by, is not allowed here: --cors ORIGIN."
-        )
+        raise HttpError(403, f"Pages of {origin or host!r:.100} may not ask this server: serve --cors ORIGIN.")
 
     @contextlib.asynccontextmanager
     async def entering(self) -> AsyncIterator[Callable[[], None]]:
@@ -162,11 +163,10 @@ class Server:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.names, self._key is not None)
+        return document(self.names, bool(self._keys))
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
-        self.ready = False
         for scheduler in self.served.values():
             threading.Thread(target=scheduler.close, args=(self._drain,), daemon=True).start()
 
@@ -221,7 +221,7 @@ async def _page(_server: Server, _http: HttpRequest) -> Response:
 
 
 async def _health(server: Server, _: HttpRequest) -> Response:
-    ready = server.ready and all(scheduler.alive for scheduler in server.served.values())
+    ready = all(scheduler.alive for scheduler in server.served.values())
     return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
 
 

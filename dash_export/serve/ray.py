@@ -23,8 +23,8 @@ from dash_export.serve.scheduler import ROWS, WAITING, Scheduler
 
 class AppArguments(BaseModel):
     """Arguments of the application. `replicas`: their number; with `most`, Ray scales between the two numbers, so that
-    each replica has about `rows` requests (default: ROWS). `cpus`: CPUs and threads of each replica. The API key is in
-    the environment variable DASH_EXPORT_API_KEY.
+    each replica has about `rows` requests (default: ROWS). `cpus`: CPUs and threads of each replica. The API keys are
+    in the environment variable DASH_EXPORT_API_KEY, apart by spaces.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,12 +55,12 @@ class EveryNode(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is not t
 
 def app(given: AppArguments) -> Application:
     """Build the Ray Serve application."""
-    key, together = os.environ.get("DASH_EXPORT_API_KEY") or None, given.rows or ROWS
+    keys, together = os.environ.get("DASH_EXPORT_API_KEY", "").split(), given.rows or ROWS
 
     def server() -> Starlette:
         runtime = DashRuntime.load(given.bundle, given.target, threads=given.cpus)
         scheduler = Scheduler(runtime, rows=given.rows, waiting=given.waiting)
-        return Server({runtime.bundle.name: scheduler}, key=key, deadline=given.deadline).app
+        return Server({runtime.bundle.name: scheduler}, keys=keys, deadline=given.deadline).app
 
     many = {"num_replicas": given.replicas} if given.most is None else {
         "autoscaling_config": {

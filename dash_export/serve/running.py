@@ -257,10 +257,13 @@ async def parsed_request(
 
 
 async def _read(server: Server, http: HttpRequest, body: bytearray) -> None:
+    large = HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+    if int(http.headers.get("content-length", 0)) > BODY_BYTES:
+        raise large
     async for piece in http.stream():
         body += piece
         server.reading += len(piece)
         if len(body) > BODY_BYTES:
-            raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+            raise large
         if server.reading > READING_BYTES:
             raise HttpError(429, "Too much is sent at this moment: ask again later.")

@@ -44,15 +44,16 @@ class Scheduler:
         pace: float | None = None,
         least: float = 0.85,
         memory: int | None = None,
+        context: int | None = None,
     ) -> None:
         """`rows`: how many requests decode together, by default ROWS, or as many as the engines take.
 
         `waiting`: most requests in the queue. `alone`: the setting of requests that have none, for steps with one row,
         by default the bundle's recommended one. With several rows they are dense, because a token policy saves nothing
         where rows skip different units. `pace`: seconds that a token may take: then requests without a setting skip as
-        much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: memory for the K and V of known
-        prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory. Raises PolicyError,
-        RequestError, and BackendError where the engines take fewer rows or the device has no room for so many.
+        much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: bytes for the K and V of prompts.
+        `memory`: bytes for all K and V on a CPU, by default half of the free memory. `context`: a row's most positions.
+        Raises PolicyError, RequestError, and BackendError where engines or the device take fewer rows.
         """
         engines = runtime.engines
         rows = min(ROWS, engines.sequences) if rows is None else rows
@@ -60,17 +61,17 @@ class Scheduler:
         self.runtime, self.most_waiting = runtime, waiting
         self.size, self._rows = rows, Rows(engines, rows, runtime.recipe.runtime.kv_step)
         self._prompt = runtime.session()
-        self.context = engines.model.max_positions
-        """Positions that each row may have."""
+        self.context = most = min(context or engines.model.max_positions, engines.model.max_positions)
+        """Positions that each row may have; `short`: fewer than asked for, because memory has no room."""
         if engines.grows:
             _ = rows > 1 and engines.mixed  # loaded now: not while answers wait
             room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
             # Room for all rows, which are copied as one of them grows, and for the prompt that is being prefilled.
-            each = room // self._prompt.cache.position_nbytes // (rows + 1)
-            self.context = min(self.context, max(MAX_TOKENS, each))
+            self.context = min(most, max(MAX_TOKENS, room // self._prompt.cache.position_nbytes // (rows + 1)))
         else:
             for cache in (self._rows.cache, self._prompt.cache):
                 cache.reserve(1)  # caches that do not grow: take all memory now
+        self.short = self.context < most
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
         self.pace: Pace | None = None
@@ -134,9 +135,8 @@ class Scheduler:
         try:
             max_tokens = answer_length(len(ids), request.max_tokens, self.context, self.context)
         except ContextLengthError as error:
-            if self.context == runtime.engines.model.max_positions:
-                raise
-            raise ContextLengthError(f"{error} (So many for each of {self.size} rows: fewer leave more.)") from None
+            why = f" (So many for each of {self.size} rows: fewer leave more.)" if self.short else ""
+            raise ContextLengthError(f"{error}{why}") from None
         rules = None if request.setting is None else self.runtime.rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
         if guide is None and request.sampling.grammar is not None:

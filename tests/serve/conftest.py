@@ -26,7 +26,7 @@ def slow_down(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def serve(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[Serve]:
-    """`serve(rows=..., key=...)`: the address of a server of the tiny model under the name `tiny`."""
+    """`serve(rows=..., keys=...)`: the address of a server of the tiny model under the name `tiny`."""
     with ExitStack() as stack:
 
         def make(rows: int = 3, waiting: int = 64, **options: object) -> str:

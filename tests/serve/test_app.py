@@ -253,12 +253,15 @@ def test_what_is_no_request(http: httpx.Client) -> None:
 def test_a_key(serve: Serve) -> None:
     """Of any letters."""
     for key in ("geheimnis-\u00fc", "secret"):
-        address = serve(key=key)
+        address = serve(keys=[key])
         assert httpx.get(f"{address}/health").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
         for given, status in ((key, 200), ("wrong", 401), (key[:-1], 401), (f"{key}s", 401), ("geheimnis-u", 401)):
             reply = httpx.get(f"{address}/v1/models", headers={"authorization": f"Bearer {given}".encode()})
             assert reply.status_code == status
+        for form, status in (("bearer ", 200), ("BEARER  ", 200), ("", 401), ("Basic ", 401), ("Bearer", 401)):
+            reply = httpx.get(f"{address}/v1/models", headers={"authorization": f"{form}{key}".encode()})
+            assert reply.status_code == status, form
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
 

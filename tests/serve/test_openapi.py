@@ -49,7 +49,7 @@ def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
 
 
 def test_the_document(serve: Serve) -> None:
-    said = httpx.get(f"{serve(key='secret')}/openapi.json").json()
+    said = httpx.get(f"{serve(keys=['secret'])}/openapi.json").json()
     assert set(said["paths"]) == {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/{name}", "/health",
         "/metrics",

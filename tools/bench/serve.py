@@ -34,7 +34,6 @@ from typing import Any
 import click
 import httpx
 import numpy as np
-import uvicorn
 from common import held_out, print_json
 
 from dash_export.commands.tables import print_table
@@ -42,6 +41,7 @@ from dash_export.decision import Setting
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import Response
 from dash_export.serve.app import Server
+from dash_export.serve.door import HttpServer
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 
@@ -70,8 +70,8 @@ def free_port() -> int:
 @contextmanager
 def server_here(scheduler: Scheduler) -> Iterator[str]:
     app = Server({scheduler.runtime.bundle.name: scheduler}).app
-    running = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port := free_port(), log_level="warning"))
-    thread = Thread(target=running.run)
+    running, listener = HttpServer(app), socket.create_server(("127.0.0.1", port := free_port()))
+    thread = Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     while not running.started:
         assert thread.is_alive(), "the server has ended"

@@ -1,0 +1,215 @@
+"""What clients may pile up before their requests are whole."""
+
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.responses import PlainTextResponse
+
+from dash_export.serve import door
+from dash_export.serve.running import BODY_BYTES
+from tests.listening import listening
+
+GET, CHAT = b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def connected(address: str) -> socket.socket:
+    url = httpx.URL(address)
+    return socket.create_connection((url.host, url.port or 80), timeout=20)
+
+
+def until(end: bytes, client: socket.socket) -> bytes:
+    """What a client is sent until `end`, or until the connection is closed."""
+    said = b""
+    with suppress(ConnectionError):
+        while not (end and said.endswith(end)) and (piece := client.recv(4096)):
+            said += piece
+    return said
+
+
+def answer(client: socket.socket) -> tuple[int, str]:
+    """The status and the message of the error that a client is sent, or (0, '') where the connection is closed."""
+    said = until(b"", client)
+    head, _, body = said.partition(b"\r\n\r\n")
+    return (int(head.split()[1]), json.loads(body)["error"]["message"]) if said else (0, "")
+
+
+def test_a_head_that_is_too_large(address: str) -> None:
+    """In bytes, whole or not, or in lines. One that is as large as it may be is answered."""
+    lines = b"".join(b"x%d: %s\r\n" % (line, b"y" * 600) for line in range(98))
+    for head, status, said in (
+        (GET + b"x: " + b"y" * door.HEAD_BYTES, 431, "more than 65536 bytes"),
+        (GET + b"x: " + b"y" * 2 * door.HEAD_BYTES + b"\r\n\r\n", 431, "more than 65536 bytes"),
+        (b"GET /" + b"y" * 2 * door.HEAD_BYTES, 431, "more than 65536 bytes"),
+        (GET + b"x: y\r\n" * 100 + b"\r\n", 431, "more than 100 headers"),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400, "no request of HTTP/1.1"),
+    ):
+        with connected(address) as client:
+            with suppress(ConnectionError):
+                client.sendall(head)
+            found = answer(client)
+        assert (found[0], said in found[1]) == (status, True), found
+    with connected(address) as client:
+        client.sendall(GET + lines + b"Connection: close\r\n\r\n")
+        assert b"200 OK" in client.recv(4096)
+
+
+def test_what_is_no_body(address: str) -> None:
+    """Trailers and the lines of chunks, of a request that is read and of one that is answered before."""
+    for path in (CHAT, GET):
+        for endless in (b"0\r\n" + b"a: b\r\n" * 200, b"0\r\n" + b"a: b\r\n" * 90_000, b"1;" + b"x" * 200_000):
+            with connected(address) as client, suppress(ConnectionError):
+                client.sendall(path + CHUNKED + endless)
+                until(b"", client)
+
+
+def test_a_head_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly it comes, on a new connection or on one that has had an answer."""
+    monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)
+    for before in (b"", GET + b"\r\n"):
+        with connected(address) as client:
+            client.sendall(before)
+            if before:
+                assert b"200 OK" in client.recv(4096)
+            began = time.monotonic()
+            for letter in GET * 100:
+                with suppress(ConnectionError):
+                    client.sendall(bytes([letter]))
+                client.settimeout(0.02)
+                with suppress(TimeoutError):
+                    said = client.recv(4096)
+                    break
+            assert b" 408 " in said
+            assert time.monotonic() - began < 5
+            client.settimeout(10)
+            assert not client.recv(4096)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /"])
+def test_an_answer_is_not_cut_by_what_comes_after_its_request(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "HEAD_SECONDS", 0.3)
+    with slow_answers(1.0) as address, connected(address) as client:
+        client.sendall(GET + b"\r\n" + sent)
+        assert until(b"done", client).endswith(b"done")
+
+
+@contextmanager
+def slow_answers(seconds: float) -> Iterator[str]:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await door.asyncio.sleep(seconds)
+            await PlainTextResponse("done")(scope, receive, send)
+
+    with listening(app) as found:
+        yield found
+
+
+def test_requests_that_do_not_wait_for_answers() -> None:
+    """They would be kept, at 7 kB each: the connection is closed, and its answer with it."""
+    with slow_answers(0.2) as address:
+        with connected(address) as client:
+            client.sendall((GET + b"\r\n") * 2)
+            assert answer(client) == (0, "")
+        with connected(address) as client:
+            for _ in range(3):  # one after the other as always
+                client.sendall(GET + b"\r\n")
+                assert until(b"done", client).endswith(b"done")
+
+
+def test_a_body_that_is_too_large_is_refused_at_once(address: str) -> None:
+    """By its length, before any of it comes. Then nothing more is read."""
+    with connected(address) as client:
+        client.sendall(CHAT + b"Content-Length: %d\r\n\r\n" % (BODY_BYTES + 1))
+        began = time.monotonic()
+        assert b" 413 " in client.recv(4096)
+        assert not client.recv(4096)
+        assert time.monotonic() - began < 5
+
+
+def test_what_is_sent_after_an_answer_is_not_read(address: str) -> None:
+    """An answer which came before its request was whole ends the connection, and can be read."""
+    with connected(address) as client:
+        client.sendall(GET + b"Content-Length: 99999999999\r\n\r\n")
+        assert b"200 OK" in client.recv(4096)
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 1 << 30:
+                sent += client.send(b"x" * (1 << 20))
+        assert sent < 1 << 28
+
+
+def test_connections_of_an_address() -> None:
+    with listening(PlainTextResponse("done"), most=3) as address, ExitStack() as stack:
+        url = httpx.URL(address)
+        for _ in range(3):
+            stack.enter_context(connected(address))
+        assert "More than 3 connections" in httpx.get(address).json()["error"]["message"]
+        assert httpx.get(address).status_code == 429
+        other = socket.create_connection((url.host, url.port or 80), timeout=20, source_address=("127.0.0.2", 0))
+        with stack.enter_context(other):
+            other.sendall(GET + b"\r\n")
+            assert b"200 OK" in other.recv(4096)
+        stack.close()
+        latest = time.monotonic() + 10
+        while httpx.get(address).status_code != 200:
+            assert time.monotonic() < latest
+
+
+def test_heads_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many hold large ones, more of these are refused, and what is small is taken."""
+    monkeypatch.setattr(door, "HELD_BYTES", 100_000)
+    with listening(PlainTextResponse("done")) as address, ExitStack() as stack:
+        for _ in range(2):
+            client = stack.enter_context(connected(address))
+            client.sendall(GET + b"x: " + b"y" * 49_000)
+        time.sleep(0.2)
+        client.sendall(b"y" * 5000)
+        assert answer(client)[0] == 429
+        assert httpx.get(address).status_code == 200
+        stack.close()
+        with connected(address) as client:
+            client.sendall(GET + b"x: " + b"y" * 49_000 + b"\r\n\r\n")
+            assert b"200 OK" in client.recv(4096)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1, and its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(timezone.utc)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    paths = folder / "cert.pem", folder / "key.pem"
+    paths[0].write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    paths[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return paths
+
+
+def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same limits, and for the handshake, too."""
+    monkeypatch.setattr(door, "HEAD_SECONDS", 1.0)
+    cert, key = certificate(tmp_path)
+    context = ssl.create_default_context(cafile=str(cert))
+    with listening(PlainTextResponse("done"), certificate=cert, key=key) as plain:
+        port = httpx.URL(plain).port
+        assert httpx.get(f"https://localhost:{port}", verify=context).text == "done"
+        with connected(plain) as client:
+            began = time.monotonic()
+            assert not client.recv(100), "a handshake that does not begin"
+            assert time.monotonic() - began < 10
+        for sent, said in ((GET + b"x: y\r\n" * 101, "more than 100"), (GET, "not there after 1 s")):
+            with context.wrap_socket(connected(plain), server_hostname="localhost") as client:
+                client.sendall(sent)
+                assert said in answer(client)[1]

@@ -144,8 +144,11 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     assert network is not None
     g = PortableWriter("policy", f"Damage of skipping each unit ({policy.origin}).", spec)
     state = g.unit_norm(g.state_input(), "policy/norm")
-    score = g.op("MatMul", [state, g.initializer("policy.weight", network["weight"])], "policy/score")
-    score = g.op("Add", [score, g.initializer("policy.bias", network["bias"])], "policy/biased")
+    weights = {name: g.initializer(f"policy.{name}", array) for name, array in network.items()}
+    hidden = g.op("MatMul", [state, weights["hidden_weight"]], "policy/hidden")
+    hidden = g.op("Relu", [g.op("Add", [hidden, weights["hidden_bias"]], "policy/hidden_biased")], "policy/relu")
+    score = g.op("MatMul", [hidden, weights["weight"]], "policy/score")
+    score = g.op("Add", [score, weights["bias"]], "policy/biased")
     g.output(g.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, len(policy.units)))
     return g.model()
 

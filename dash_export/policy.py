@@ -1,9 +1,7 @@
 """A skip policy: the units it may skip, the network that predicts damage, the bypasses; as a record and as a file.
 
-A network of one hidden layer reads one state, the input of layer `read`, and predicts the damage of all units
-(docs/method.md):
-
-    damage[u] = softplus(relu(RMSNorm(h[read]) @ hidden_weight + hidden_bias) . weight[:, u] + bias[u])
+A network (network.py) reads x = RMSNorm(h[read]), the normed input of layer `read`, and predicts the damage of all
+units (docs/method.md).
 
 The bypass of a unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), or of x = h[a] where the layers
 read the state itself (`Traits.norms_after`):
@@ -35,16 +33,13 @@ from dash_export.artifacts import open_regular, read_bounded, write_atomic
 from dash_export.decision import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts
+from dash_export.network import WIDTH, Float32Array, Weights, network_shapes, random_hidden_layer, with_hidden_layer
 from dash_export.replacing import check_movable, check_outside_bundles
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
 
-Float32Array = npt.NDArray[np.float32]
-
 UNIT = 4
 """Layers of a unit by default."""
-WIDTH = 64
-"""Columns of the hidden layer of a network that begins anew."""
 SCHEMA, LINEAR_SCHEMA = 3, 2
 """Policies of the second schema have a network without a hidden layer."""
 _MAX_HEADER = 1 << 20
@@ -64,22 +59,16 @@ def half(array: Float32Array) -> Float32Array:
     return np.clip(array, -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
 
 
-Weights = Mapping[str, Float32Array]
-"""Weights by name. Those of a bypass, the replacement of a skipped unit: none, or `weight` [hidden, columns] and `bias`
-[columns], with the columns of the update (`hidden`), then those of K and V of each layer but the first.
-"""
-
-
 @dataclass(frozen=True)
 class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
-    `read`: the layer whose input decides. `network`: `hidden_weight` [hidden, width], `hidden_bias` [width], `weight`
-    [width, units] and `bias` [units], float32; None without a token policy. `bypasses`: one per unit. `static_order`:
-    indices of units in the order in which a static policy skips them; empty where the units are not ranked.
-    `final_norm` [hidden]: gain of the final norm of the model that the policy was trained with; it tells that model
-    from another one of the same shape. `answers`: held-out answers of that model, as a .jsonl file
-    (`runtime/chats.py`), on which a build calibrates its dial.
+    `read`: the layer whose input decides. `network`: None without a token policy. `bypasses`: one per unit; without
+    weights, or `weight` [hidden, columns] and `bias` [columns], with the columns of the update (`hidden`), then those
+    of K and V of each layer but the first. `static_order`: indices of units in the order in which a static policy skips
+    them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that the
+    policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of that
+    model, as a .jsonl file (`runtime/chats.py`), on which a build calibrates its dial.
     """
 
     units: tuple[Unit, ...]
@@ -128,23 +117,6 @@ def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed
     return replace(policy, network=network, origin=f"untrained (seed {seed})")
 
 
-def random_hidden_layer(hidden: int, rng: np.random.Generator) -> dict[str, Float32Array]:
-    """Return the first half of a network's weights, at random: its columns vary by about 1 before the relu."""
-    weight = (rng.standard_normal((hidden, WIDTH)) * hidden**-0.5).astype(np.float32)
-    return {"hidden_weight": weight, "hidden_bias": np.zeros(WIDTH, np.float32)}
-
-
-def with_hidden_layer(network: Weights) -> Weights:
-    """Return a network of the second schema, without a hidden layer, as one with it: s = relu(s) - relu(-s)."""
-    weight, signs = network["weight"], np.eye(len(network["bias"]), dtype=np.float32)
-    return {
-        "hidden_weight": np.concatenate([weight, -weight], 1),
-        "hidden_bias": np.zeros(2 * len(signs), np.float32),
-        "weight": np.concatenate([signs, -signs]),
-        "bias": network["bias"],
-    }
-
-
 def default_units(num_layers: int) -> tuple[Unit, ...]:
     """Split the layers but the first fifth and the last two into units of UNIT layers, or one less."""
     first, stop = max(2, num_layers // 5), min(max(num_layers - 2, 3), num_layers)
@@ -188,9 +160,8 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     hidden, found = spec.hidden_size, policy.weights()
     needed: dict[str, tuple[int, ...]] = {}
     if policy.network is not None:
-        width, count = policy.network.get("hidden_bias", np.zeros(WIDTH)).size, len(policy.units)
-        needed |= {"network.hidden_weight": (hidden, width), "network.hidden_bias": (width,)}
-        needed |= {"network.weight": (width, count), "network.bias": (count,)}
+        shapes = network_shapes(policy.network, hidden, len(policy.units))
+        needed |= {f"network.{name}": shape for name, shape in shapes.items()}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass:
             columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."

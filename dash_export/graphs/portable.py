@@ -16,7 +16,8 @@ from dash_export.graphs.writer import external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import FINAL_STATE, past_names, present_names
-from dash_export.policy import SkipPolicy, Weights, key_value_size
+from dash_export.network import Weights
+from dash_export.policy import SkipPolicy, key_value_size
 
 EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"

@@ -24,7 +24,8 @@ import torch
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import WIDTH, SkipPolicy, Weights, narrowed
+from dash_export.network import WIDTH, Weights
+from dash_export.policy import SkipPolicy, narrowed
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus

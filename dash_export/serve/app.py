@@ -217,7 +217,7 @@ def _can(scheduler: Scheduler, setting: Setting | None) -> bool:
 def _page_file(name: str) -> Handler:
     """Return what sends a file of the page. The page loads nothing from elsewhere, and no script but its own runs."""
     policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'"
-    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}  # no-cache: asks whether it is the newest
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}  # no-cache: ask each time
 
     async def send(_server: Server, _http: HttpRequest) -> Response:
         return FileResponse(Path(__file__).with_name(name), headers=headers)

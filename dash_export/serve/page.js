@@ -176,7 +176,8 @@ function update(answer) {
 // ---- What the user does
 
 function open(other) {
-  running?.stop.abort();
+  if (other !== chat) running?.stop.abort();
+  if (chat) keepChat(chat);
   chat = other;
   show();
   log.scrollTop = log.scrollHeight;
@@ -272,10 +273,8 @@ async function ask(turn, answer, model, budget) {
     else if (error.name !== "AbortError") answer.error = error.message;
     say(answer.error ?? "Stopped");
   }
-  if (running === mine) {
-    running = null;
-    $("send").textContent = "Send";
-  }
+  if (running === mine) running = null;
+  $("send").textContent = running ? "Stop" : "Send";
   update(answer);
   keepChat(ours);
 }

@@ -38,7 +38,7 @@ def open_page(browser: Any, address: str) -> Iterator[OpenPage]:
             made = browser.new_context(**context)
             stack.callback(made.close)
             page = made.new_page()
-            page.set_default_timeout(20_000)
+            page.set_default_timeout(15_000)
             page.told, page.sent = [], []
             page.on("console", lambda line: page.told.append(line.text) if line.type == "error" else None)
             page.on("pageerror", lambda error: page.told.append(str(error)))
@@ -103,6 +103,13 @@ def test_escape_stops(open_page: OpenPage, serve: Serve, monkeypatch: pytest.Mon
     page.wait_for_selector("article:nth-of-type(2) .strip[aria-label]")
     page.click("#send:text-is('Stop')")
     page.wait_for_selector("article:nth-of-type(2) .figures:has-text('stopped')")
+    page.focus("#prompt")
+    page.keyboard.type("third")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article:nth-of-type(3) .figures:has-text('5 tokens')")
+    page.click("text=New conversation")
+    page.click("#chats button:text-is('hello')")
+    assert page.locator("article:nth-of-type(3) .text").inner_text()  # another conversation stops it, and it stays
 
 
 def test_edit_and_retry(page: Any) -> None:
@@ -127,7 +134,8 @@ def test_edit_and_retry(page: Any) -> None:
     assert page.told == []
 
 
-def test_the_skip_map_is_a_strip_that_opens(page: Any) -> None:
+def test_the_skip_map_is_a_strip_that_opens(open_page: OpenPage) -> None:
+    page = open_page(settings=SETTINGS | {"length": "60"})  # more rows than the window has
     page.select_option("#budget", "0.90")
     page.focus("#prompt")
     say(page, "hello", 1)

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from dash_export.decision import Setting
@@ -33,7 +33,7 @@ from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import DeadlineError
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PORTS = {"http": 80, "https": 443}
 _PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 AUTO = "auto"
@@ -70,7 +70,7 @@ class Server:
         self._began = int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
-            Route("/", self._open(_page)),
+            *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
             Route("/openapi.json", self._open(_openapi)),
@@ -214,10 +214,15 @@ def _can(scheduler: Scheduler, setting: Setting | None) -> bool:
     return False
 
 
-async def _page(_server: Server, _http: HttpRequest) -> Response:
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-    policy += "; frame-ancestors 'none'"
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+def _page_file(name: str) -> Handler:
+    """Return what sends a file of the page. The page loads nothing from elsewhere, and no script but its own runs."""
+    policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}  # no-cache: ask each time
+
+    async def send(_server: Server, _http: HttpRequest) -> Response:
+        return FileResponse(Path(__file__).with_name(name), headers=headers)
+
+    return send
 
 
 async def _health(server: Server, _: HttpRequest) -> Response:

@@ -337,9 +337,11 @@ def test_cross_origin(serve: Serve) -> None:
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
 
 
-def test_the_page(http: httpx.Client) -> None:
-    reply = http.get("/")
-    assert reply.headers["content-type"].startswith("text/html")
+@pytest.mark.parametrize(("path", "kind"), [("", "html"), ("page.css", "css"), ("page.js", "javascript")])
+def test_the_page(http: httpx.Client, path: str, kind: str) -> None:
+    reply = http.get(f"/{path}")
+    assert reply.headers["content-type"].startswith(f"text/{kind}")
     assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert "unsafe" not in reply.headers["content-security-policy"]
     assert "http://" not in reply.text
     assert "https://" not in reply.text

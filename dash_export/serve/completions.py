@@ -167,8 +167,9 @@ class _Told:
         for token, entries in found:
             if entries:  # else it ends the turn
                 each.append(entries)
-                places.append(self._length)
-                self._length += len(stream.push(token))
+                certain = len(stream.push(token))  # with parts of characters that came before
+                self._length += certain
+                places.append(self._length - min(certain, len(entries[0]["token"])))
         return {
             "tokens": [entries[0]["token"] for entries in each],
             "token_logprobs": [entries[0]["logprob"] for entries in each],

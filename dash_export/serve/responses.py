@@ -128,7 +128,7 @@ class ResponsesRequest(Body):
                 "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],
                 "tool_choice": choice
                 if isinstance(choice, str)
-                else {"type": "function", "function": choice.model_dump()},
+                else {"type": "function", "function": {"name": choice.name}},
                 "dash": self.dash.model_dump(),
             }
         )

@@ -4,6 +4,7 @@ mistake raises RequestError.
 Unknown fields are mistakes (fields.py). The field `dash` is our own: it says how fast an answer should be.
 """
 
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -290,6 +291,9 @@ def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
                 f"model: {name!r:.100} is not like NAME@budget=0.9; known, each once: {', '.join(sorted(known))}."
             )
         given[key] = value
+        if key not in ("policy", "skip", "hold"):
+            with suppress(ValueError):
+                given[key] = float(value)
     try:
         return base, Dash.model_validate(given).setting()
     except ValidationError as error:

@@ -66,7 +66,7 @@ def words(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_counts_are_those_of_eval(batch: int, url: str, runtime: DashRuntime, tmp_path: Path) -> None:
-    """Of multiple choice, by `echo`, and of last words, in tokens of the server's tokenizer; several prompts at once."""
+    """Of multiple choice, by `echo`, and of last words, in tokens that the server makes; several prompts at once."""
     lines = [{"query": query, "choices": choices, "gold": gold} for query, choices, gold in QUESTIONS]
     choices = task(
         tmp_path, "choices", lines, output_type="multiple_choice", doc_to_text="{{query}}",
@@ -88,8 +88,9 @@ def test_counts_are_those_of_eval(batch: int, url: str, runtime: DashRuntime, tm
 
 def test_chats(url: str, runtime: DashRuntime, tmp_path: Path) -> None:
     """Each is answered as the runtime answers it."""
+    given = {"model": "smollm2@policy=dense", "base_url": f"{url}/chat/completions"}
     found = lm_eval.simple_evaluate(
-        model="local-chat-completions", model_args={"model": "smollm2@policy=dense", "base_url": f"{url}/chat/completions"},
+        model="local-chat-completions", model_args=given,
         tasks=[words(tmp_path)], apply_chat_template=True, bootstrap_iters=0, log_samples=True,
     )  # fmt: skip
     for sample in found["samples"]["words"]:

@@ -55,7 +55,7 @@ def test_the_text_is_before_the_answer(stream: bool, client: openai.OpenAI, runt
                 assert "\N{REPLACEMENT CHARACTER}" in piece or text[place:].startswith(piece)
 
 
-def test_offsets_of_an_answer(client: openai.OpenAI, runtime: DashRuntime) -> None:
+def test_offsets_of_an_answer(client: openai.OpenAI) -> None:
     """In its own text, where nothing is echoed."""
     reply = client.completions.create(prompt="hello", max_tokens=30, logprobs=0, extra_body=DENSE, **GREEDY)
     told, text = reply.choices[0].logprobs, reply.choices[0].text
@@ -90,10 +90,8 @@ def test_a_prompt_is_dense(more: dict[str, Any], http: httpx.Client) -> None:
         assert http.post(COMPLETIONS, json=body | dense | {"logprobs": 1}).status_code == 200
 
 
-def test_engines_that_cannot_mix_rows_read_token_by_token(
-    runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As those of a GPU do."""
+def test_token_by_token(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As engines read that cannot mix rows: those of a GPU."""
     ids, wanted = random_ids(20), runtime.session().score(random_ids(20), keep_logits=True).logits
     monkeypatch.setattr(runtime.engines, "mixes", False)
     session = runtime.session()

@@ -51,4 +51,5 @@ def prefill(ticket: Ticket, session: Session, part: TokenIds) -> Logits:
         assert step.final_state is not None
         states = step.final_state[0].astype(np.float64)
         ticket.state = states[-1] if reading.pooling == "last" else ticket.state + states.sum(axis=0) / len(ticket.ids)
-    return rows[-1]
+    last: Logits = rows[-1]
+    return last

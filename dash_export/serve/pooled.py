@@ -39,8 +39,9 @@ async def embeddings(server: Server, http: HttpRequest) -> Response:
         prompts = await in_thread(server, arrival, lambda: [scheduler.ids(one) for one in request.input])
     reading, vectors = Reading(pooling=request.pooling, only=True), list[Any]()
     ended = partial(server.metrics.answered, "embeddings", name)
-    for start in range(0, len(prompts), scheduler.size):
-        some = prompts[start : start + scheduler.size]
+    size = min(scheduler.size, scheduler.most_waiting)
+    for start in range(0, len(prompts), size):
+        some = prompts[start : start + size]
         asked = [Request(ids, 1, deadline=left(server, arrival), reading=reading) for ids in some]
         inbox = Inbox(False)
         answers = submitted(scheduler, asked, [None] * len(asked), inbox, ended, arrival.began)

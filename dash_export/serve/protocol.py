@@ -32,22 +32,25 @@ _ONE = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}, "min
 _PROMPTS = {"anyOf": [*_ONE, *({"type": "array", "items": one, "minItems": 1, "maxItems": 1024} for one in _ONE)]}
 
 
-def _prompts(given: Any) -> list[str | list[int]]:
-    """Return prompts, each a text or token ids, of one or a list of them. Raises ValueError for anything else.
+def _ids(given: Any) -> list[int]:
+    """Return token ids. Raises ValueError. Checked by hand: pydantic takes too long for a million of mistakes."""
+    if not isinstance(given, list) or len(given) > MOST or not all(type(token) is int for token in given):
+        raise ValueError("expected token ids")
+    return given
 
-    Checked by hand: pydantic's union of lists costs too much on four megabytes of mistakes.
-    """
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """Return prompts, each a text or token ids, of one or a list of them. Raises ValueError for anything else."""
     several = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
     if len(several) > 1024:
         raise ValueError("over 1024 prompts in one request")
     for one in several:
-        if not isinstance(one, str) and not (
-            isinstance(one, list) and 0 < len(one) <= MOST and all(type(token) is int for token in one)
-        ):
+        if not isinstance(one, str) and (not one or not _ids(one)):
             raise ValueError("expected a text, or token ids, or a list of these")
     return several
 
 
+Ids = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_ONE[1] | {"minItems": 0})]
 Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
 
 

@@ -30,7 +30,7 @@ from dash_export.serve.http_errors import HttpError, wrong_field
 from dash_export.serve.messages import check_parts
 from dash_export.serve.protocol import ChatRequest, Generation, model_and_setting
 from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import Reading, Request
+from dash_export.serve.tickets import GUIDED, Reading, Request
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -144,6 +144,8 @@ async def begin(
     guides: list[Guide | None] = [None] * (asked.prompts * (asked.n or 1))
     if asked.prompts > 1 and len(guides) > scheduler.most_waiting:
         raise RequestError(f"prompt: {len(guides)} answers at once, and the queue takes {scheduler.most_waiting}.")
+    if asked.guides() and len(guides) > GUIDED:
+        raise RequestError(f"{len(guides)} answers of a form at once: {GUIDED} are the most.")
     if reading is not None and setting not in (None, Setting("dense")):
         raise RequestError("echo: a prompt is dense, whatever its answer skips: leave out how much is skipped.")
     if max(sampling.logit_bias, default=0) >= (vocab := scheduler.runtime.engines.model.vocab_size):

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.runtime.guidance import call_tokenizer
 from dash_export.runtime.results import checked_tokens
-from dash_export.serve.fields import MOST, Few, Whole, refuse
+from dash_export.serve.fields import Few, refuse
 from dash_export.serve.messages import Message
-from dash_export.serve.protocol import Asked, ChatRequest
+from dash_export.serve.protocol import Asked, ChatRequest, Ids
 from dash_export.serve.running import chat_ids, in_thread, parsed_request
 from dash_export.serve.tools import Tool
 
@@ -49,7 +49,7 @@ class TokenizeRequest(Asked):
 class DetokenizeRequest(Asked):
     """POST /detokenize."""
 
-    tokens: Annotated[list[Whole], Field(max_length=MOST, fail_fast=True)]
+    tokens: Ids
 
 
 async def tokenize(server: Server, http: HttpRequest) -> Response:

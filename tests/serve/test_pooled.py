@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, GREEDY
 from tests.tiny import random_ids
 
@@ -57,6 +58,12 @@ def test_answers_beside_it_are_the_same(client: openai.OpenAI, runtime: DashRunt
     http.post("/v1/embeddings", json={"input": ["hello", "hello there"]})
     reply = client.completions.create(prompt="hello", max_tokens=12, extra_body=DENSE, **GREEDY)
     assert reply.choices[0].text == alone
+
+
+def test_a_queue_of_one(serve: Serve) -> None:
+    """Is enough for many texts, which wait outside of it."""
+    reply = httpx.post(f"{serve(rows=3, waiting=1)}/v1/embeddings", json={"input": ["a", "b", "c", "d"]}, timeout=30)
+    assert len(reply.json()["data"]) == 4
 
 
 def test_a_build_without_states(

@@ -34,7 +34,8 @@ def test_what_is_no_request(http: httpx.Client) -> None:
         ("tokenize", {"messages": []}, "messages"),
         ("tokenize", {"prompt": "x", "model": "other"}, "There is no model 'other'"),
         ("detokenize", {"tokens": [5, 300]}, "from 0 to 299"),
-        ("detokenize", {"tokens": ["x"]}, "tokens.0"),
+        ("detokenize", {"tokens": ["x"]}, "tokens: expected token ids"),
+        ("detokenize", {"tokens": [True]}, "tokens: expected token ids"),
     ):
         reply = http.post(f"/{path}", json=body)
         assert reply.status_code in (400, 404)

@@ -68,10 +68,10 @@ class RunningAnswers:
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
         """Return the chosen token, then the most likely ones, as chat completions list them. Return nothing for a token
-        that ends the turn: it is no part of the answer.
+        that ends a chat's turn: it is no part of the answer.
         """
         text = self.scheduler.runtime.text
-        if token.token in text.eos_ids:
+        if token.token in text.eos_ids and self.asked.operation == "chat":
             return []
         return self.listed(token.logprobs)
 

@@ -111,7 +111,7 @@ def test_several_prompts(client: openai.OpenAI, runtime: DashRuntime, http: http
     for chunk in client.completions.create(prompt=prompts, max_tokens=6, stream=True, extra_body=DENSE, **GREEDY):
         pieces[chunk.choices[0].index] = pieces.get(chunk.choices[0].index, "") + chunk.choices[0].text
     assert [pieces[at] for at in range(3)] == wanted[::2]
-    for given, said in ((["a", 5], "expected a text"), ([], "expected a text"), (["a"] * 1025, "over 1024 prompts")):
+    for given, said in ((["a", 5], "expected token ids"), ([], "expected a text"), (["a"] * 1025, "over 1024 prompts")):
         assert said in http.post("/v1/completions", json={"prompt": given}).json()["error"]["message"]
     reply = http.post("/v1/completions", json={"prompt": ["a"] * 40, "n": 2})
     assert (reply.status_code, "80 answers at once, and the queue takes 64" in reply.text) == (400, True)

@@ -68,6 +68,17 @@ def test_offsets_of_an_answer(client: openai.OpenAI) -> None:
     assert all(text[told.text_offset[at] :].startswith((told.tokens or [])[at]) for at in whole)
 
 
+def test_an_answer_that_ends_at_once(http: httpx.Client, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token is told too: lm-eval takes the last one for the answer's, and all before for the prompt's."""
+    ids = runtime.text.encode("hello there")
+    last = int(runtime.session().prefill(ids).argmax())
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset({last}))
+    body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    (choice,) = http.post(COMPLETIONS, json=body).json()["choices"]
+    assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("stop", len(ids) + 1)
+    assert choice["text"] == "hello there"
+
+
 def test_nothing_but_the_prompt(http: httpx.Client) -> None:
     body = {"prompt": "hello there", "max_tokens": 0, "echo": True, "logprobs": 1}
     said = http.post(COMPLETIONS, json=body).json()

@@ -78,6 +78,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str | Path: ("a path", partial(_path, str | Path)),
     Progress: ("a function of a name and two numbers", partial(_is, Callable)),
     tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
+    Mapping[int, float]: (
+        "numbers by token id",
+        lambda value: {_whole(token): _number(one) for token, one in _is(Mapping, value).items()},
+    ),
     Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
     Sequence[Mapping[str, str]]: (
         "a list of messages {role, content}",

@@ -87,6 +87,8 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
 @click.option("--repetition-penalty", type=float, default=1.0, help="1 is off.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
+@click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE", help="Answer in JSON of this schema.")
+@click.option("--grammar", type=click.Path(path_type=Path), metavar="FILE", help="Answer in this grammar, in Lark.")
 @click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
@@ -95,7 +97,8 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
 def command(
     ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
     chat: bool, system: str | None, target: str | None, trusted_key: Path | None, threads: int | None,
-    dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any
+    dispatch: str | None, max_tokens: int | None, json_schema: Path | None, grammar: Path | None, show_skips: bool,
+    as_json: bool, setting: Setting, **sampling: Any
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
@@ -109,6 +112,7 @@ def command(
         raise RequestError("The prompt is empty: give at least one word.")
     if setting.given:  # `--policy token` alone: the bundle is asked first, which may have no such policy
         setting.check()
+    form = _form(json_schema, grammar)
 
     from dash_export.commands.chat import converse
     from dash_export.commands.printing import AnswerPrinter
@@ -130,7 +134,7 @@ def command(
     session = runtime.session_with(setting)
     if setting.skip and runtime.bundle.manifest.policy.bypass == "none":
         _warn_of_skips(runtime, setting.skip)
-    options = RunOptions(runtime, session, setting, Sampling(**sampling), max_tokens, system, templated)
+    options = RunOptions(runtime, session, setting, Sampling(**sampling, grammar=form), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)
     elif many:
@@ -173,6 +177,7 @@ def _check_usage(ctx: click.Context) -> None:
         ("--chat", ("--json", "--raw")),
         ("--json", ("--show-skips",)),
         ("--raw", ("--system",)),
+        ("--json-schema", ("--grammar",)),
     ):
         for second in others:
             if {first, second} <= given:
@@ -183,12 +188,29 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("Give a prompt, pipe one in, or start a conversation with --chat.")
 
 
+def _form(schema: Path | None, grammar: Path | None) -> str | None:
+    """Return the grammar that answers are held to. Raises RequestError for a file that cannot be used."""
+    if schema is None:
+        return None if grammar is None else read_text(grammar, pipe=True)
+    from dash_export.runtime.guidance import json_grammar
+
+    try:
+        given = json.loads(read_text(schema, pipe=True))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{schema} is not JSON ({error}).") from error
+    if not isinstance(given, dict):
+        raise RequestError(f"{schema} is no JSON schema, which is an object.")
+    return json_grammar(given)
+
+
 def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
     statistics = responses[-1].statistics
     figures = asdict(statistics) | {
         "tokens_per_second": round(statistics.tokens_per_second, 3),
         "layers_per_token": round(statistics.layers_per_token, 3),
     }
+    if not statistics.decode_steps:  # the only token comes from the prompt
+        del figures["tokens_per_second"], figures["layers_per_token"]
     return {
         "text": "".join(response.text for response in responses),
         "tokens": [response.token for response in responses],

@@ -24,6 +24,14 @@ def whole_tiles(tokens: int) -> int:
     return max(0, tokens // TILE * TILE)
 
 
+def pass_length(left: int, most: int) -> int:
+    """Return how many tokens of a prompt the next pass takes, of `left`: whole TILEs, but for the prompt's end. The
+    last of several passes never has one token alone.
+    """
+    chunk = whole_tiles(most) or most
+    return max(chunk - TILE, 2) if left == chunk + 1 and chunk > 2 else min(left, chunk)
+
+
 class Sequences:
     """Cached lengths: `lengths[i]` is how many tokens of sequence i a cache holds."""
 

@@ -20,6 +20,7 @@ SECONDS = 2.0
 MEGABYTES = 512
 CHILD = Path(__file__).with_name("template_child.py")
 INSTEAD = "Do not use it: replace chat_template.jinja of the model and export again."
+_END = "<continues here>"
 _RENDERS = Lock()
 os.register_at_fork(before=_RENDERS.acquire, after_in_parent=_RENDERS.release, after_in_child=_RENDERS.release)
 
@@ -30,22 +31,30 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        self._source, self._special = source, dict(special)
+        self.source, self._special = source, dict(special)
         self._child: Child | None = None
 
     def takes_tools(self) -> bool:
         """Return whether the template tells the model about tools, and to call them by `<tool_call>`."""
-        return "tools" in self._source and "<tool_call>" in self._source
+        return "tools" in self.source and "<tool_call>" in self.source
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        continues: bool = False,
     ) -> str:
-        """Render messages {role, content} as the prompt text. Raises RequestError when the template refuses them or
-        misbehaves, and BundleError when the template is not valid.
+        """Render messages {role, content} as the prompt text; where it `continues`, only up to the end of the last
+        message's text. Raises RequestError when the template refuses them or misbehaves, and BundleError when the
+        template is not valid.
         """
+        if continues:  # what follows a text cannot be told from the text: a mark says where it ends, as in transformers
+            last = {**messages[-1], "content": f"{messages[-1]['content']}{_END} "}
+            before, mark, after = self.render([*messages[:-1], last], False, tools).rpartition(_END)
+            if not mark:
+                raise RequestError("The chat template leaves out the last message, which is to be continued.")
+            return before if after.startswith(" ") else before.rstrip()  # as the template does at a text's end
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {shown(message)}.")
@@ -59,7 +68,7 @@ class ChatTemplate:
         with _RENDERS:
             if self._child is None or not self._child.alive:
                 child = Child(CHILD, {"memory": MEGABYTES << 20})
-                good, text = child.ask(json.dumps({"source": self._source}), SECONDS, costly, INSTEAD)
+                good, text = child.ask(json.dumps({"source": self.source}), SECONDS, costly, INSTEAD)
                 if not good:
                     child.end()
                     raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")

@@ -46,9 +46,22 @@ def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
         raise RequestError(f"The model's tokenizer {what} ({error!s:.200}).") from error
 
 
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
+    return llguidance
+
+
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """Return the grammar of the JSON that fits a JSON schema: `{"type": "object"}` for any object."""
     return f"start: {json_rule(schema)}\n"
+
+
+def regex_grammar(regex: str) -> str:
+    """Return the grammar of the texts that a regular expression (Rust's) describes as a whole."""
+    return f"start: /{_llguidance().regex_to_lark(regex)}/\n"
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
@@ -146,7 +159,10 @@ class Guides:
                 except RequestError as error:  # a child that fails is not the client's fault
                     raise BackendError(str(error)) from error
                 if not good:
-                    raise RequestError(f"The grammar or schema cannot be read ({_in_words(text):.300}).")
+                    lark = (
+                        " GBNF? `python -m llguidance.gbnf_to_lark FILE` makes Lark of it." if "::=" in grammar else ""
+                    )
+                    raise RequestError(f"The grammar or schema cannot be read ({_in_words(text):.300}).{lark}")
                 self._tried[grammar] = float(text)
                 if len(self._tried) > _KEPT:
                     self._tried.popitem(last=False)
@@ -159,12 +175,10 @@ class Guides:
         """
         if count * self._share(grammar) > 1 and count > 1:
             raise RequestError(f"The grammar or schema takes too long to be read for {count} answers: ask for fewer.")
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
-        read = "does not do for this grammar"
+        read, llguidance = "does not do for this grammar", _llguidance()
+        limits = llguidance.LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
         return [
-            Guide(call_tokenizer(read, lambda: LLMatcher(self._tokens, grammar, log_level=0, limits=limits)))
+            Guide(call_tokenizer(read, lambda: llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)))
             for _ in range(count)
         ]
 
@@ -173,16 +187,11 @@ class Guides:
         return self.guides(grammar)[0]
 
     def _start(self) -> None:
-        try:
-            from llguidance import LLTokenizer
-        except ImportError as error:
-            raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
+        tokenizer = _llguidance().LLTokenizer
         if self._eos is None:  # llguidance would take the first token as the end
             raise RequestError("Answers in a grammar need the model's own end of a text, and its tokenizer has none.")
         if self._tokens is None:  # takes a second for 150,000 tokens
-            self._tokens = call_tokenizer(
-                READS, lambda: LLTokenizer(_without_gaps(self._tokenizer), eos_token=self._eos)
-            )
+            self._tokens = call_tokenizer(READS, lambda: tokenizer(_without_gaps(self._tokenizer), eos_token=self._eos))
         if self._child is None or not self._child.alive:
             setup = {"tokenizer": _without_gaps(self._tokenizer), "eos": self._eos}
             self._child = Child(CHILD, setup | {"memory": MEGABYTES << 20, "seconds": SECONDS, "states": STATES})

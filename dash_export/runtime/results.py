@@ -51,8 +51,8 @@ class Response:
     prefill gives is dense.
 
     The last response of a stream has a `finish_reason`: `stop` (end of turn or of the grammar, or a stop string),
-    `length` or `cancelled`; or, in a batch, `error`, with the error and no token (NO_TOKEN). `logprobs`, where asked
-    for: (token, nats) of this token and of the most likely ones.
+    `length` or `cancelled`; or, in a batch, `error`, with the error and no token (NO_TOKEN, as where none is wanted).
+    `logprobs`, where asked for: (token, nats) of this token and of the most likely ones.
     """
 
     text: str
@@ -166,7 +166,7 @@ class Turn:
         `after`: the prompt's last token, where the answer goes on with its text.
         """
         self._text, self._max_tokens = text, max_tokens
-        self._logprobs = sampling.logprobs
+        self._logprobs, self._ignores_eos = sampling.logprobs, sampling.ignore_eos
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop, after)
         self._guide = guide
         if guide is None and sampling.grammar is not None:
@@ -182,6 +182,12 @@ class Turn:
     def begin(self) -> None:
         """Start the clock of a step."""
         self._began = time.perf_counter()
+
+    def without_tokens(self, actions: npt.NDArray[np.int8]) -> Response:
+        """Return the only response where the prompt is all that is wanted."""
+        seconds = time.perf_counter() - self._began
+        self.statistics = Statistics(self.statistics.prompt_tokens, 0, seconds)
+        return Response("", NO_TOKEN, actions, seconds, self.statistics, "length")
 
     def respond(
         self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
@@ -201,7 +207,7 @@ class Turn:
             decoding = before.decode_seconds + seconds
             self.statistics = Statistics(before.prompt_tokens, tokens, before.prefill_seconds, decoding, layers)
         reason = None
-        if whole or ends or self._stream.stopped:
+        if whole or (ends and not self._ignores_eos) or self._stream.stopped:
             reason = "stop"
         elif tokens == self._max_tokens:
             reason = "length"

@@ -71,7 +71,7 @@ class Rows:
         slot = len(self.rows)
         self._reserve(len(prompt.tokens) + min(max_tokens, self._kv_step))
         self.cache.take(slot, prompt.cache)
-        response = turn.respond(logits, prompt.tokens, self._dense())
+        response = turn.respond(logits, prompt.tokens, self.dense())
         if response.finish_reason is None:
             self.rows.append(Row(tag, turn, rules, list(prompt.tokens), response.token))
         return response
@@ -80,7 +80,7 @@ class Rows:
         """Return the last response of a row that cannot go on."""
         if isinstance(error, MemoryError):
             error = BackendError(NO_MEMORY)
-        return Response("", NO_TOKEN, self._dense(), 0.0, statistics or Statistics(), "error", error)
+        return Response("", NO_TOKEN, self.dense(), 0.0, statistics or Statistics(), "error", error)
 
     def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
         """Decode one token for every row; return (tag, response) of each. A row leaves after its last token, or when
@@ -123,7 +123,7 @@ class Rows:
                 self._leave(slot)
         return responses
 
-    def _dense(self) -> np.ndarray[Any, np.dtype[np.int8]]:
+    def dense(self) -> np.ndarray[Any, np.dtype[np.int8]]:
         return np.zeros(self.engines.model.num_layers, np.int8)
 
     def _bound(self, count: int) -> BoundStep | DeviceStep:

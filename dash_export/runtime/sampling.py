@@ -3,8 +3,8 @@ applies them.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,10 @@ MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 20, 16, 256
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
     1 are off. `frequency_penalty` and `presence_penalty` (OpenAI's; 0 is off) count the tokens of the answer so far.
-    `logprobs`: give the log-likelihood of each token and of so many of the most likely ones. `grammar`: the grammar
-    that the answer must follow, in llguidance's Lark (`guidance.json_grammar` makes one of a JSON schema). Raises
-    RequestError for a value that is no number or out of range.
+    `logit_bias`: token id -> nats that are added to its logit. `ignore_eos`: a token that ends a text does not end the
+    answer. `logprobs`: give the log-likelihood of each token and of so many of the most likely ones. `grammar`: the
+    grammar that the answer must follow, in llguidance's Lark (`guidance.json_grammar` makes one of a JSON schema).
+    Raises RequestError for a value that is no number or out of range.
     """
 
     temperature: float = 0.0
@@ -34,6 +35,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
     logprobs: int | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -54,6 +57,11 @@ class Sampling:
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"0 to {MOST_LOGPROBS}, or None",
+            ),
+            (
+                "logit_bias",
+                all(token >= 0 and -100 <= nats <= 100 for token, nats in self.logit_bias.items()),
+                "token ids with numbers between -100 and 100",
             ),
             ("seed", self.seed is None or self.seed >= 0, ">= 0"),
             (
@@ -89,9 +97,10 @@ class Sampler:
 
     @property
     def draw(self) -> Draw | None:
-        """The next call's draw; None where logits alone do not say what may follow, for a penalty or a grammar."""
+        """The next call's draw; None where logits alone do not say what may follow: for a penalty, bias or grammar."""
         s = self._sampling
-        if s.repetition_penalty != 1.0 or s.frequency_penalty or s.presence_penalty or s.grammar is not None:
+        counts = s.frequency_penalty or s.presence_penalty or s.logit_bias
+        if s.repetition_penalty != 1.0 or counts or s.grammar is not None:
             return None
         sharpness, lowest = 1 / s.temperature if s.temperature else 0.0, -math.log(s.min_p) if s.min_p else math.inf
         return Draw(sharpness, s.top_k, s.top_p, lowest, self._share)
@@ -107,6 +116,8 @@ class Sampler:
             logits = with_count_penalties(logits, context[self._begins :], s)
         if s.repetition_penalty != 1.0 and context:
             logits = with_repetition_penalty(logits, context, s.repetition_penalty)
+        if s.logit_bias:
+            logits = with_bias(logits, s.logit_bias)
         if s.temperature == 0.0:
             token = int(logits.argmax())  # a NaN, if there is one: no second pass over the vocabulary
             if not np.isfinite(logits[token]):
@@ -127,6 +138,16 @@ def with_repetition_penalty(logits: Logits, context: Sequence[int], penalty: flo
     seen = seen[seen >= 0]  # embeddings have no token id; a token that occurs twice is penalised once
     values = logits[seen]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def with_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
+    """Return logits with each token's bias added. Raises RequestError for a token that is not in the vocabulary."""
+    tokens = np.array([*bias], np.int64)
+    if tokens.max() >= logits.size:
+        raise RequestError(f"logit_bias: token ids must be from 0 to {logits.size - 1}, not {tokens.max()}.")
+    logits = logits.copy()
+    logits[tokens] += np.array([*bias.values()], np.float32)
     return logits
 
 

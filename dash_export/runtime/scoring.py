@@ -1,4 +1,4 @@
-"""Score a text as decode under the policy would see it."""
+"""Score a text as decode under the policy would see it; read a prompt, with the results of each of its tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import numpy as np
 from dash_export.decision import DENSE_POSITIONS, Actions, unit_skips
 from dash_export.divergence import nll
 from dash_export.errors import PolicyError, RequestError
+from dash_export.runtime.cache import pass_length
 from dash_export.runtime.results import Score, TokenIds, check_room
 from dash_export.runtime.rules import DENSE, ForcedRule
 
 if TYPE_CHECKING:
     from dash_export.runtime.decode import BoundStep
+    from dash_export.runtime.device.step import DeviceStep
     from dash_export.runtime.session import Session
 
 ROWS = 128
@@ -55,3 +57,19 @@ def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | No
         session.reset()  # the cache holds K and V of skips: no prompt may continue on them as if they were dense
     likelihoods, greedy, taken, damages = (np.concatenate(each) for each in zip(*parts, strict=True))
     return Score(likelihoods, greedy, taken, damages, np.concatenate(logits) if keep_logits else None)
+
+
+def read_length(session: Session, left: int) -> int:
+    """Return how many tokens of a prompt `read` takes at a time, of `left`."""
+    return pass_length(left, min(session.chunk, ROWS)) if session.engines.mixes else 1
+
+
+def read(session: Session, tokens: TokenIds) -> BoundStep | DeviceStep:
+    """Prefill tokens [n], n by `read_length`, as a session does, densely and in one pass. Return the step, whose logits
+    [1, n, vocab] and final states [1, n, hidden] are those of all tokens, and valid until the next one.
+    """
+    session.reserve(len(tokens))
+    step = session.bound(len(tokens), session.engines.mixes)
+    step.prefill(tokens)
+    session.tokens.extend(tokens.tolist())
+    return step

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions
 from dash_export.errors import RequestError
-from dash_export.runtime.cache import TILE, KVCache, whole_tiles
+from dash_export.runtime.cache import KVCache, pass_length, whole_tiles
 from dash_export.runtime.results import (
     MAX_TOKENS,
     NO_TOKEN,
@@ -235,11 +235,8 @@ class Session:
         return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
     def next_pass_length(self, left: int) -> int:
-        """Return how many tokens of a prompt the next pass takes, of `left`: whole TILEs, but for the prompt's end. The
-        last of several passes never has one token alone.
-        """
-        chunk = whole_tiles(self.chunk) or self.chunk
-        return max(chunk - TILE, 2) if left == chunk + 1 and chunk > 2 else min(left, chunk)
+        """Return how many tokens of a prompt the next pass takes, of `left` (see `pass_length`)."""
+        return pass_length(left, self.chunk)
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
         """Keep cached tokens that `ids` begins with, in whole TILEs, and forget the others. The last two of `ids` are

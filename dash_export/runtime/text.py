@@ -53,6 +53,7 @@ class Text:
         special |= {name: _token_text(token) for name, token in named.items() if name.endswith("_token")}
         self.bos_id = self.tokenizer.token_to_id(special["bos_token"])
         self.eos_ids = _eos_ids((generation, model), self.tokenizer, special["eos_token"])
+        self.special = special
         self.guides = Guides(self.tokenizer, self.eos_ids)
         template = _read(folder, "chat_template.jinja", str)
         self.template = ChatTemplate(template, special) if template else None
@@ -111,10 +112,16 @@ class Text:
         )
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], limit: int = sys.maxsize, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        limit: int = sys.maxsize,
+        tools: Sequence[Mapping[str, Any]] = (),
+        begins: bool = True,
+        continues: bool = False,
     ) -> list[int]:
-        """Return the token ids of chat messages, up to where the assistant's turn begins. `limit` is that of `encode`.
-        `tools` are functions in OpenAI's form, for a template that takes tools.
+        """Return the token ids of chat messages, up to where the assistant's turn begins (without this, unless it
+        `begins`), or where the last message is to be continued. `limit` is that of `encode`. `tools` are functions in
+        OpenAI's form, for a template that takes tools.
         """
         if self.template is None:
             raise RequestError(
@@ -125,7 +132,7 @@ class Text:
         _check_letters(letters, limit)
         if tools and not self.template.takes_tools():
             raise RequestError("This model's chat template takes no tools (none that are called by <tool_call>).")
-        return self.encode(self.template.render(messages, tools=tools), special=False, limit=limit)
+        return self.encode(self.template.render(messages, begins, tools, continues), special=False, limit=limit)
 
 
 def _check_letters(letters: int, limit: int) -> None:

@@ -103,24 +103,27 @@ class Answer:
         self._ended(self)
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return OpenAI's usage of all answers to one prompt, which counts once, and in `dash` what was skipped."""
-    prompt, tokens = answers[0].statistics.prompt_tokens, sum(answer.statistics.tokens for answer in answers)
+def usage(answers: Sequence[Answer], each: int = 1) -> dict[str, Any]:
+    """Return OpenAI's usage of answers, `each` to a prompt, which counts once, and in `dash` what was skipped."""
+    prompt = sum(answer.statistics.prompt_tokens for answer in answers[::each])
+    known = sum(answer.ticket.known for answer in answers[::each])
+    tokens = sum(answer.statistics.tokens for answer in answers)
     counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-    return counts | {"prompt_tokens_details": {"cached_tokens": answers[0].ticket.known}, "dash": dash(answers)}
+    return counts | {"prompt_tokens_details": {"cached_tokens": known}, "dash": dash(answers)}
 
 
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return layers and times of the answers; `time_of_dense` is a fraction of dense by the build's cost table."""
+    """Return layers and times of the answers; `time_of_dense` is a fraction of dense by the build's cost table. What is
+    of decoded tokens is left out where there are none: the first token of an answer comes from its prompt.
+    """
     runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
     steps = sum(each.decode_steps for each in said)
     # On the clock: answers wait for each other, and for prompts of others.
     seconds = max(answer.last for answer in answers) - min(answer.first for answer in answers)
-    told: dict[str, Any] = {
-        "layers_per_token": round(sum(each.layers for each in said) / steps, 3) if steps else 0.0,
-        "tokens_per_second": round(steps / seconds, 2) if seconds else 0.0,
-        "prefill_seconds": round(max(each.prefill_seconds for each in said), 4),
-    }
+    told: dict[str, Any] = {"prefill_seconds": round(max(each.prefill_seconds for each in said), 4)}
+    if steps and seconds:
+        told["layers_per_token"] = round(sum(each.layers for each in said) / steps, 3)
+        told["tokens_per_second"] = round(steps / seconds, 2)
     actions = [skips for answer in answers for skips in answer.actions]
     if actions and runtime.cost.segment_us:
         skips = unit_skips(np.array(actions), runtime.bundle.manifest.policy.units)

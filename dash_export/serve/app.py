@@ -29,13 +29,15 @@ from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import document
+from dash_export.serve.pooled import embeddings
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import DeadlineError
+from dash_export.serve.tokens import detokenize, tokenize, tokenizer_info
 
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PORTS = {"http": 80, "https": 443}
-_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
+_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input"}
 AUTO = "auto"
 """Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
@@ -79,6 +81,10 @@ class Server:
             Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
             Route("/v1/completions", self._keyed(completion), methods=["POST"]),
             Route("/v1/responses", self._keyed(responses), methods=["POST"]),
+            Route("/v1/embeddings", self._keyed(embeddings), methods=["POST"]),
+            Route("/tokenize", self._keyed(tokenize), methods=["POST"]),
+            Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
+            Route("/tokenizer_info", self._keyed(tokenizer_info)),
         ]
         self.app = Starlette(
             routes=routes,
@@ -255,5 +261,5 @@ def _error(error: HttpError) -> JSONResponse:
 async def _not_found(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "is not there" if status == 404 else f"does not take {http.method}"
-    known = "/v1/chat/completions, /v1/completions, /v1/responses, /v1/models"
+    known = "/v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings, /v1/models, /tokenize, /detokenize"
     return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {known}."))

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
+from dash_export.runtime.text import TextStream
 from dash_export.serve.answers import Answer, usage
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest, CompletionRequest
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Chunks = Callable[[int, Token], Iterator[dict[str, Any]]]
 """Chunks of a stream for a token of the answer with this index."""
+Entries = Iterable[tuple[int, list[dict[str, Any]]]]
+"""Tokens, each with its logprobs as chat completions list them."""
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
@@ -66,7 +69,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
 def _figures(running: RunningAnswers) -> dict[str, Any]:
     """Return `usage`, which contains `dash`, and `dash` again beside it: some clients keep only one of the two."""
-    said = usage(running.answers)
+    said = usage(running.answers, running.asked.n or 1)
     return {"usage": said, "dash": said["dash"]}
 
 
@@ -102,42 +105,90 @@ async def completion(server: Server, http: HttpRequest) -> Response:
         running = await begin(
             server,
             request,
-            lambda scheduler: scheduler.ids(request.prompt),
-            request.max_tokens,
+            lambda scheduler: [scheduler.ids(prompt) for prompt in request.prompt],
+            request.max_tokens or (1 if request.max_tokens == 0 else None),
             request.logprobs,
             arrival,
+            request.reading(),
         )
-
-    def choice(index: int, said: Answer | Token, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": said.finish_reason}
-
+    told = [_Told(running, answer, request, index) for index, answer in enumerate(running.answers)]
     if request.stream:
 
         def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
-            logprobs = None if request.logprobs is None else _likelihoods([running.logprobs(token)])
-            yield {"choices": [choice(index, token, logprobs)], **running.skips(token)}
+            if request.echo and token.statistics.tokens < 2:
+                yield {"choices": [told[index].prompt()]}
+            entries = [] if request.logprobs is None else [(token.token, running.logprobs(token))]
+            yield {"choices": [told[index].choice(token, entries)], **running.skips(token)}
 
         return _streamed(running, "text_completion", (), chunks)
     found = await collected_tokens(running, http)
 
     def whole() -> Response:
         choices = []
-        for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            likely = None if request.logprobs is None else _likelihoods(running.likelihoods(answer, tokens))
-            choices.append(choice(index, answer, likely))
+        for one, answer, tokens in zip(told, running.answers, found, strict=True):
+            before = one.prompt() if request.echo else None
+            entries = [] if request.logprobs is None else running.likelihoods(answer, tokens)
+            ids = [token.token for token in tokens]
+            choices.append(_joined(before, one.choice(answer, zip(ids, entries, strict=False))))
         return JSONResponse(running.common | {"object": "text_completion", "choices": choices} | _figures(running))
 
     return await asyncio.to_thread(whole)
 
 
-def _likelihoods(found: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    each = [entries for entries in found if entries]
-    return {
-        "tokens": [entries[0]["token"] for entries in each],
-        "token_logprobs": [entries[0]["logprob"] for entries in each],
-        # Of entries with the same text, parts of a character, the likeliest stays.
-        "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[:0:-1]} for entries in each],
-    }
+class _Told:
+    """Builder of an answer's choice, or of its pieces: `text_offset` counts on from one to the next."""
+
+    def __init__(self, running: RunningAnswers, answer: Answer, request: CompletionRequest, index: int) -> None:
+        self._running, self._answer, self._request, self._index = running, answer, request, index
+        self._text, self._length = running.scheduler.runtime.text, 0
+        self._stream: TextStream | None = None
+
+    def prompt(self) -> dict[str, Any]:
+        """Return the prompt as a choice."""
+        ids, given = self._answer.ticket.ids.tolist(), self._request.prompt[self._index // (self._request.n or 1)]
+        entries = [] if self._request.logprobs is None else self._running.prompt(self._answer)
+        text = given if isinstance(given, str) else self._text.decode(ids)
+        found = self._choice(text, None, zip(ids, entries, strict=False), TextStream(self._text.tokenizer))
+        self._length = len(text)
+        return found
+
+    def choice(self, said: Answer | Token, entries: Entries) -> dict[str, Any]:
+        """Return an answer, or a piece of one."""
+        if self._stream is None:
+            self._stream = TextStream(self._text.tokenizer, after=int(self._answer.ticket.ids[-1]))
+        return self._choice(said.text, said.finish_reason, entries, self._stream)
+
+    def _choice(self, text: str, reason: str | None, entries: Entries, stream: TextStream) -> dict[str, Any]:
+        logprobs = None if self._request.logprobs is None else self._likelihoods(entries, stream)
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _likelihoods(self, found: Entries, stream: TextStream) -> dict[str, Any]:
+        each, places = list[list[dict[str, Any]]](), list[int]()
+        for token, entries in found:
+            if entries:  # else it ends the turn
+                each.append(entries)
+                certain = len(stream.push(token))  # with parts of characters that came before
+                self._length += certain
+                places.append(self._length - min(certain, len(entries[0]["token"])))
+        return {
+            "tokens": [entries[0]["token"] for entries in each],
+            "token_logprobs": [entries[0]["logprob"] for entries in each],
+            # Of entries with the same text, parts of a character, the likeliest stays.
+            "top_logprobs": [
+                None if entries[0]["logprob"] is None else {one["token"]: one["logprob"] for one in entries[:0:-1]}
+                for entries in each
+            ],
+            "text_offset": places,
+        }
+
+
+def _joined(before: dict[str, Any] | None, choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice that begins with the prompt, where it is echoed."""
+    if before is None:
+        return choice
+    first, then = before["logprobs"], choice["logprobs"]
+    logprobs = None if then is None else {name: first[name] + then[name] for name in then}
+    return choice | {"text": before["text"] + choice["text"], "logprobs": logprobs}
 
 
 def _streamed(running: RunningAnswers, kind: str, first: Iterable[dict[str, Any]], chunks: Chunks) -> Response:

@@ -9,6 +9,7 @@ from pydantic_core import from_json
 
 from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime.rows import NO_MEMORY
+from dash_export.serve.fields import UNKNOWN, UNSUPPORTED
 from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def wrong_field(error: ValidationError, body: bytes | bytearray) -> HttpError:
     mistakes = error.errors(include_url=False, include_input=False)
     whole: Any = from_json(body) if mistakes[0]["loc"] else None  # else the body may be no JSON
     told: dict[tuple[Any, ...], list[str]] = {}
+    codes = dict[tuple[Any, ...], str]()
     for one in mistakes:
         here, path = whole, list[Any]()
         for part in one["loc"]:
@@ -55,7 +57,9 @@ def wrong_field(error: ValidationError, body: bytes | bytearray) -> HttpError:
                 here = here[part]
                 path.append(part)
         path += one["loc"][-1:] if one["type"] == "missing" else ()
-        told.setdefault(tuple(path), []).append(one["msg"])
+        told.setdefault(tuple(path), []).append(one["msg"].removeprefix("Value error, "))
+        codes[tuple(path)] = one["type"]
     furthest = max(told, key=len)
     field = ".".join(map(str, furthest))[:100] or None
-    return HttpError(400, f"{field or 'The body'}: {'; or '.join(dict.fromkeys(told[furthest]))}.", field)
+    code = codes[furthest] if codes[furthest] in (UNKNOWN, UNSUPPORTED) else None
+    return HttpError(400, f"{field or 'The body'}: {'; or '.join(dict.fromkeys(told[furthest]))}.", field, code)

@@ -59,7 +59,7 @@ class Metrics:
         """Record an answer that has ended, well or with an error."""
         began, first, last, tokens = answer.began, answer.first, answer.last, answer.statistics.tokens
         self._duration.labels(operation, model, answer.error_type).observe(last - began)
-        if answer.finish_reason:
+        if answer.finish_reason and tokens:
             self._first.labels(operation, model).observe(first - began)
             if tokens > 1:
                 self._token.labels(operation, model).observe((last - first) / (tokens - 1))

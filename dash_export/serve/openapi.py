@@ -3,12 +3,13 @@
 from collections.abc import Collection
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from dash_export import __version__
-from dash_export.serve.protocol import ChatRequest, CompletionRequest
+from dash_export.serve.pooled import EmbeddingsRequest
+from dash_export.serve.protocol import Asked, ChatRequest, CompletionRequest
 from dash_export.serve.responses import ResponsesRequest
+from dash_export.serve.tokens import DetokenizeRequest, TokenizeRequest
 
 _ERRORS = {
     "400": "The request is wrong: `message` and `param` say where.",
@@ -21,17 +22,25 @@ _ERRORS = {
     "500": "The server made a mistake.",
     "504": "The request's time was over.",
 }
-_POSTS: dict[str, tuple[type[BaseModel], str, str]] = {
-    "/v1/chat/completions": (ChatRequest, "Answer messages.", "choices"),
-    "/v1/completions": (CompletionRequest, "Go on with a text.", "choices"),
-    "/v1/responses": (ResponsesRequest, "Answer messages, in OpenAI's newer form.", "output"),
+_SAID = ("id", "object", "model", "usage")
+_POSTS: dict[str, tuple[type[Asked], str, tuple[str, ...]]] = {
+    "/v1/chat/completions": (ChatRequest, "Answer messages.", (*_SAID, "choices")),
+    "/v1/completions": (CompletionRequest, "Go on with texts.", (*_SAID, "choices")),
+    "/v1/responses": (ResponsesRequest, "Answer messages, in OpenAI's newer form.", (*_SAID, "output")),
+    "/v1/embeddings": (EmbeddingsRequest, "Read texts into vectors.", ("object", "data", "model", "usage")),
+    "/tokenize": (TokenizeRequest, "Read a text into tokens.", ("count", "max_model_len", "tokens")),
+    "/detokenize": (DetokenizeRequest, "Write tokens as a text.", ("prompt",)),
 }
 _GETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "/v1/models": ("The models.", "application/json", {"type": "object", "required": ["object", "data"]}),
     "/v1/models/{name}": ("A model.", "application/json", {"type": "object", "required": ["id"]}),
+    "/tokenizer_info": ("Special tokens and chat template.", "application/json", {"type": "object"}),
     "/health": ("Whether requests are taken.", "application/json", {"type": "object", "required": ["status"]}),
     "/metrics": ("Counters, for Prometheus.", "text/plain", {"type": "string"}),
 }
+
+
+_KEYED = ("/v1/models", "/v1/models/{name}", "/tokenizer_info")
 
 
 def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -61,8 +70,10 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for path, (model, what, holds) in _POSTS.items():
         components[model.__name__]["properties"]["model"]["examples"] = [*models]
-        answer = {"type": "object", "required": ["id", "object", "model", "usage", holds]}
-        found = {"application/json": {"schema": answer}, "text/event-stream": {"schema": event}}
+        components[model.__name__]["properties"] |= {name: {} for name in model.idle}
+        found: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": [*holds]}}}
+        if "stream" in model.model_fields:
+            found["text/event-stream"] = {"schema": event}
         paths[path] = {
             "post": {
                 "summary": what,
@@ -76,9 +87,13 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
         }
     for path, (what, kind, schema) in _GETS.items():
         answers = {"200": {"description": what, **_content(kind, schema)}, "403": refused["403"]}
-        answers |= {"401": refused["401"]} if path.startswith("/v1/") else {}
+        answers |= {"401": refused["401"]} if path in _KEYED else {}
         answers |= {"503": {"description": "Not now.", **_content(kind, schema)}} if path == "/health" else {}
         operation: dict[str, Any] = {"summary": what, "responses": answers}
+        if path == "/tokenizer_info":
+            answers |= {"404": refused["404"]}
+            model_schema = {"type": "string", "enum": [*models]}
+            operation["parameters"] = [{"name": "model", "in": "query", "required": True, "schema": model_schema}]
         if path.endswith("{name}"):
             answers["404"] = refused["404"]
             operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"enum": [*models]}}]
@@ -91,7 +106,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     }
     if keyed:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path in (*_POSTS, "/v1/models", "/v1/models/{name}"):
+        for path in (*_POSTS, *_KEYED):
             for operation in paths[path].values():
                 operation["security"] = [{"key": []}]
     return made

@@ -1,18 +1,16 @@
 """Requests in the form of OpenAI's API, and what their fields mean to this server. pydantic checks types; any other
 mistake raises RequestError.
 
-Unknown fields are ignored, as other servers do. The field `dash` is our own: it says how fast an answer should be.
+Unknown fields are mistakes (fields.py). The field `dash` is our own: it says how fast an answer should be.
 """
 
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -23,66 +21,51 @@ from tokenizers import Tokenizer
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import RequestError
+from dash_export.runtime.guidance import json_grammar, regex_grammar
 from dash_export.runtime.sampling import Sampling
+from dash_export.serve.fields import MOST, Few, Fields, Number, Whole, refuse
+from dash_export.serve.messages import Message, check_few
+from dash_export.serve.tickets import Reading
 from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
 
-MOST = 1 << 20
-PARTS = 16_384
-"""Most lists and objects in a body, and in all arguments of calls in it: each costs as much as 1000 characters."""
-Few = Field(max_length=1024, fail_fast=True)
-"""Limit of a list, read up to its first mistake: each mistake would cost as much as 1000 correct entries."""
-_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}
-_PROMPT = {"anyOf": [{"type": "string"}, _IDS] + [
-    {"type": "array", "items": one, "minItems": 1, "maxItems": 1} for one in ({"type": "string"}, _IDS)
-]}  # fmt: skip
+_ONE = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}]
+_PROMPTS = {"anyOf": [*_ONE, *({"type": "array", "items": one, "minItems": 1, "maxItems": 1024} for one in _ONE)]}
 
 
-def _one_prompt(given: Any) -> Any:
-    """Return the prompt, a text or token ids, without the list that may hold it. Raises ValueError for anything else.
-
-    Checked by hand: pydantic's union of lists costs too much on four megabytes of mistakes.
-    """
-    if isinstance(given, list) and given and isinstance(given[0], (str, list)):
-        if len(given) > 1:
-            raise ValueError("several prompts in one request are not supported; send one each")
-        given = given[0]
-    if isinstance(given, str):
-        return given
-    if isinstance(given, list) and 0 < len(given) <= MOST and all(type(one) is int for one in given):
-        return given
-    raise ValueError("expected a text, or token ids")
+def _ids(given: Any) -> list[int]:
+    """Return token ids. Raises ValueError. Checked by hand: pydantic takes too long for a million of mistakes."""
+    if not isinstance(given, list) or len(given) > MOST or not all(type(token) is int for token in given):
+        raise ValueError("expected token ids")
+    return given
 
 
-def check_parts(body: bytes | bytearray) -> None:
-    """Raise RequestError for JSON of more than PARTS lists and objects, before parsing it. Invalid JSON passes here."""
-    if body.count(b"[") + body.count(b"{") > PARTS:
-        outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
-        if sum(part.count(b"[") + part.count(b"{") for part in outside) > PARTS:
-            raise RequestError(f"The body has more than {PARTS} lists and objects.")
+def _prompts(given: Any) -> list[str | list[int]]:
+    """Return prompts, each a text or token ids, of one or a list of them. Raises ValueError for anything else."""
+    several = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+    if len(several) > 1024:
+        raise ValueError("over 1024 prompts in one request")
+    for one in several:
+        if not isinstance(one, str) and (not one or not _ids(one)):
+            raise ValueError("expected a text, or token ids, or a list of these")
+    return several
 
 
-class Dash(BaseModel):
+Ids = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_ONE[1] | {"minItems": 0})]
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+
+
+class Dash(Fields):
     """How much may be skipped: at most one amount, as in `runtime.session`. `skips`: tell the layers of every token."""
-
-    model_config = ConfigDict(extra="forbid")
 
     policy: Literal["dense", "static", "token"] | None = None
     skip: Annotated[list[int], Few] | Annotated[str, Field(max_length=4096)] | None = None
-    trade_off: float | None = None
-    budget: float | None = None
-    skipped: float | None = None
-    max_kl: float | None = None
-    max_layers: int | None = None
+    trade_off: Number | None = None
+    budget: Number | None = None
+    skipped: Number | None = None
+    max_kl: Number | None = None
+    max_layers: Whole | None = None
     hold: bool = True
     skips: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _small(cls, given: Any) -> Any:
-        """Raise ValueError for too many fields: pydantic would report each unknown one as a mistake of its own."""
-        if isinstance(given, dict) and len(given) > len(cls.model_fields):
-            raise ValueError("too many fields")
-        return given
 
     def setting(self) -> Setting | None:
         """Return the session's setting, None if the request has none. Raises RequestError for `hold` alone."""
@@ -96,72 +79,17 @@ class Dash(BaseModel):
         return Setting(**given)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
+    idle = frozenset({"include_obfuscation"})
     include_usage: bool | None = False
 
 
-class ContentPart(BaseModel):
-    type: str
-    text: str | None = None
-
-
-class Called(BaseModel):
-    name: str
-    arguments: str = "{}"
-
-    @field_validator("arguments")
-    @classmethod
-    def _object(cls, text: str) -> str:
-        text = text or "{}"  # some clients send an empty text for no arguments
-        _check_arguments([text])
-        with suppress(ValueError):
-            if isinstance(from_json(text, allow_inf_nan=False), dict):
-                return text
-        raise ValueError("not the JSON of an object")
-
-
-def _check_arguments(texts: Iterable[str]) -> None:
-    if sum(text.count("[") + text.count("{") for text in texts) > PARTS:
-        raise ValueError(f"more than {PARTS} lists and objects")
-
-
-class ToolCall(BaseModel):
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: Called
-
-    def plain(self) -> dict[str, Any]:
-        """Return the call as chat templates expect it: its arguments are an object, not a text of JSON."""
-        function = {"name": self.function.name, "arguments": from_json(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
-
-
-class Message(BaseModel):
-    role: str
-    content: str | Annotated[list[ContentPart], Few] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: Annotated[list[ToolCall], Few] | None = None
-    reasoning_content: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates expect it: text parts joined. Raises RequestError for other parts."""
-        content = self.content
-        if isinstance(content, list):
-            if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
-                raise RequestError(f"content of type {other!r:.60} is not supported; supported: text.")
-            content = "".join(part.text or "" for part in content)
-        said = self.model_dump(include={"name", "tool_call_id", "reasoning_content"}, exclude_none=True)
-        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content or "", **said, **calls}
-
-
-class JsonSchema(BaseModel):
+class JsonSchema(Fields):
+    idle = frozenset({"name", "description", "strict"})
     schema_: Json = Field(alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -176,55 +104,79 @@ class ResponseFormat(BaseModel):
         return self.json_schema.schema_
 
 
+def _parsed(given: Any) -> Any:
+    """Return a schema that may be a text of JSON."""
+    if not isinstance(given, str):
+        return given
+    check_few([given])
+    return from_json(given)
+
+
 _SAMPLED = {"temperature", "top_p", "top_k", "min_p"}
 _SAMPLED |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
 """Fields that `Sampling` has under the same names."""
 
 
-class Body(BaseModel):
-    """Fields of all requests. One that is null is left out: some clients send null for what they leave open."""
+class Asked(Fields):
+    """Fields of all requests."""
 
+    idle = frozenset({"metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+                      "safety_identifier", "service_tier", "store", "user"})  # fmt: skip
     model: str = Field("", max_length=1024)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+
+
+class Body(Asked):
+    """Fields of all requests for an answer."""
+
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, gt=0, le=1)
     stream: bool | None = False
     dash: Dash = Field(default_factory=Dash)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, given: Any) -> Any:
-        return {name: one for name, one in given.items() if one is not None} if isinstance(given, dict) else given
 
 
 class Generation(Body):
     """Fields of both kinds of completion."""
 
-    max_tokens: int | None = Field(None, ge=1, le=MOST)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, gt=0)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = None
+    max_tokens: Whole | None = Field(None, ge=1, le=MOST)
+    top_k: Whole | None = Field(None, ge=0)
+    min_p: Number | None = Field(None, ge=0, lt=1)
+    repetition_penalty: Number | None = Field(None, gt=0)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: Annotated[dict[int, Number], Field(max_length=1024)] | None = None
+    seed: Whole | None = None
     stop: str | Annotated[list[str], Few] | None = None
-    n: int | None = Field(1, ge=1, le=16)
+    n: Whole | None = Field(1, ge=1, le=16)
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = 1
-    functions: None = None
-    function_call: None = None
+    ignore_eos: bool = False
+    guided_json: Annotated[Json, BeforeValidator(_parsed)] | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
 
     operation: ClassVar[str] = "text_completion"
     """Name of the operation in OpenTelemetry's conventions."""
 
-    def guided(self) -> bool:
-        """Return whether the answer may be held to a grammar."""
-        return False
+    @property
+    def prompts(self) -> int:
+        """Number of prompts, each of which has `n` answers."""
+        return 1
+
+    @property
+    def continues(self) -> bool:
+        """Whether answers go on with the texts of their prompts."""
+        return True
+
+    def guides(self) -> list[str]:
+        """Return the names of the fields that hold the answer to a form."""
+        return [name for name in ("guided_json", "guided_regex", "guided_grammar") if getattr(self, name) is not None]
 
     def grammar(self, tokenizer: Tokenizer) -> str | None:  # noqa: ARG002
         """Return the grammar that answers are held to, None if there is none. Raises RequestError."""
-        return None
+        if len(given := self.guides()) > 1:
+            raise RequestError(f"{' and '.join(given)} exclude each other: an answer has one form.")
+        if self.guided_json is not None:
+            return json_grammar(self.guided_json)
+        return self.guided_grammar if self.guided_regex is None else regex_grammar(self.guided_regex)
 
     def sampling(self, logprobs: int | None = None) -> Sampling:
         """Return how the first answer is sampled, without its grammar. Raises RequestError."""
@@ -232,36 +184,62 @@ class Generation(Body):
         if said["temperature"] < 1e-3:
             said["temperature"] = 0.0
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(**said, seed=None if self.seed is None else abs(self.seed), stop=stop, logprobs=logprobs)
+        said |= {"logit_bias": self.logit_bias or {}, "ignore_eos": self.ignore_eos, "stop": stop, "logprobs": logprobs}
+        return Sampling(**said, seed=None if self.seed is None else abs(self.seed))
 
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     operation: ClassVar[str] = "chat"
+    undone: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("audio", "function_call", "functions", "moderation", "prediction", "reasoning_effort")),
+        **{"web_search_options": None, "modalities": ["text"], "verbosity": "medium"},
+    }
     messages: Annotated[list[Message], Few] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=MOST)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Few] = Field(default_factory=list)
     tool_choice: Choice = "auto"
     parallel_tool_calls: bool = True
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
     @field_validator("messages")
     @classmethod
     def _few_parts(cls, messages: list[Message]) -> list[Message]:
-        _check_arguments(call.function.arguments for message in messages for call in message.tool_calls or ())
+        check_few(call.function.arguments for message in messages for call in message.tool_calls or ())
         return messages
 
-    def guided(self) -> bool:
+    @model_validator(mode="after")
+    def _fits(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            refuse("top_logprobs", "needs logprobs: true")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                refuse("add_generation_prompt", "a continued message has none: leave it out")
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls or not last.plain()["content"].strip():
+                refuse("continue_final_message", "the last message has to be the assistant's, and to have text")
+        return self
+
+    def guides(self) -> list[str]:
         calls = not isinstance(self.tool_choice, str) or self.tool_choice == "required"
-        return calls or (self.response_format is not None and self.response_format.type != "text")
+        form = self.response_format is not None and self.response_format.type != "text"
+        return [*super().guides(), *["response_format"] * form, *["tool_choice"] * (calls and not form)]
 
     def grammar(self, tokenizer: Tokenizer) -> str | None:
+        if (own := super().grammar(tokenizer)) is not None:
+            return own
         schema = None if self.response_format is None else self.response_format.wanted()
         marked = None not in map(tokenizer.token_to_id, (BEGIN, END))
         return calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls, marked, schema)
+
+    @property
+    def continues(self) -> bool:
+        return self.continue_final_message
 
     def given_tools(self) -> list[dict[str, Any]]:
         """Return the tools as chat templates expect them."""
@@ -275,12 +253,27 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt), WithJsonSchema(_PROMPT)]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = False
-    response_format: None = None
-    tools: None = None
-    max_tokens: int | None = Field(16, ge=1, le=MOST)
+    undone: ClassVar[dict[str, Any]] = {"suffix": None, "best_of": 1}
+    prompt: Prompts
+    logprobs: Whole | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    max_tokens: Whole | None = Field(16, ge=0, le=MOST)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            refuse("max_tokens", "0 is for echo: nothing would be answered")
+        return self
+
+    @property
+    def prompts(self) -> int:
+        return len(self.prompt)
+
+    def reading(self) -> Reading | None:
+        """Return what is wanted of the prompts themselves."""
+        if not self.echo or (self.logprobs is None and self.max_tokens):
+            return None
+        return Reading(self.logprobs, only=self.max_tokens == 0)
 
 
 def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
@@ -301,6 +294,9 @@ def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
                 f"model: {name!r:.100} is not like NAME@budget=0.9; known, each once: {', '.join(sorted(known))}."
             )
         given[key] = value
+        if key not in ("policy", "skip", "hold"):
+            with suppress(ValueError):
+                given[key] = float(value)
     try:
         return base, Dash.model_validate(given).setting()
     except ValidationError as error:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
+from dash_export.serve.fields import MOST, Few, Fields, Whole
 from dash_export.serve.http_errors import HttpError, http_error
-from dash_export.serve.protocol import MOST, Body, ChatRequest, ContentPart, Few
+from dash_export.serve.messages import ContentPart
+from dash_export.serve.protocol import Body, ChatRequest
 from dash_export.serve.running import (
     AnswerStream,
     RunningAnswers,
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
 
-class InputItem(BaseModel):
+class InputItem(Fields):
     """A message, a call of the model's, or what a call gave."""
+
+    idle = frozenset({"id", "status"})
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -64,36 +68,39 @@ class FlatTool(Function):
     type: Literal["function"]
 
 
-class FlatToolName(BaseModel):
+class FlatToolName(Fields):
     type: Literal["function"]
     name: str
 
 
-class TextFormat(BaseModel):
+class TextFormat(Fields):
+    idle = frozenset({"name", "description", "strict"})
     type: Literal["text", "json_object", "json_schema"] = "text"
     schema_: Json | None = Field(None, alias="schema")
 
 
-class TextOptions(BaseModel):
+class TextOptions(Fields):
+    undone: ClassVar[dict[str, Any]] = {"verbosity": "medium"}
     format: TextFormat = TextFormat.model_validate({})
 
 
 class ResponsesRequest(Body):
     """POST /v1/responses."""
 
+    idle = Body.idle | {"stream_options"}
+    undone: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("background", "context_management", "conversation", "include", "max_tool_calls", "moderation",
+                         "previous_response_id", "prompt", "reasoning", "top_logprobs")),
+        "truncation": "disabled",
+    }  # fmt: skip
     input: str | Annotated[list[InputItem], Few] = Field(min_length=1)
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MOST)
+    max_output_tokens: Whole | None = Field(None, ge=1, le=MOST)
     text: TextOptions = Field(default_factory=TextOptions)
     tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
     parallel_tool_calls: bool = True
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    previous_response_id: None = None
-    conversation: None = None
-    prompt: None = None
-    background: Literal[False] | None = False
-    top_logprobs: Literal[0] | None = 0
 
     def chat(self) -> ChatRequest:
         """Return the request as one of /v1/chat/completions. Raises RequestError, and ValidationError (pydantic's)."""
@@ -121,7 +128,7 @@ class ResponsesRequest(Body):
                 "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],
                 "tool_choice": choice
                 if isinstance(choice, str)
-                else {"type": "function", "function": choice.model_dump()},
+                else {"type": "function", "function": {"name": choice.name}},
                 "dash": self.dash.model_dump(),
             }
         )

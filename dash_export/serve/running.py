@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from dash_export.decision import Setting
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response as Token
@@ -26,9 +27,10 @@ from dash_export.runtime.results import TokenIds
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer, Inbox
 from dash_export.serve.http_errors import HttpError, wrong_field
-from dash_export.serve.protocol import ChatRequest, Generation, check_parts, model_and_setting
+from dash_export.serve.messages import check_parts
+from dash_export.serve.protocol import ChatRequest, Generation, model_and_setting
 from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import Request
+from dash_export.serve.tickets import GUIDED, Reading, Request
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -41,6 +43,7 @@ LIKELY = 100_000
 LONG_BYTES = 1 << 16
 """Bodies larger than this have their prompts encoded by a single thread, so that long prompts wait for each other."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
+_T = TypeVar("_T")
 
 
 class RunningAnswers:
@@ -65,13 +68,17 @@ class RunningAnswers:
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
         """Return the chosen token, then the most likely ones, as chat completions list them. Return nothing for a token
-        that ends the turn: it is no part of the answer.
+        that ends a chat's turn: it is no part of the answer.
         """
         text = self.scheduler.runtime.text
-        if token.token in text.eos_ids:
+        if token.token in text.eos_ids and self.asked.operation == "chat":
             return []
-        found = []
-        for one, logprob in token.logprobs:
+        return self.listed(token.logprobs)
+
+    def listed(self, logprobs: Sequence[tuple[int, float | None]]) -> list[dict[str, Any]]:
+        """Return tokens and their log-likelihoods as chat completions list them."""
+        text, found = self.scheduler.runtime.text, []
+        for one, logprob in logprobs:
             if one not in self._pieces:
                 first = text.encode("a", special=False)[-1:]  # SentencePiece's decoders drop the space of a first token
                 before, both = (text.tokenizer.decode(ids, skip_special_tokens=False) for ids in (first, [*first, one]))
@@ -89,7 +96,11 @@ class RunningAnswers:
         most = len(text.decode(before)) + len(answer.text)
         while stopped and ids and len(text.decode([*before, *ids[:-1]])) >= most:
             ids.pop()
-        return [entries for token in tokens[: len(ids)] if (entries := self.logprobs(token))]
+        return [self.logprobs(token) for token in tokens[: len(ids)]]
+
+    def prompt(self, answer: Answer) -> list[list[dict[str, Any]]]:
+        """Return the logprobs of a prompt's tokens, where they were read. Nothing says how likely the first one is."""
+        return [self.listed([(int(answer.ticket.ids[0]), None)]), *map(self.listed, answer.ticket.likely)]
 
 
 class Arrival(NamedTuple):
@@ -102,68 +113,113 @@ class Arrival(NamedTuple):
     leave: Callable[[], None]
 
 
+def left(server: Server, arrival: Arrival) -> float | None:
+    """Return the seconds that a request has left, None where there is no deadline."""
+    return None if server.deadline is None else server.deadline - (time.perf_counter() - arrival.began)
+
+
+async def in_thread(server: Server, arrival: Arrival, work: Callable[[], _T], guided: bool = False) -> _T:
+    """Return `work()`, done in a thread: one for all long bodies, and one for all grammars."""
+    threads = server.long if arrival.size > LONG_BYTES else server.guided if guided else None
+    if threads is not None:
+        arrival.leave()  # it waits for others of its kind, which must not keep everybody waiting
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
 async def begin(
     server: Server,
     asked: Generation,
-    encode: Callable[[Scheduler], TokenIds],
+    encode: Callable[[Scheduler], Sequence[TokenIds]],
     max_tokens: int | None,
     logprobs: int | None,
     arrival: Arrival,
+    reading: Reading | None = None,
 ) -> RunningAnswers:
-    """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; how long that may
+    """Submit the `n` answers to each prompt, all or none. `encode` makes the token ids, in a thread; how long that may
     take is told by its size. Raises HttpError and DashError.
     """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base, setting)
     sampling = asked.sampling(logprobs)
-    guides: list[Guide | None] = [None] * (asked.n or 1)
+    guides: list[Guide | None] = [None] * (asked.prompts * (asked.n or 1))
+    if asked.prompts > 1 and len(guides) > scheduler.most_waiting:
+        raise RequestError(f"prompt: {len(guides)} answers at once, and the queue takes {scheduler.most_waiting}.")
+    if asked.guides() and len(guides) > GUIDED:
+        raise RequestError(f"{len(guides)} answers of a form at once: {GUIDED} are the most.")
+    if reading is not None and setting not in (None, Setting("dense")):
+        raise RequestError("echo: a prompt is dense, whatever its answer skips: leave out how much is skipped.")
+    if max(sampling.logit_bias, default=0) >= (vocab := scheduler.runtime.engines.model.vocab_size):
+        raise RequestError(f"logit_bias: this model has the tokens 0 to {vocab - 1}.")
     scheduler.check_queue()
 
-    def prepare() -> tuple[TokenIds, Sampling]:
+    def prepare() -> tuple[Sequence[TokenIds], Sampling]:
         found = replace(sampling, grammar=asked.grammar(scheduler.runtime.text.tokenizer))
         if found.grammar is not None:
             scheduler.check_queue(len(guides))
             guides[:] = scheduler.runtime.text.guides.guides(found.grammar, len(guides))
         return encode(scheduler), found
 
-    threads = server.long if arrival.size > LONG_BYTES else server.guided if asked.guided() else None
-    if threads is not None:
-        arrival.leave()  # it waits for others of its kind, which must not keep everybody waiting
-    ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
-    answers, inbox = list[Answer](), Inbox(bool(asked.stream))
-    deadline = None if server.deadline is None else server.deadline - (time.perf_counter() - arrival.began)
+    ids, sampling = await in_thread(server, arrival, prepare, bool(asked.guides()))
+    deadline = left(server, arrival)
     if logprobs is not None:
         each = (logprobs + 1) * len(guides)
         if max_tokens is None:
-            max_tokens = max(1, min(LIKELY // each, scheduler.context - len(ids)))
-        if each * max_tokens > LIKELY:
+            max_tokens = max(1, min(LIKELY // each, scheduler.context - max(map(len, ids))))
+        told = each * max_tokens
+        if reading is not None:
+            told += (logprobs + 1) * (asked.n or 1) * sum(map(len, ids))
+        if told > LIKELY:
             raise RequestError(
-                f"logprobs: this request could get {each * max_tokens} of them, and {LIKELY} are the most. Lower "
-                "max_tokens, or the number of likely tokens beside each."
+                f"logprobs: this request could get {told} of them, and {LIKELY} are the most. Lower max_tokens, or the "
+                "number of likely tokens beside each."
             )
+    requests = list[Request]()
+    for place in range(len(guides)):
+        prompt, choice = divmod(place, asked.n or 1)
+        own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + choice)
+        requests.append(Request(ids[prompt], max_tokens, own, setting, deadline, asked.continues, reading))
+    inbox, ended = Inbox(bool(asked.stream)), partial(server.metrics.answered, asked.operation, name)
+    answers = submitted(scheduler, requests, guides, inbox, ended, arrival.began)
+    return RunningAnswers(name, scheduler, answers, inbox, asked)
+
+
+def submitted(
+    scheduler: Scheduler,
+    requests: Sequence[Request],
+    guides: list[Guide | None],
+    inbox: Inbox,
+    ended: Callable[[Answer], None],
+    began: float,
+) -> list[Answer]:
+    """Submit requests, each with its guide, all or none. Raises DashError."""
+    answers = list[Answer]()
     try:
-        for place, guide in enumerate(guides):
-            own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
-            request = Request(ids, max_tokens, own, setting, deadline, asked.operation != "chat")
-            ended = partial(server.metrics.answered, asked.operation, name)
-            answers.append(Answer(scheduler, request, inbox, guide, ended, arrival.began))
+        for request, guide in zip(requests, guides, strict=True):
+            answers.append(Answer(scheduler, request, inbox, guide, ended, began))
         guides.clear()
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)
         raise
-    return RunningAnswers(name, scheduler, answers, inbox, asked)
+    return answers
 
 
 async def begin_chat(server: Server, request: ChatRequest, arrival: Arrival) -> RunningAnswers:
     """Submit the answers to a chat, by `begin`. Raises HttpError and DashError."""
-    messages = [message.plain() for message in request.messages]
 
-    def encode(scheduler: Scheduler) -> TokenIds:
-        return np.array(scheduler.runtime.text.chat(messages, scheduler.context, request.given_tools()))
+    def encode(scheduler: Scheduler) -> list[TokenIds]:
+        return [np.array(chat_ids(request, scheduler))]
 
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return await begin(server, request, encode, request.most_tokens, logprobs, arrival)
+
+
+def chat_ids(request: ChatRequest, scheduler: Scheduler) -> list[int]:
+    """Return the token ids of a chat, slowly for a long one. Raises RequestError and ContextLengthError."""
+    messages, tools = [message.plain() for message in request.messages], request.given_tools()
+    begins = request.add_generation_prompt is not False
+    text = scheduler.runtime.text
+    return text.chat(messages, scheduler.context, tools, begins, request.continue_final_message)
 
 
 class AnswerStream(StreamingResponse):

@@ -24,6 +24,7 @@ from dash_export.runtime.rows import Rows
 from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import WEIGHT, Pace
 from dash_export.serve.prefixes import Prefixes
+from dash_export.serve.reading import begin, next_part, prefill
 from dash_export.serve.tickets import GUIDED, MISTAKE, BusyServerError, DeadlineError, Request, Ticket
 
 logger = logging.getLogger(__name__)
@@ -264,22 +265,21 @@ class Scheduler:
     def _prefill_pass(self, ticket: Ticket, left: int) -> int:
         """Prefill one pass of the job, unless it has more than `left` tokens. Return what is taken of `left`."""
         try:
-            turn, session = ticket.turn, self._prompt
+            turn, session, reading = ticket.turn, self._prompt, ticket.request.reading
             if turn is None:
-                asked, text, size = ticket.request, self.runtime.text, len(ticket.ids)
-                after = int(ticket.ids[-1]) if asked.continues else None
-                turn = ticket.turn = Turn(text, asked.sampling, ticket.max_tokens, size, ticket.guide, after)
-                ticket.known = self._prefixes.restore(session, ticket.ids)
+                turn = begin(ticket, session, self._prefixes)
                 self.figures["known_tokens"] += ticket.known
-            done = len(session.tokens)
-            size = session.next_pass_length(len(ticket.ids) - done)
-            if size > left:
+            part = next_part(ticket, session)
+            if len(part) > left:
                 return left
-            logits = session.prefill(ticket.ids[done : done + size])
+            logits = prefill(ticket, session, part)
             if len(session.tokens) == len(ticket.ids):
-                self._begin(ticket, turn, logits)
+                if reading is not None and reading.only:
+                    self._tell(ticket, turn.without_tokens(self._rows.dense()))
+                else:
+                    self._begin(ticket, turn, logits)
                 self._job = None
-            return size
+            return len(part)
         except (DashError, MemoryError) as error:  # fails this request only: the rows are unchanged
             self._job = None
             self._prompt.reset()

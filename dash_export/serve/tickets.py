@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dash_export.arguments import Prompt
 from dash_export.decision import Setting
@@ -26,6 +27,18 @@ class DeadlineError(RequestError):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What is wanted of a prompt itself, which is always dense. `logprobs`: the log-likelihood of each of its tokens
+    and of so many of the most likely ones; `pooling`: its final states, of the last token or their mean. `only`: no
+    answer (the room of one token is asked for all the same).
+    """
+
+    logprobs: int | None = None
+    pooling: Literal["last", "mean"] | None = None
+    only: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt, and how to answer it. `max_tokens` None: as many as there is room for. `setting` None: the scheduler
     chooses one at every step. `deadline`: seconds from `submit` on. `continues`: the answer goes on with the prompt's
@@ -38,6 +51,7 @@ class Request:
     setting: Setting | None = None
     deadline: float | None = None
     continues: bool = True
+    reading: Reading | None = None
 
 
 @dataclass(eq=False)
@@ -58,6 +72,10 @@ class Ticket:
     """Rules for steps in which this is the only row, where its request has no setting."""
     known: int = 0
     """Tokens of the prompt that were not computed again."""
+    likely: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """Of each token of the prompt but the first, where wanted: (token, nats) of it and of the most likely ones."""
+    state: Any = 0.0
+    """The pooled state float32 [hidden], where wanted."""
 
     @property
     def late(self) -> bool:

@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from dash_export.errors import RequestError
 from dash_export.runtime.guidance import json_rule
 from dash_export.runtime.text import overlap
+from dash_export.serve.fields import Fields
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 LONGEST = 1 << 16
@@ -26,22 +27,23 @@ Json = Annotated[dict[str, Any], AfterValidator(_json)]
 """JSON object without NaN and infinity, which the parser accepts but JSON does not have."""
 
 
-class Function(BaseModel):
+class Function(Fields):
+    idle = frozenset({"strict"})
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: Json = Field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
-class Tool(BaseModel):
+class Tool(Fields):
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(Fields):
     name: str
 
 
-class ToolName(BaseModel):
+class ToolName(Fields):
     type: Literal["function"]
     function: FunctionName
 

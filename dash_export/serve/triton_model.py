@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from dash_export import DashError, DashRuntime  # noqa: E402
 from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
 from dash_export.serve.http_errors import HttpError, http_error, wrong_field  # noqa: E402
-from dash_export.serve.protocol import CompletionRequest, check_parts  # noqa: E402
+from dash_export.serve.messages import check_parts  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
 from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
 
@@ -59,7 +61,8 @@ class TritonPythonModel:
     def _submit(self, asked: CompletionRequest, sender: Any) -> None:
         # The scheduler's thread may call `_tell` before `submit` returns the ticket: `_tell` looks for it in this list.
         tickets: list[Ticket] = []
-        submitted = Request(asked.prompt, asked.max_tokens, asked.sampling(), asked.dash.setting())
+        sampling = replace(asked.sampling(), grammar=asked.grammar(self._scheduler.runtime.text.tokenizer))
+        submitted = Request(asked.prompt[0], asked.max_tokens, sampling, asked.dash.setting())
         tickets.append(self._scheduler.submit(submitted, partial(self._tell, sender, tickets)))
         self._open = {ticket: asks for ticket, asks in self._open.items() if not ticket.ended} | {tickets[0]: sender}
 
@@ -84,9 +87,9 @@ class TritonPythonModel:
             "finish_reason": response.finish_reason,
             "prompt_tokens": said.prompt_tokens,
             "completion_tokens": said.tokens,
-            "layers_per_token": said.layers_per_token,
-            "tokens_per_second": said.tokens_per_second,
         }
+        if said.decode_steps:
+            statistics |= {"layers_per_token": said.layers_per_token, "tokens_per_second": said.tokens_per_second}
         last = triton.InferenceResponse([*outputs, _tensor("statistics", json.dumps(statistics))])
         sender.send(last, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -98,7 +101,7 @@ def _asked(request: Any) -> CompletionRequest:
     parameters = json.loads(given)
     if not isinstance(parameters, dict):
         raise ValueError("sampling_parameters is not the JSON of an object")
-    if other := {"model", "n", "logprobs", "stream", "stream_options", "prompt"} & parameters.keys():
+    if other := {"model", "n", "logprobs", "echo", "stream", "stream_options", "prompt"} & parameters.keys():
         raise RequestError(f"sampling_parameters: {min(other)} is not for Triton, whose answers are streams.")
     parameters["prompt"] = _text(request, "text_input")
     try:

@@ -62,6 +62,30 @@ def test_json_equals_the_library(tiny_root: Path, tiny_runtime: Callable[..., Da
     assert found["statistics"]["layers_per_token"] == 6  # type: ignore[index]
 
 
+def test_answers_of_a_form(tiny_root: Path, tmp_path: Path) -> None:
+    """By a JSON schema, or a grammar; alone and for many prompts."""
+    schema, grammar, prompts = (tmp_path / name for name in ("schema.json", "grammar.lark", "prompts.txt"))
+    schema.write_text('{"enum": ["river", "lake"]}')
+    grammar.write_text('start: "yes" | "no"')
+    prompts.write_text("hello\nthere\n")
+    for option, file, said in (("--json-schema", schema, {'"river"', '"lake"'}), ("--grammar", grammar, {"yes", "no"})):
+        found = run_json(tiny_root, "hello", *FP32, *DENSE, option, file)
+        assert found["text"] in said
+        assert found["finish_reason"] == "stop"
+        many = done("run", tiny_root, "--prompts", prompts, *FP32, *DENSE, "--json", option, file).stdout.splitlines()
+        assert {json.loads(line)["text"] for line in many} <= said
+    assert "exclude each other" in refused("run", tiny_root, "x", "--json-schema", schema, "--grammar", grammar, code=2)
+    for text, why in (("{", "is not JSON"), ("[]", "is no JSON schema"), ('{"type": "no"}', "cannot be read")):
+        schema.write_text(text)
+        assert why in refused("run", tiny_root, "x", *FP32, "--json-schema", schema)
+
+
+def test_one_token_has_no_speed(tiny_root: Path) -> None:
+    figures = run_json(tiny_root, "hello", *FP32, *DENSE, "--max-tokens", 1)["statistics"]
+    assert figures["tokens"] == 1  # type: ignore[index]
+    assert not {"tokens_per_second", "layers_per_token"} & figures.keys()  # type: ignore[attr-defined]
+
+
 def test_raw_prompt_from_stdin(tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]) -> None:
     expected = tiny_runtime("cpu-fp32").generate("hello", 4).tokens.tolist()
     assert run_json(tiny_root, *FP32, *DENSE, "--raw", "--max-tokens", 4, input="hello\n")["tokens"] == expected

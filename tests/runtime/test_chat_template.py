@@ -253,6 +253,12 @@ def test_as_transformers_renders_it(source: str) -> None:
         [messages], chat_template=source, add_generation_prompt=True, bos_token="<s>"
     )
     assert template.render(messages) == expected
+    for said in ("Well", "Well, ", " Well\n"):
+        begun = [*messages, {"role": "assistant", "content": said}]
+        (expected,), _ = render_jinja_template(
+            [begun], chat_template=source, continue_final_message=True, bos_token="<s>"
+        )
+        assert template.render(begun, continues=True) == expected
     pid = child(template)
     del template
     gc.collect()

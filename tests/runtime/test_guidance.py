@@ -1,6 +1,7 @@
 """Answers in a grammar: where they may end."""
 
 import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -8,10 +9,23 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from dash_export import DashRuntime
 from dash_export.errors import RequestError
-from dash_export.runtime.guidance import Guide, _without_gaps, json_grammar
+from dash_export.runtime.guidance import Guide, _without_gaps, json_grammar, regex_grammar
 from dash_export.runtime.text import Text
 from tests.models.helpers import tiny_tokenizer
+
+
+@pytest.mark.parametrize("regex", ["a/b", "a\\nb", "[/]+", "\\d{2}", "(?:x|y)"])
+def test_a_regular_expression_stays_one(regex: str, runtime: DashRuntime) -> None:
+    """Whatever it has that ends one in a grammar."""
+    guide, made, logits = runtime.text.guides.guide(regex_grammar(regex)), list[int](), np.zeros(300, np.float32)
+    ended = False
+    while not ended and len(made) < 9:
+        allowed = np.flatnonzero(np.isfinite(guide.allowed(logits)))
+        made.append(int(allowed[0]))
+        ended = guide.take(made[-1])
+    assert re.match(regex, runtime.text.decode(made))
 
 
 @pytest.mark.parametrize("end", [258, 280])

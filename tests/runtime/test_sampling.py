@@ -13,7 +13,15 @@ from transformers.generation.logits_process import (
 )
 
 from dash_export.errors import BackendError, RequestError
-from dash_export.runtime.sampling import Sampler, Sampling, distribution, drawn, most_likely, with_repetition_penalty
+from dash_export.runtime.sampling import (
+    Sampler,
+    Sampling,
+    distribution,
+    drawn,
+    most_likely,
+    with_bias,
+    with_repetition_penalty,
+)
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 
@@ -90,6 +98,17 @@ def test_repetition_penalty_as_hugging_face() -> None:
     before = LOGITS.copy()
     np.testing.assert_allclose(with_repetition_penalty(LOGITS, context, 1.4), expected[0].numpy(), rtol=1e-6)
     np.testing.assert_array_equal(LOGITS, before)
+
+
+def test_a_bias_is_added() -> None:
+    before, shift = LOGITS.copy(), {3: 2.5, 199: -100.0}
+    found = with_bias(LOGITS, shift) - LOGITS
+    assert {token: pytest.approx(found[token], abs=1e-4) for token in np.flatnonzero(found).tolist()} == shift
+    np.testing.assert_array_equal(LOGITS, before)
+    assert Sampler(Sampling(logit_bias={7: 100.0}))(LOGITS, []) == 7
+    assert Sampler(Sampling(logit_bias={7: 100.0})).draw is None, "a device must not draw without it"
+    with pytest.raises(RequestError, match=f"from 0 to {LOGITS.size - 1}, not {LOGITS.size}"):
+        Sampler(Sampling(logit_bias={LOGITS.size: 1.0}))(LOGITS, [])
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:

@@ -44,7 +44,7 @@ def test_a_chat(client: openai.OpenAI, runtime: DashRuntime) -> None:
 
 @pytest.mark.parametrize("how", ["field", "alias"])
 def test_how_much_is_skipped(how: str, client: openai.OpenAI, runtime: DashRuntime) -> None:
-    given: dict[str, Any] = {"model": "tiny@policy=static,skip=2-3"} if how == "alias" else {"model": "tiny"}
+    given: dict[str, Any] = {"model": "tiny@policy=static,skip=2-3" if how == "alias" else "tiny"}
     body = {"dash": {"skip": [2, 3]}} if how == "field" else {}
     reply = client.chat.completions.create(messages=MESSAGES, max_tokens=9, temperature=0, extra_body=body, **given)
     assert reply.choices[0].message.content == expected(runtime, 9, policy="static", skip=(2, 3))
@@ -167,9 +167,34 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "n": ({"n": 100}, 400, "n: "),
     "stop": ({"stop": [""]}, 400, "stop"),
     "hold of nothing": ({"dash": {"hold": False}}, 400, "hold is of a budget"),
-    "bias": ({"logit_bias": {"5": 3}}, 400, "logit_bias"),
+    "bias of no token": ({"logit_bias": {"500": 3}}, 400, "logit_bias: this model has the tokens 0 to 299"),
+    "bias without end": ({"logit_bias": {"5": 300}}, 400, "logit_bias must be token ids with numbers between -100"),
+    "bias of a word": ({"logit_bias": {"hello": 3}}, 400, "logit_bias"),
     "best of many": ({"best_of": 5}, 400, "best_of"),
-    "functions": ({"functions": [{"name": "f"}]}, 400, "functions"),
+    "functions": ({"functions": [{"name": "f"}]}, 400, "functions: OpenAI's API has this field, this server has not"),
+    "two forms": ({"guided_regex": "a", "guided_json": {}}, 400, "guided_json and guided_regex exclude each other"),
+    "form and format": (
+        {"guided_regex": "a", "response_format": {"type": "json_object"}},
+        400,
+        "guided_regex and response_format exclude each other",
+    ),
+    "broken pattern": ({"guided_regex": "("}, 400, "cannot be read"),
+    "schema that is no JSON": ({"guided_json": "{"}, 400, "guided_json"),
+    "GBNF": ({"guided_grammar": 'root ::= "a"'}, 400, "gbnf_to_lark"),
+    "nothing to continue": (
+        {"continue_final_message": True},
+        400,
+        "continue_final_message: the last message has to be",
+    ),
+    "continued and begun": (
+        {
+            "messages": [{"role": "assistant", "content": "a"}],
+            "continue_final_message": True,
+            "add_generation_prompt": True,
+        },
+        400,
+        "add_generation_prompt: a continued message has none",
+    ),
     "schema that is none": (
         {"response_format": FORM | {"json_schema": {"schema": {"type": "no"}}}},
         400,

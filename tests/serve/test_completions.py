@@ -1,5 +1,6 @@
 """Chats and completions beside `test_app.py`: what their answers say, and when their time begins."""
 
+import re
 import time
 from typing import Any
 
@@ -7,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from dash_export import DashRuntime
 from dash_export.runtime.text import Text
 from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, GREEDY, MESSAGES
@@ -92,3 +94,80 @@ def test_time_begins_as_a_request_comes(serve: Serve, monkeypatch: pytest.Monkey
     assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
     monkeypatch.setattr(Text, "encode", lambda *given, **more: (time.sleep(0.6), sound(*given, **more))[1])
     assert httpx.post(f"{address}/v1/completions", json=body).status_code == 504
+
+
+def test_several_prompts(client: openai.OpenAI, runtime: DashRuntime, http: httpx.Client) -> None:
+    """Texts or token ids, each with `n` answers, in their order; each prompt counts once."""
+    prompts = ["hello", "there", "hello there"]
+    for given in (prompts, [runtime.text.encode(one) for one in prompts]):
+        reply = client.completions.create(prompt=given, max_tokens=6, n=2, extra_body=DENSE, **GREEDY)
+        wanted = [runtime.generate(one, 6).text for one in prompts for _ in range(2)]
+        assert [choice.text for choice in reply.choices] == wanted
+        assert [choice.index for choice in reply.choices] == [*range(6)]
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == sum(len(runtime.text.encode(one)) for one in prompts)
+        assert reply.usage.completion_tokens == 36
+    pieces: dict[int, str] = {}
+    for chunk in client.completions.create(prompt=prompts, max_tokens=6, stream=True, extra_body=DENSE, **GREEDY):
+        pieces[chunk.choices[0].index] = pieces.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert [pieces[at] for at in range(3)] == wanted[::2]
+    for given, said in ((["a", 5], "expected token ids"), ([], "expected a text"), (["a"] * 1025, "over 1024 prompts")):
+        assert said in http.post("/v1/completions", json={"prompt": given}).json()["error"]["message"]
+    reply = http.post("/v1/completions", json={"prompt": ["a"] * 40, "n": 2})
+    assert (reply.status_code, "80 answers at once, and the queue takes 64" in reply.text) == (400, True)
+
+
+def test_seeds_are_of_the_answers_to_a_prompt(http: httpx.Client) -> None:
+    body = {"prompt": ["hello", "hello"], "n": 2, "max_tokens": 8, "seed": 3, "temperature": 1.5} | DENSE
+    texts = [choice["text"] for choice in http.post("/v1/completions", json=body).json()["choices"]]
+    assert texts[:2] == texts[2:]
+    assert texts[0] != texts[1]
+
+
+def test_an_answer_of_one_token_has_no_speed(http: httpx.Client) -> None:
+    """Its token comes from the prompt: no layers were decoded."""
+    said = http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1}).json()["dash"]
+    assert said.keys() == {"prefill_seconds"}
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        ({"guided_regex": "[0-9]{3}-[a-c]/x"}, "[0-9]{3}-[a-c]/x"),
+        ({"guided_json": {"enum": ["river", "lake"]}}, '"river"|"lake"'),
+        ({"guided_json": '{"enum": ["river", "lake"]}'}, '"river"|"lake"'),
+        ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+    ],
+)
+def test_guided(path: str, given: dict[str, Any], pattern: str, http: httpx.Client) -> None:
+    """The names are vLLM's."""
+    asked = {"prompt": "hello"} if path == "completions" else {"messages": MESSAGES}
+    for seed in range(3):
+        body = asked | given | {"max_tokens": 30, "temperature": 2, "seed": seed}
+        (choice,) = http.post(f"/v1/{path}", json=body).json()["choices"]
+        assert re.fullmatch(pattern, choice["text"] if path == "completions" else choice["message"]["content"])
+        assert choice["finish_reason"] == "stop"
+
+
+def test_logit_bias(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    (letter,) = runtime.text.encode("e")
+    asked: dict[str, Any] = {"prompt": "hello", "max_tokens": 6, "extra_body": DENSE} | GREEDY
+    assert client.completions.create(logit_bias={str(letter): 100}, **asked).choices[0].text == "eeeeee"
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(logit_bias={str(letter): -100}, **asked).choices[0].text == plain
+    first = int(runtime.session().prefill(runtime.text.encode("hello")).argmax())
+    assert client.completions.create(logit_bias={str(first): -100}, **asked).choices[0].text != plain
+
+
+@pytest.mark.parametrize("said", ["Well", "Well, ", "Well\n\n"])
+def test_the_last_message_is_continued(said: str, client: openai.OpenAI, runtime: DashRuntime) -> None:
+    messages: Any = [*MESSAGES, {"role": "assistant", "content": said}]
+    body = {"continue_final_message": True, "add_generation_prompt": False, **DENSE}
+    reply = client.chat.completions.create(messages=messages, max_tokens=9, extra_body=body, **GREEDY)
+    assert runtime.text.template is not None
+    prompt = runtime.text.template.render(MESSAGES) + said
+    ids = runtime.text.encode(prompt, special=False)
+    assert reply.choices[0].message.content == runtime.generate(ids, 9).text
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(ids)

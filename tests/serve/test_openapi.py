@@ -42,6 +42,13 @@ def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
             reply = case.call(timeout=30)
             seen.add(reply.status_code)
             case.validate_response(reply, checks=CHECKS)
+            if isinstance(case.body, dict):  # with a field that the document does not have, whatever else
+                case.body = {"guided_regexp": "[0-9]+"} | case.body
+                refused = case.call(timeout=30)
+                assert refused.status_code == 400
+                case.validate_response(refused, checks=CHECKS)
+                if mode is GenerationMode.POSITIVE:
+                    assert refused.json()["error"]["code"] == "unknown_parameter"
 
         ask()
     assert seen <= {200, 400, 404}
@@ -51,9 +58,12 @@ def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
 def test_the_document(serve: Serve) -> None:
     said = httpx.get(f"{serve(keys=['secret'])}/openapi.json").json()
     assert set(said["paths"]) == {
-        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/{name}", "/health",
-        "/metrics",
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize",
+        "/v1/models", "/v1/models/{name}", "/tokenizer_info", "/health", "/metrics",
     }  # fmt: skip
     assert said["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
     assert "security" not in said["paths"]["/health"]["get"]
-    assert said["components"]["schemas"]["ChatRequest"]["properties"]["model"]["examples"] == ["tiny"]
+    chat = said["components"]["schemas"]["ChatRequest"]
+    assert chat["properties"]["model"]["examples"] == ["tiny"]
+    assert chat["additionalProperties"] is False
+    assert "user" in chat["properties"], "taken, though it changes nothing"

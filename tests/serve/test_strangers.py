@@ -56,8 +56,8 @@ def called(said: list[Any]) -> list[dict[str, Any]]:
         (COMPLETIONS, {"prompt": [[1]] * 500_000}, "The body has more"),
         (COMPLETIONS, {"prompt": [NESTED] * 10_000}, "The body has more"),
         (CHAT, {"messages": MESSAGES, "tools": [{"a": '"[', "c": "\\", "b": [NESTED] * 9000}]}, "The body has more"),
-        (CHAT, {"messages": [{"role": "", "tool_calls": called([NESTED] * 4000)}]}, "messages.0.tool_calls.0"),
-        (CHAT, {"messages": [{"role": "", "tool_calls": called([[]] * 8000) * 4}]}, "messages: Value error, more than"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": called([NESTED] * 4000)}]}, "messages.0.tool_calls.0"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": called([[]] * 8000) * 4}]}, "messages: more than"),
         (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),
         ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "The body has more"),
         (CHAT, {"messages": MESSAGES, "dash": {"x" * 3_000_000: 1}}, "dash"),
@@ -82,6 +82,14 @@ def test_likelihoods_are_bounded(stream: bool, http: httpx.Client, monkeypatch: 
     assert reply.json()["error"]["message"].startswith(
         "logprobs: this request could get 315 of them, and 300 are the most. Lower max_tokens"
     )
+
+
+def test_likelihoods_of_prompts_are_bounded_too(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": [[5] * 10, [6] * 20], "logprobs": 4, "max_tokens": 2, "echo": True}
+    monkeypatch.setattr(running, "LIKELY", 170)
+    assert http.post(COMPLETIONS, json=body).status_code == 200
+    reply = http.post(COMPLETIONS, json=body | {"max_tokens": 3})
+    assert reply.json()["error"]["message"].startswith("logprobs: up to 180 would be told, 170 are the most")
 
 
 def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +268,7 @@ def test_a_grammar_that_is_long_in_the_making_keeps_no_plain_chat_out(
     address, go, entered, sound = serve(), threading.Event(), threading.Event(), ChatRequest.grammar
 
     def slow(asked: ChatRequest, tokenizer: Any) -> str | None:
-        if asked.guided():
+        if asked.guides():
             entered.set()
             go.wait(20)
         return sound(asked, tokenizer)

@@ -116,7 +116,7 @@ def test_it_streams(ask: Callable[..., Sender], expected: str) -> None:
     [
         (("hello", "{"), "Expecting property name"),
         (("hello", "[]"), "is not the JSON of an object"),
-        (("hello", '{"max_tokens": 0}'), "max_tokens: Input should be greater"),
+        (("hello", '{"max_tokens": 0}'), "max_tokens: 0 is for echo"),
         (("hello", '{"dash": {"budget": 7}}'), "budget"),
         (("hello", '{"n": 2}'), "n is not for Triton"),
         (("hello", "[" * 10_000), "recursion"),

@@ -28,26 +28,39 @@ CHATS: list[dict[str, Any]] = [
     {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "stop": ["a", "b"]},
     {"messages": MESSAGES, "dash": {"trade_off": 0.5, "skips": True}, "frequency_penalty": 0.1},
     {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+    {"messages": [*MESSAGES, {"role": "assistant", "content": "Well"}], "continue_final_message": True},
     {"messages": MESSAGES, "tools": [CALL], "tool_choice": "auto", "parallel_tool_calls": False},
 ]
 COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": "Hello", "echo": False, "logprobs": 1},
     {"prompt": [1, 2, 3], "dash": {"policy": "token", "skipped": 1}},
+    {"prompt": ["Hello", "Hi"], "echo": True, "logprobs": 1, "logit_bias": {"5": 2.0}, "ignore_eos": True},
+    {"prompt": "Hello", "guided_regex": "[0-9]{2}", "n": 2},
+    {"prompt": "Hello", "guided_json": SCHEMA},
+    {"prompt": "Hello", "guided_grammar": 'start: "yes" | "no"'},
 ]
 RESPONSES: list[dict[str, Any]] = [
     {"input": "Hello", "instructions": "Be short."},
     {"input": MESSAGES[1:], "stream": True, "tools": []},
 ]
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "/v1/embeddings": [{"input": ["Hello", "Hi"], "pooling": "mean", "encoding_format": "base64"}, {"input": [1, 2]}],
+    "/tokenize": [
+        {"prompt": "Hello", "return_token_strs": True},
+        {"messages": MESSAGES, "add_generation_prompt": False},
+    ],
+    "/detokenize": [{"tokens": [1, 2, 3]}],
+}
 PATIENCE = 60.0
 JSON = {"Content-Type": "application/json"}
 
 
 def seeds(model: str) -> dict[str, list[bytes]]:
     """Return sound bodies by path, with a few tokens each."""
-    found = {"/v1/chat/completions": CHATS, "/v1/completions": COMPLETIONS, "/v1/responses": RESPONSES}
-    length = {"/v1/responses": "max_output_tokens"}
+    found = {"/v1/chat/completions": CHATS, "/v1/completions": COMPLETIONS, "/v1/responses": RESPONSES, **OTHERS}
+    few: dict[str, dict[str, int]] = {"/v1/responses": {"max_output_tokens": 2}} | {path: {} for path in OTHERS}
     return {
-        path: [json.dumps({"model": model, length.get(path, "max_tokens"): 2} | body).encode() for body in bodies]
+        path: [json.dumps({"model": model} | few.get(path, {"max_tokens": 2}) | body).encode() for body in bodies]
         for path, bodies in found.items()
     }
 

@@ -23,7 +23,7 @@ def random_hidden_layer(hidden: int, rng: np.random.Generator) -> dict[str, Floa
     return {"hidden_weight": weight, "hidden_bias": np.zeros(WIDTH, np.float32)}
 
 
-def with_hidden_layer(network: Weights) -> dict[str, Float32Array]:
+def with_hidden_layer(network: Weights) -> Weights:
     """Return a network without a hidden layer, as policies of the second schema have it, as one with it:
     s = relu(s) - relu(-s).
     """

@@ -286,8 +286,9 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
             home, _, own = name.rpartition(".")
             homes[home][own] = array
         network = homes.pop("network", None)
-        linear = {"weight": (spec.hidden_size, len(facts.units)), "bias": (len(facts.units),)}
-        if facts.schema == LINEAR_SCHEMA and network and {own: a.shape for own, a in network.items()} == linear:
+        count = len(facts.units)
+        linear = {"weight": (spec.hidden_size, count), "bias": (count,)}
+        if facts.schema == LINEAR_SCHEMA and {name: array.shape for name, array in (network or {}).items()} == linear:
             network = with_hidden_layer(network)
         bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:

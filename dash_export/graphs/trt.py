@@ -98,10 +98,9 @@ def _sum_policy(graph: ir.Graph) -> None:
     for node in [node for node in graph if node.name in ("policy/hidden", "policy/score")]:
         weights = constant_value(node.inputs[1])
         assert weights is not None
-        name = str(node.name)
-        c = Chain(graph, node, name)
+        c = Chain(graph, node, node.name)
         spread = c.op("Unsqueeze", [node.inputs[0], c.constant("policy/before_last", [-2])], "once_per_column")
-        terms = c.op("Mul", [spread, c.constant(f"{name}/rows", weights.T)], "terms")
+        terms = c.op("Mul", [spread, c.constant(f"{node.name}/rows", weights.T)], "terms")
         c.finish(c.op("ReduceSum", [terms, c.constant("policy/last", [-1])], "summed", keepdims=0))
 
 

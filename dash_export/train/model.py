@@ -54,8 +54,8 @@ class SkipModules(nn.Module):
         self.read = policy.read
         self.network = _parameters(policy.network or {})
         self.bypasses = nn.ModuleList(map(_parameters, policy.bypasses))
-        self.standard: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Mean and deviation [hidden] of states, where the network takes standardised ones."""
+        self.mean: torch.Tensor | None = None
+        self.deviation: torch.Tensor | None = None
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class SkipModules(nn.Module):
         """
         self.network["hidden_bias"] += mean @ self.network["hidden_weight"]
         self.network["hidden_weight"] *= deviation[:, None]
-        self.standard = mean, deviation
+        self.mean, self.deviation = mean, deviation
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
         """Return damage [..., units] in nats of `state`, the normed input of layer `read`; 0 without a network."""
@@ -75,9 +75,8 @@ class SkipModules(nn.Module):
     def hidden_layer(self, state: torch.Tensor) -> torch.Tensor:
         """Return the network's hidden layer [..., width] of `state`."""
         state = state.float()
-        if self.standard is not None:
-            mean, deviation = self.standard
-            state = (state - mean) / deviation
+        if self.mean is not None:
+            state = (state - self.mean) / self.deviation
         return torch.relu(state @ self.network["hidden_weight"] + self.network["hidden_bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
@@ -95,10 +94,9 @@ class SkipModules(nn.Module):
     def to_policy(self) -> SkipPolicy:
         """Return the policy with these weights as numpy arrays (copies)."""
         bypasses, network = tuple(map(_arrays, self.bypasses)), _arrays(self.network)
-        if self.standard is not None:
-            mean, deviation = (each.cpu().numpy() for each in self.standard)
-            network["hidden_weight"] /= deviation[:, None]
-            network["hidden_bias"] -= mean @ network["hidden_weight"]
+        if self.mean is not None and self.deviation is not None:
+            network["hidden_weight"] /= self.deviation.cpu().numpy()[:, None]
+            network["hidden_bias"] -= self.mean.cpu().numpy() @ network["hidden_weight"]
         return SkipPolicy(self.units, self.read, network or None, bypasses)
 
 

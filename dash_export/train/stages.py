@@ -111,8 +111,7 @@ def trained_policy(
         policy = replace(policy, read=units[0].first - 1, network=network)
     modules = SkipModules(policy).to(model.device)
     if kind == "token":
-        standard = run.work.once("states", lambda: _mean_and_deviation(run, modules))
-        modules.standardise(*(each.to(model.device) for each in standard))
+        modules.standardise(*run.work.once("states", lambda: _mean_and_deviation(run, modules)))
     order = _static_order(run, modules) if kind == "static" else ()
 
     def tuning(batch: Batch, rng: np.random.Generator, _step: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A skip policy: the units it may skip, the network that predicts damage, the bypasses; as a record and as a file.
 
-A network (network.py) reads x = RMSNorm(h[read]), the normed input of layer `read`, and predicts the damage of all
-units (docs/method.md).
+One linear network reads one state, the input of layer `read`, and predicts the damage of all units (docs/method.md):
+
+    damage[u] = softplus(RMSNorm(h[read]) . weight[:, u] + bias[u])
 
 The bypass of a unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), or of x = h[a] where the layers
 read the state itself (`Traits.norms_after`):
@@ -33,15 +34,15 @@ from dash_export.artifacts import open_regular, read_bounded, write_atomic
 from dash_export.decision import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts
-from dash_export.network import WIDTH, Float32Array, Weights, network_shapes, random_hidden_layer, with_hidden_layer
 from dash_export.replacing import check_movable, check_outside_bundles
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
 
+Float32Array = npt.NDArray[np.float32]
+
 UNIT = 4
 """Layers of a unit by default."""
-SCHEMA, LINEAR_SCHEMA = 3, 2
-"""Policies of the second schema have a network without a hidden layer."""
+SCHEMA = 2
 _MAX_HEADER = 1 << 20
 """Bytes of a file's header; the facts of a thousand units would have 50,000, and answers have 60,000."""
 _ANSWERS = "answers"
@@ -59,16 +60,21 @@ def half(array: Float32Array) -> Float32Array:
     return np.clip(array, -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
 
 
+Weights = Mapping[str, Float32Array]
+"""Weights by name. Those of a bypass, the replacement of a skipped unit: none, or `weight` [hidden, columns] and `bias`
+[columns], with the columns of the update (`hidden`), then those of K and V of each layer but the first.
+"""
+
+
 @dataclass(frozen=True)
 class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
-    `read`: the layer whose input decides. `network`: None without a token policy. `bypasses`: one per unit; without
-    weights, or `weight` [hidden, columns] and `bias` [columns], with the columns of the update (`hidden`), then those
-    of K and V of each layer but the first. `static_order`: indices of units in the order in which a static policy skips
-    them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that the
-    policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of that
-    model, as a .jsonl file (`runtime/chats.py`), on which a build calibrates its dial.
+    `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
+    a token policy. `bypasses`: one per unit. `static_order`: indices of units in the order in which a static policy
+    skips them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that
+    the policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of
+    that model, as a .jsonl file (`runtime/chats.py`), on which a build calibrates its dial.
     """
 
     units: tuple[Unit, ...]
@@ -112,8 +118,8 @@ def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed
     if not policy.units:
         return policy
     rng, hidden, count = np.random.default_rng(seed), spec.hidden_size, len(policy.units)
-    weight = (rng.standard_normal((WIDTH, count)) * 1.5 * (WIDTH / 2) ** -0.5).astype(np.float32)
-    network = random_hidden_layer(hidden, rng) | {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
+    weight = (rng.standard_normal((hidden, count)) * 1.5 * hidden**-0.5).astype(np.float32)
+    network = {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
     return replace(policy, network=network, origin=f"untrained (seed {seed})")
 
 
@@ -130,8 +136,7 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
-        own = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
-        network = {**network, **own}
+        network = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
     return replace(
         policy,
         units=tuple(policy.units[place] for place in kept),
@@ -160,8 +165,7 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     hidden, found = spec.hidden_size, policy.weights()
     needed: dict[str, tuple[int, ...]] = {}
     if policy.network is not None:
-        shapes = network_shapes(policy.network, hidden, len(policy.units))
-        needed |= {f"network.{name}": shape for name, shape in shapes.items()}
+        needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass:
             columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
@@ -286,10 +290,6 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
             home, _, own = name.rpartition(".")
             homes[home][own] = array
         network = homes.pop("network", None)
-        count = len(facts.units)
-        linear = {"weight": (spec.hidden_size, count), "bias": (count,)}
-        if facts.schema == LINEAR_SCHEMA and {name: array.shape for name, array in (network or {}).items()} == linear:
-            network = with_hidden_layer(network)
         bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:
             raise PolicyError(f"it holds a tensor {min(foreign)!r:.60}, which is nothing of ours")
@@ -326,7 +326,7 @@ def _facts(metadata: Mapping[str, str]) -> _Facts:
     try:
         data = json.loads(metadata[METADATA])
         schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, int) and schema not in (LINEAR_SCHEMA, SCHEMA):
+        if isinstance(schema, int) and schema != SCHEMA:
             remedy = "upgrade: pip install -U dash-export" if schema > SCHEMA else "train it anew: dash-export train"
             raise PolicyError(f"it is of schema {schema}, and this dash-export reads {SCHEMA}: {remedy}")
         return typed(_Facts, data, "its metadata")

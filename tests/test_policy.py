@@ -121,24 +121,6 @@ def test_a_policy_of_fewer_units() -> None:
             narrowed(policy, layers)
 
 
-def test_a_linear_network_gets_a_hidden_layer_that_changes_nothing(saved: Path) -> None:
-    """Policies of the second schema."""
-    rng = np.random.default_rng(0)
-    weight, bias = rng.standard_normal((HIDDEN, 2)).astype(np.float32), np.array([1, -2], np.float32)
-
-    def linear(tensors: Tensors, facts: dict[str, Any]) -> Tensors:
-        facts.update(schema=2)
-        bypasses = {name: array for name, array in tensors.items() if name.startswith("bypass")}
-        return bypasses | {"network.weight": weight, "network.bias": bias}
-
-    rewrite(saved, linear)
-    network = load_policy(saved, SPEC).network
-    assert network is not None
-    states = rng.standard_normal((9, HIDDEN)).astype(np.float32)
-    hidden = np.maximum(states @ network["hidden_weight"] + network["hidden_bias"], 0)
-    np.testing.assert_allclose(hidden @ network["weight"] + network["bias"], states @ weight + bias, atol=1e-5)
-
-
 Tensors = dict[str, np.ndarray]
 
 
@@ -162,7 +144,7 @@ KV = "bypass.02-03.weight"
 DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "nan": (lambda t, _: number(t, "network.weight", float("nan")), "network.weight holds NaN or infinity"),
     "inf": (lambda t, _: number(t, KV, float("inf")), f"{KV} holds NaN or infinity"),
-    "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[64, 1\]; \[64, 2\]"),
+    "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[32, 1\]; \[32, 2\]"),
     "no-second-layer": (lambda t, _: {**t, KV: t[KV][:, :HIDDEN].copy()}, r"\[32, 32\]; \[32, 64\]"),
     "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, r"has shape \[\]"),
     "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),

@@ -221,10 +221,7 @@ class OrtWriter(ProductWriter):
 
     def policy(self, read: int) -> None:
         state, _ = self.norm(self.entering[read], UNIT_GAIN, "policy/norm")
-        hidden = self.op("MatMul", [state, self.stored("policy.hidden_weight")], "policy/hidden")
-        hidden = self.op("Add", [hidden, self.stored("policy.hidden_bias")], "policy/hidden_biased")
-        hidden = self.op("Relu", [hidden], "policy/relu")
-        score = self.op("MatMul", [hidden, self.stored("policy.weight")], "policy/score")
+        score = self.op("MatMul", [state, self.stored("policy.weight")], "policy/score")
         score = self.op("Add", [score, self.stored("policy.bias")], "policy/biased")
         units = len(self.array("policy.bias"))
         self.output(self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, units))

@@ -16,8 +16,7 @@ from dash_export.graphs.writer import external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import FINAL_STATE, past_names, present_names
-from dash_export.network import Weights
-from dash_export.policy import SkipPolicy, key_value_size
+from dash_export.policy import SkipPolicy, Weights, key_value_size
 
 EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"
@@ -145,11 +144,8 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     assert network is not None
     g = PortableWriter("policy", f"Damage of skipping each unit ({policy.origin}).", spec)
     state = g.unit_norm(g.state_input(), "policy/norm")
-    weights = {name: g.initializer(f"policy.{name}", array) for name, array in network.items()}
-    hidden = g.op("MatMul", [state, weights["hidden_weight"]], "policy/hidden")
-    hidden = g.op("Relu", [g.op("Add", [hidden, weights["hidden_bias"]], "policy/hidden_biased")], "policy/relu")
-    score = g.op("MatMul", [hidden, weights["weight"]], "policy/score")
-    score = g.op("Add", [score, weights["bias"]], "policy/biased")
+    score = g.op("MatMul", [state, g.initializer("policy.weight", network["weight"])], "policy/score")
+    score = g.op("Add", [score, g.initializer("policy.bias", network["bias"])], "policy/biased")
     g.output(g.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, len(policy.units)))
     return g.model()
 

@@ -92,15 +92,15 @@ def _give_last_logits(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """Replace the policy's two MatMuls, [batch, sequence, in] @ [in, out], by Mul and ReduceSum in float32: TensorRT
-    rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
+    """Replace the policy's MatMul, [batch, sequence, hidden] @ [hidden, units], by Mul and ReduceSum in float32:
+    TensorRT rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
     """
-    for node in [node for node in graph if node.name in ("policy/hidden", "policy/score")]:
+    for node in [node for node in graph if node.name == "policy/score"]:
         weights = constant_value(node.inputs[1])
         assert weights is not None
-        c = Chain(graph, node, node.name)
-        spread = c.op("Unsqueeze", [node.inputs[0], c.constant("policy/before_last", [-2])], "once_per_column")
-        terms = c.op("Mul", [spread, c.constant(f"{node.name}/rows", weights.T)], "terms")
+        c = Chain(graph, node, "policy")
+        spread = c.op("Unsqueeze", [node.inputs[0], c.constant("policy/before_last", [-2])], "once_per_unit")
+        terms = c.op("Mul", [spread, c.constant("policy/rows", weights.T)], "terms")
         c.finish(c.op("ReduceSum", [terms, c.constant("policy/last", [-1])], "summed", keepdims=0))
 
 

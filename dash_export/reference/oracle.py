@@ -87,9 +87,8 @@ class Oracle:
         """Run the policy network: state [tokens, hidden], the input of layer `read` -> damage [units, tokens]."""
         network = self.policy.network
         assert network is not None
-        weights = {name: torch.tensor(array) for name, array in network.items()}
-        hidden = torch.relu(self.normed(state) @ weights["hidden_weight"] + weights["hidden_bias"])
-        return torch.nn.functional.softplus(hidden @ weights["weight"] + weights["bias"]).T.numpy()
+        score = self.normed(state) @ torch.tensor(network["weight"]) + torch.tensor(network["bias"])
+        return torch.nn.functional.softplus(score).T.numpy()
 
     def bypass(self, hidden: torch.Tensor, place: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the bypass of unit `place` from the unit's input: hidden [..., hidden] -> its update [..., hidden],

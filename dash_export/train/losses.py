@@ -46,16 +46,6 @@ class Divergence(NamedTuple):
     log_likelihood: torch.Tensor
 
 
-class Rows(NamedTuple):
-    """Tokens of skipped passes [n]: what the network read of them [n, hidden] float16, the units that they skipped
-    [n, units] bool, and their KL from the dense pass [n] float32.
-    """
-
-    state: torch.Tensor
-    skipped: torch.Tensor
-    kl: torch.Tensor
-
-
 def dense_logits(head: Head, states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the logits of states [n, hidden], LOGITS at a time, before the cap and in the dtype of the states: a list
     of them may be compared with several others.
@@ -124,15 +114,15 @@ def _logits(head: Head, dense: Iterable[torch.Tensor], skipped: torch.Tensor) ->
         yield rows, p, q, p.logsumexp(-1), q.logsumexp(-1)
 
 
-def regression_rows(
+def regression_loss(
     model: GatedModel,
     modules: SkipModules,
     trade_offs: tuple[float, float],
     batch: Batch,
     rng: np.random.Generator,
     on_policy: bool = True,
-) -> Rows:
-    """Return what the damage regression learns from one batch.
+) -> torch.Tensor:
+    """Return the loss of the damage regression over one batch, with a gradient for the network's weights.
 
     Half of the windows skip at random, independently per token and unit, at a rate drawn per window: this exploration
     tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
@@ -150,13 +140,8 @@ def regression_rows(
         final = [*dense_logits(model.common, model.dense(batch.ids)[batch.counted])]
         rollout = model.rollout(ids, modules, lambda damage: torch.where(replaced, free, damage < limits), dense)
         kl = torch.cat([kl_divergence(model.common, final, masked) for masked in rollout.final[counted].chunk(MASKS)])
-    return Rows(rollout.state[counted].half(), rollout.skipped[counted], kl.clamp_min(0))
-
-
-def regression_loss(modules: SkipModules, rows: Rows) -> torch.Tensor:
-    """Return the loss of the damage regression over these rows, with a gradient for the network's weights."""
-    predicted = (modules.damage(rows.state) * rows.skipped).sum(-1)
-    return ((predicted + SOFTENING).sqrt() - (rows.kl + SOFTENING).sqrt()).pow(2).mean()
+    predicted = (modules.damage(rollout.state) * rollout.skipped).sum(-1)[counted]
+    return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
 
 
 def tuning_loss(

@@ -2,8 +2,7 @@
 
 A larger unit's bypass is the ridge regression of closed_form.py on what the smaller ones' bypasses do one after the
 other. That is tuned already, and all but linear in the unit's input (Qwen2.5-Coder-0.5B, units of two layers made units
-of four: 0.2 % of the variance is left). Its damage is fitted, before softplus, to the sum of theirs, on the network's
-hidden layer.
+of four: 0.2 % of the variance is left). Its damage is fitted, before softplus, to the sum of theirs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +11,7 @@ import torch
 
 from dash_export.decision import Unit
 from dash_export.models.torch_model import bypass_input, unit_normed
-from dash_export.network import Weights
-from dash_export.policy import SkipPolicy
+from dash_export.policy import SkipPolicy, Weights
 from dash_export.train.closed_form import solved, with_ones
 from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel, SkipModules
@@ -42,18 +40,16 @@ def merged(
                 state = unit_normed(rows, model.spec)
                 damage = modules.damage(state)
                 damage = torch.stack([damage[:, own].sum(-1) for own in parts], -1).clamp_min(1e-6)  # 0 has no inverse
-                # the inverse of softplus
-                add(None, modules.hidden_layer(state), damage + torch.log(-torch.expm1(-damage)))
+                add(None, state, damage + torch.log(-torch.expm1(-damage)))  # the inverse of softplus
             if layer in firsts:
                 add(firsts[layer][0], bypass_input(rows, model.spec), _chained(model, modules, firsts[layer][1], rows))
             if layer == max(firsts):
                 break
-    fitted = solved(*sums[None]) if None in sums else {}
+    network = dict(solved(*sums[None])) if None in sums else {}
     for place, own in enumerate(parts):
-        for name, array in fitted.items():
+        for name, fitted in network.items():
             if len(own) == 1:
-                array[..., place] = (policy.network or {})[name][..., own[0]]
-    network = {**(policy.network or {}), **fitted}
+                fitted[..., place] = (policy.network or {})[name][..., own[0]]
     bypasses = (
         policy.bypasses[own[0]] if len(own) == 1 else solved(*sums[unit])
         for unit, own in zip(units, parts, strict=True)

@@ -22,7 +22,6 @@ from dash_export.decision import Unit
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
 from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, instead, torch_model, unit_normed
-from dash_export.network import WIDTH, random_hidden_layer
 from dash_export.policy import SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
@@ -45,7 +44,7 @@ class Head(NamedTuple):
 
 class SkipModules(nn.Module):
     """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
-    tokens [..., hidden]. Every bypass has weights. The network learns from states as `standardise` says.
+    tokens [..., hidden]. Every bypass has weights.
     """
 
     def __init__(self, policy: SkipPolicy) -> None:
@@ -54,30 +53,12 @@ class SkipModules(nn.Module):
         self.read = policy.read
         self.network = _parameters(policy.network or {})
         self.bypasses = nn.ModuleList(map(_parameters, policy.bypasses))
-        self.mean: torch.Tensor | None = None
-        self.deviation: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def standardise(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Let the network take (state - mean) / deviation, both [hidden], and change its weights to give what it gave.
-        Some columns of a state are a hundred times as large as others, and an optimizer moves all weights alike.
-        """
-        self.network["hidden_bias"] += mean @ self.network["hidden_weight"]
-        self.network["hidden_weight"] *= deviation[:, None]
-        self.mean, self.deviation = mean, deviation
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
         """Return damage [..., units] in nats of `state`, the normed input of layer `read`; 0 without a network."""
         if not self.network:
             return torch.zeros(*state.shape[:-1], len(self.units), device=state.device)
-        return nn.functional.softplus(self.hidden_layer(state) @ self.network["weight"] + self.network["bias"])
-
-    def hidden_layer(self, state: torch.Tensor) -> torch.Tensor:
-        """Return the network's hidden layer [..., width] of `state`."""
-        state = state.float()
-        if self.mean is not None:
-            state = (state - self.mean) / self.deviation
-        return torch.relu(state @ self.network["hidden_weight"] + self.network["hidden_bias"])
+        return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
         """Return the columns of the bypass of unit `place`, as `policy.py` orders them, [..., columns] in the dtype of
@@ -93,17 +74,13 @@ class SkipModules(nn.Module):
 
     def to_policy(self) -> SkipPolicy:
         """Return the policy with these weights as numpy arrays (copies)."""
-        bypasses, network = tuple(map(_arrays, self.bypasses)), _arrays(self.network)
-        if self.mean is not None and self.deviation is not None:
-            network["hidden_weight"] /= self.deviation.cpu().numpy()[:, None]
-            network["hidden_bias"] -= self.mean.cpu().numpy() @ network["hidden_weight"]
-        return SkipPolicy(self.units, self.read, network or None, bypasses)
+        bypasses = tuple(map(_arrays, self.bypasses))
+        return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
 
-def initial_network(units: int, hidden: int, seed: int = 0) -> dict[str, Float32Array]:
+def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
     """Return a network that begins by predicting the same damage everywhere."""
-    weight, bias = np.zeros((WIDTH, units), np.float32), np.full(units, FIRST_SCORE, np.float32)
-    return random_hidden_layer(hidden, np.random.default_rng(seed)) | {"weight": weight, "bias": bias}
+    return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
 
 
 def _parameters(arrays: Mapping[str, np.ndarray]) -> nn.ParameterDict:

@@ -24,12 +24,11 @@ import torch
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.network import WIDTH, Weights
-from dash_export.policy import SkipPolicy, narrowed
+from dash_export.policy import SkipPolicy, Weights, narrowed
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus
-from dash_export.train.losses import Rows, regression_loss, regression_rows, static_loss, tuning_loss
+from dash_export.train.losses import regression_loss, static_loss, tuning_loss
 from dash_export.train.merging import merged
 from dash_export.train.model import GatedModel, SkipModules, always, initial_network, saved
 from dash_export.train.partition import (
@@ -49,12 +48,6 @@ from dash_export.train.work import Work
 TRIAL = 3
 """Time of skipping a candidate on the windows of the search, in steps of its sums."""
 RANKING_BATCHES = 2
-FIT_STEPS, FIT_ROWS, FIT_DECAY = 1500, 512, 0.01
-"""Steps of a fit of the network, tokens of a step, and weight decay."""
-_NO_NUMBER = (
-    "The loss of step {} of the {} is not a number: nothing was saved since step {}. Try --precision float32, or other "
-    "text."
-)
 CLOSED_FORM = "bypasses in closed form"
 Rates = Sequence[tuple[torch.nn.Module, float]]
 Loss = Callable[[Batch, np.random.Generator, int], torch.Tensor]
@@ -106,13 +99,15 @@ def trained_policy(
         policy = start if start.units == units else _merged(run, start, units)
     if kind == "static":
         policy = replace(policy, network=None)
-    elif relearns(policy):
-        network = initial_network(len(units), model.spec.hidden_size, settings.seed)
-        policy = replace(policy, read=units[0].first - 1, network=network)
+    elif policy.read != (read := units[0].first - 1):  # the later the state, the more it says of a token's damage
+        policy = replace(policy, read=read, network=None)
+    if kind == "token" and policy.network is None:
+        policy = replace(policy, network=initial_network(len(policy.units), model.spec.hidden_size))
     modules = SkipModules(policy).to(model.device)
-    if kind == "token":
-        modules.standardise(*run.work.once("states", lambda: _mean_and_deviation(run, modules)))
     order = _static_order(run, modules) if kind == "static" else ()
+
+    def regression(batch: Batch, rng: np.random.Generator, step: int) -> torch.Tensor:
+        return regression_loss(model, modules, settings.trade_offs, batch, rng, step >= settings.warm_up_steps)
 
     def tuning(batch: Batch, rng: np.random.Generator, _step: int) -> torch.Tensor:
         if kind == "static":
@@ -120,22 +115,15 @@ def trained_policy(
         return tuning_loss(model, modules, settings.trade_offs, batch, rng)
 
     if kind == "token":
-        modules.network.load_state_dict(run.work.once("network", lambda: _regressed(run, modules)))
-    rates: Rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
+        rates: Rates = [(modules.network, settings.network_rate)]
+        _optimise(run, "regression", modules, settings.regression_steps, rates, regression)
+    rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
     # A policy has seen the batches of the tunings before; its origin tells the last of them from all others.
     stage, drawn = ("further tuning", start.origin) if start else ("tuning", "")
     _optimise(run, stage, modules, settings.tuning_steps, rates, tuning, drawn)
     if kind == "token" and not given:
         modules = SkipModules(_paying(run, modules)).to(model.device)
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
-
-
-def relearns(policy: SkipPolicy) -> bool:
-    """Return whether a training that goes on from the policy learns its network anew: where it reads another layer than
-    the one before the first unit (the later the state, the more it says), or has a hidden layer of another width.
-    """
-    network = policy.network
-    return network is None or network["hidden_bias"].size != WIDTH or policy.read != policy.units[0].first - 1
 
 
 def search_units(run: Run) -> tuple[Candidate, ...]:
@@ -186,7 +174,9 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
     """Return the trained policy without the units that gain less than their engines cost."""
     model, found = run.model, list[torch.Tensor]()
     for step in range(RANKING_BATCHES):
-        found.append(modules.damage(_dense_state(run, modules, step)))
+        ids, dense, counted = run.batch("ranking", step)[0]
+        state = model.rollout(ids, modules, always(len(modules.units), ()), dense).state
+        found.append(modules.damage(state)[counted])
     damages = torch.cat(found).cpu().numpy().T
     saved = modules.cost(model.spec).tolist()
     gains = [mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
@@ -250,56 +240,6 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     return tuple(run.work.once("ranking", order))
 
 
-@torch.no_grad()
-def _mean_and_deviation(run: Run, modules: SkipModules) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation [hidden] of the states that the network reads."""
-    states = torch.cat([_dense_state(run, modules, step) for step in range(RANKING_BATCHES)])
-    return states.mean(0), states.std(0).clamp_min(1e-3)
-
-
-def _dense_state(run: Run, modules: SkipModules, step: int) -> torch.Tensor:
-    ids, dense, counted = run.batch("ranking", step)[0]
-    return run.model.rollout(ids, modules, always(len(modules.units), ()), dense).state[counted].float()
-
-
-def _regressed(run: Run, modules: SkipModules) -> dict[str, torch.Tensor]:
-    """Return the network's weights, fitted to the damage of skipped passes; for those after the warm-up, which follow
-    the network, it is fitted to those of the warm-up. Passes cost far more than fits: each is learnt from many times.
-    """
-    settings, found = run.settings, list[Rows]()
-    alone = run.processes.count == 1  # of several processes each has rows of its own, and the first alone saves
-    for step in range(settings.regression_steps):
-        on_policy, stage = step >= settings.warm_up_steps, f"regression-{step}"
-        if found and step == settings.warm_up_steps:
-            _fit_network(run, modules, found)
-        if not alone or (rows := run.work.kept(stage)) is None:
-            batch, rng, _ = run.share("regression", step)
-            rows = tuple(regression_rows(run.model, modules, settings.trade_offs, batch, rng, on_policy))
-            if not rows[2].isfinite().all():
-                raise PolicyError(_NO_NUMBER.format(step + 1, "regression", step))
-            if alone:
-                run.work.save(stage, rows)
-            run.progress("regression", step + 1, settings.regression_steps)
-        found.append(Rows(*(part.to(run.model.device) for part in rows)))
-    if found:
-        _fit_network(run, modules, found)
-    return {name: weight.detach().clone() for name, weight in modules.network.items()}
-
-
-def _fit_network(run: Run, modules: SkipModules, found: Sequence[Rows]) -> None:
-    rows, weights = Rows(*map(torch.cat, zip(*found, strict=True))), [*modules.network.parameters()]
-    drawing = torch.Generator().manual_seed(run.settings.seed)
-    optimizer = torch.optim.AdamW(weights, weight_decay=FIT_DECAY)
-    for step in range(FIT_STEPS):
-        rate = min(1.0, (step + 1) / 50) * (1 - step / FIT_STEPS)
-        optimizer.param_groups[0]["lr"] = run.settings.network_rate * rate
-        own = torch.randint(len(rows.kl), (FIT_ROWS,), generator=drawing).to(run.model.device)
-        optimizer.zero_grad()
-        regression_loss(modules, Rows(*(part[own] for part in rows))).backward()  # type: ignore[no-untyped-call]
-        run.processes.average_gradients(weights)
-        optimizer.step()
-
-
 def _optimise(
     run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, drawn: str = ""
 ) -> None:
@@ -330,7 +270,10 @@ def _optimise(
         run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
         if not torch.stack([value.detach(), *norms]).isfinite().all():
-            raise PolicyError(_NO_NUMBER.format(step + 1, stage, saved))
+            raise PolicyError(
+                f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step {saved}. "
+                "Try --precision float32, or other text."
+            )
         optimizer.step()
         done = step + 1
         recent = [*recent[-19:], float(value.detach())]

@@ -31,7 +31,7 @@ from dash_export.train.model import GatedModel, saved
 from dash_export.train.own_answers import own_answers
 from dash_export.train.plan import Plan, training_plan, whole_training_progress
 from dash_export.train.processes import joined, local_rank
-from dash_export.train.stages import Run, relearns, trained_policy
+from dash_export.train.stages import Run, trained_policy
 from dash_export.train.work import Work
 
 LONGEST_NAME = 100
@@ -61,7 +61,7 @@ def train(
     Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
     tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
     beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
-    A network that `relearns` is learnt anew.
+    A network that did not read the layer before the first unit is learnt anew.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model answers itself; without any, the
     prompts that come with this package are answered (by a model without a chat template their texts are read). The
@@ -85,8 +85,8 @@ def train(
     before = None if start is None else _trained(start, spec, kind, units)
     if before is not None:
         units = units or before.units
-        merging, relearning = tuple(units) != before.units, kind == "token" and relearns(before)
-        settings = _further(settings, merging, relearning)
+        rereads = kind == "token" and before.read != units[0].first - 1
+        settings = _further(settings, merging=tuple(units) != before.units, rereads=rereads)
     given = None if units is None else _checked(units, spec)
     try:
         place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
@@ -191,13 +191,13 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     return policy
 
 
-def _further(settings: TrainingSettings, merging: bool, relearning: bool) -> TrainingSettings:
+def _further(settings: TrainingSettings, merging: bool, rereads: bool) -> TrainingSettings:
     """Return the settings for a trained policy: the tuning only, at lower rates. Where units merge there is a fit, and
-    where the network is learnt anew, the regression.
+    where the network reads a later layer than it did, the regression.
     """
     rates = ("bypass_rate", "refinement_rate")
     changed: dict[str, Any] = {name: getattr(settings, name) * settings.again for name in rates}
-    idle = ["search_steps", *["fit_steps"] * (not merging), *["warm_up_steps", "regression_steps"] * (not relearning)]
+    idle = ["search_steps", *["fit_steps"] * (not merging), *["warm_up_steps", "regression_steps"] * (not rereads)]
     return replace(settings, **changed | dict.fromkeys(idle, 0))
 
 

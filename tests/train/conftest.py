@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dash_export.models import Checkpoint
-from dash_export.train import stages
 from dash_export.train.model import GatedModel
 from dash_export.train.training import train
 from tests.tiny import TINY_UNITS, tiny_checkpoint
@@ -20,13 +19,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _short_fits() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "FIT_STEPS", 60)
-        yield
 
 
 @pytest.fixture(scope="session")

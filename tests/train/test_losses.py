@@ -17,7 +17,6 @@ from dash_export.train.losses import (
     divergence,
     kl_divergence,
     regression_loss,
-    regression_rows,
     static_loss,
     summed_divergence,
     tuning_loss,
@@ -83,7 +82,7 @@ def policy(checkpoint: Checkpoint) -> SkipPolicy:
 
 def constant(policy: SkipPolicy, hidden: int, bias: np.ndarray) -> SkipModules:
     """Of one damage for every state."""
-    network = initial_network(len(bias), hidden) | {"bias": bias.astype(np.float32)}
+    network = {"weight": np.zeros((hidden, len(bias)), np.float32), "bias": bias.astype(np.float32)}
     return SkipModules(replace(policy, network=network))
 
 
@@ -164,9 +163,8 @@ def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     optimizer = torch.optim.Adam(modules.network.parameters(), 0.05)
     rng = np.random.default_rng(0)
     for step in range(120):
-        rows = regression_rows(model, modules, (0.05, 0.5), batch(step), rng, on_policy=step > 50)
         optimizer.zero_grad()
-        regression_loss(modules, rows).backward()
+        regression_loss(model, modules, (0.05, 0.5), batch(step), rng, on_policy=step > 50).backward()
         optimizer.step()
     assert all(parameter.grad is None for parameter in modules.bypasses.parameters()), "it teaches the network only"
     with torch.no_grad():

@@ -19,10 +19,10 @@ UNITS = (Unit(1, 3), Unit(5, 5))
 def test_a_merged_unit_does_what_its_parts_did(checkpoint: Checkpoint, model: GatedModel) -> None:
     policy = tiny_policy(checkpoint, "linear", units=PARTS)
     assert policy.network is not None
-    policy = replace(policy, network=policy.network | {"weight": 0.2 * policy.network["weight"]})
+    policy = replace(policy, network={name: 0.2 * array for name, array in policy.network.items()})
     network, *bypasses = merged(model, policy, UNITS, map(batch, range(12)))
-    for name in ("weight", "bias"):
-        np.testing.assert_array_equal(network[name][..., 1], policy.network[name][..., 2])
+    for name, array in policy.network.items():
+        np.testing.assert_array_equal(network[name][..., 1], array[..., 2])
     np.testing.assert_array_equal(bypasses[1]["weight"], policy.bypasses[2]["weight"])
     larger = SkipPolicy(UNITS, policy.read, network, tuple(bypasses))
     check_policy(larger, checkpoint.spec)

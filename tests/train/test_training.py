@@ -144,7 +144,7 @@ DONE = dict.fromkeys(FULL, 0)
 KILLS = {
     "candidates": (5, FULL | {"candidates": 4 + 3 + 2}),  # the sums and two trials of the first group were kept
     "bypasses": (2, FULL | {"candidates": 0, "bypasses": 2}),
-    "regression": (4, DONE | {"regression": 2, "tuning": 6, "static": 1}),
+    "regression": (4, DONE | {"regression": 3, "tuning": 6, "static": 1}),
     "tuning": (5, DONE | {"tuning": 2, "static": 1}),
     "static": (1, DONE | {"static": 1}),
     "held-out": (1, DONE),
@@ -261,8 +261,8 @@ def test_a_loss_that_is_no_number_ends_the_training(
     learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it is in every weight, and in the file that the training would go on from."""
-    rows = stages.regression_rows
-    monkeypatch.setattr(stages, "regression_rows", lambda *given: rows(*given)._replace(kl=torch.full((3,), np.nan)))
+    loss = stages.regression_loss
+    monkeypatch.setattr(stages, "regression_loss", lambda *given: loss(*given) * float("nan"))
     with pytest.raises(PolicyError, match="loss of step 1 of the regression is not a number"):
         learn()
     assert not list(output.with_name(f"{output.name}.unfinished").glob("regression-*"))

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from dash_export.artifacts import no_progress
+from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibrate_matrices
@@ -194,7 +194,7 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
     """At scales by which what the calibration text feeds them comes to 128 to 256, of 448."""
     bundle, seen = Bundle.open(own / "tiny.dash"), dict[str, float]()
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", "fp8"))
-    for name, largest in calibrate_matrices(bundle, recipe, tmp_path, no_progress):
+    for name, largest in calibrate_matrices(bundle, recipe, ArtifactStore(tmp_path / "layers"), "", no_progress):
         assert isinstance(largest, float)
         seen[name] = largest
     assert len(seen) == 7 * 5 + 1, "every projection and the head"

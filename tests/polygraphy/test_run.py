@@ -143,7 +143,7 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], message: str, tiny_ro
 
 
 def test_mistakes_without_a_bundle(tiny_root: Path, tmp_path: Path, here: Here) -> None:
-    assert "has no manifest.json" in error(here(tmp_path, "--dash"))
+    assert "is a folder that is no bundle" in error(here(tmp_path, "--dash"))
     assert "--dash needs a bundle" in error(here("--dash"))
     wrong = polygraphy(tiny_root, "--dash", "--dash-skip", "three")
     assert wrong.returncode == 2

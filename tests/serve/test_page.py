@@ -172,7 +172,7 @@ def test_dense_beside(page: Any) -> None:
 
 
 def test_the_key_is_asked_for_where_one_is_needed(open_page: OpenPage, serve: Serve) -> None:
-    page = open_page(serve(key="secret"))
+    page = open_page(serve(keys=["secret"]))
     for given in ("wrong", "secret"):
         page.wait_for_selector("#key:focus")
         page.keyboard.type(given)

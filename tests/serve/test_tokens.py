@@ -43,7 +43,7 @@ def test_what_is_no_request(http: httpx.Client) -> None:
 
 
 def test_a_key_is_needed(serve: Serve) -> None:
-    address = serve(key="secret")
+    address = serve(keys=["secret"])
     assert httpx.get(f"{address}/tokenizer_info").status_code == 401
     for path in ("tokenize", "detokenize", "v1/embeddings"):
         assert httpx.post(f"{address}/{path}", json={}).status_code == 401

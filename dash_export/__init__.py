@@ -9,15 +9,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dash_export.building import build
+    from dash_export.building.exporting import export
     from dash_export.errors import DashError
-    from dash_export.exporting import export
     from dash_export.runtime import DashRuntime, Policy, Sampling, State
 
 _LAZY = {
     **dict.fromkeys(("DashRuntime", "Policy", "Sampling", "State"), "dash_export.runtime"),
     "DashError": "dash_export.errors",
     "build": "dash_export.building",
-    "export": "dash_export.exporting",
+    "export": "dash_export.building.exporting",
 }
 
 __all__ = ["DashError", "DashRuntime", "Policy", "Sampling", "State", "__version__", "build", "export"]

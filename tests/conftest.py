@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
     from dash_export import DashRuntime
-    from dash_export.bundle import Bundle
-    from dash_export.manifest import Build, CostTable
+    from dash_export.bundle.bundle import Bundle
+    from dash_export.bundle.policy_file import SkipPolicy
+    from dash_export.bundle.records import Build, CostTable
     from dash_export.models import Checkpoint
-    from dash_export.policy import SkipPolicy
     from dash_export.reference import Oracle
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def smollm2(smollm2_gguf: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
     """The trained one that is shipped."""
-    from dash_export.policy import load_policy
+    from dash_export.bundle.policy_file import load_policy
 
     return load_policy("smollm2-135m-instruct", smollm2.spec)
 
@@ -155,7 +155,7 @@ def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported bundle with its policy; `smollm2_runtime` builds targets in it. Read only."""
-    from dash_export.exporting import export
+    from dash_export.building.exporting import export
 
     return export(smollm2, tmp_path_factory.mktemp("smollm2") / "smollm2.dash", smollm2_policy).root
 
@@ -250,3 +250,33 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
     return path
+
+
+@pytest.fixture
+def setting_of(runtime: DashRuntime) -> Callable[[str], dict[str, Any]]:
+    """`setting_of(kind)`: arguments at which that kind skips some units and runs others."""
+    trade_off = next(point.trade_off for point in runtime.build.dial if 3.2 < point.layers < 4.6)
+    budget = runtime.build.dial[len(runtime.build.dial) // 2].time
+    return {
+        "dense": {},
+        "static": {"policy": "static", "skip": (2, 3)},
+        "token": {"policy": "token", "trade_off": trade_off},
+        "bounded": {"budget": budget, "max_layers": 5},
+        "held": {"budget": budget, "hold": True},
+    }.__getitem__
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The artifacts that a build really made, by name."""
+    from dash_export.files.artifacts import ArtifactStore
+
+    names: list[str] = []
+    sound = ArtifactStore.make
+
+    def make(store: Any, name: str, key: str, *given: object) -> object:
+        names.append(name)
+        return sound(store, name, key, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ArtifactStore, "make", make)
+    return names

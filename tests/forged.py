@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dash_export.artifacts import sha256_file
-from dash_export.manifest import Manifest, sealed
-from dash_export.names import MANIFEST
-from dash_export.typed_json import WrongFieldError, typed
+from dash_export.bundle.layout import MANIFEST
+from dash_export.bundle.records import Manifest, sealed
+from dash_export.files.artifacts import sha256_file
+from dash_export.files.typed_json import WrongFieldError, typed
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

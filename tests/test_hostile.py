@@ -13,9 +13,9 @@ import pytest
 import dash_export
 from dash_export import DashRuntime
 from dash_export.building import build, calibrate
-from dash_export.bundle import BUILD
+from dash_export.bundle.bundle import BUILD
 from dash_export.errors import BackendError, BundleError, DashError
-from dash_export.graphs.surgery import load_graph
+from dash_export.graphs.lower.surgery import load_graph
 from tests.forged import edit, rehash
 
 ENGINE, GRAPH = "engines/cpu-fp32/layer_04.onnx", "onnx/layer_02.onnx"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from tests.conftest import ROOT
 from tests.models.helpers import tiny_model, write_gguf
 
@@ -19,8 +19,8 @@ EXPORT_ONLY = ["onnx", "onnx_ir", "gguf", "safetensors"]
 GENERATE = """
 import sys, importlib.util
 from dash_export import DashRuntime
-from dash_export.targets import recipe_names
-from dash_export.resources import resource_folder
+from dash_export.bundle.recipe import recipe_names
+from dash_export.files.resources import resource_folder
 assert "cpu" in recipe_names(), recipe_names()
 assert (resource_folder("calibration") / "prose.txt").is_file()
 print(dash_path := importlib.util.find_spec("dash_export").origin)
@@ -32,7 +32,7 @@ import sys, importlib.util
 from dash_export import build, export
 from dash_export.errors import BackendError
 from dash_export.models import open_checkpoint
-from dash_export.policy import untrained_policy
+from dash_export.bundle.policy_file import untrained_policy
 checkpoint = open_checkpoint(sys.argv[1])
 bundle = export(checkpoint, sys.argv[2], untrained_policy(checkpoint.spec))
 print([name for name in sys.argv[3:] if importlib.util.find_spec(name)])

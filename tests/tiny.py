@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from dash_export.building import build
-from dash_export.decision import Unit, layer_actions
-from dash_export.exporting import export
+from dash_export.building.exporting import export
+from dash_export.bundle.policy_file import SkipPolicy, stored_columns, untrained_policy
+from dash_export.core.decision import Unit, layer_actions
 from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
-from dash_export.policy import SkipPolicy, stored_columns, untrained_policy
 from tests.models.helpers import save_tiny
 
 CHAT_TEMPLATE = (

@@ -19,19 +19,19 @@ from fetch import CACHE, MODELS, UnavailableError, fetched
 from rich.console import Console
 
 from dash_export import DashRuntime, build, export
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.policy_file import load_policy
+from dash_export.bundle.records import Build
 from dash_export.commands.options import with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_table
-from dash_export.decision import Setting
+from dash_export.core.decision import Setting
 from dash_export.errors import DashError
-from dash_export.evaluate.candidates import candidates, label
-from dash_export.evaluate.exchange import Point, frontier
-from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.texts import judged_text
-from dash_export.manifest import Build
+from dash_export.measure.candidates import candidates, label
+from dash_export.measure.exchange import Point, frontier
+from dash_export.measure.intervals import Interval
+from dash_export.measure.texts import judged_text
 from dash_export.models import open_checkpoint
-from dash_export.policy import load_policy
 from dash_export.runtime import Generation
 
 TARGET = "cpu-gguf"

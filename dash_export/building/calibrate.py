@@ -19,13 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.artifacts import TEMPORARY, ArtifactStore, Progress, content_key, sha256_file
+from dash_export.backends.onnxruntime.cpus import available_memory
 from dash_export.building.engine_graphs import Artifact, graphs_key, write_whole
 from dash_export.building.gptq import Floats, Moments, gptq
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import CALIBRATION, ROUNDINGS, past_names
+from dash_export.bundle.recipe import CALIBRATED, Precision, Recipe
 from dash_export.errors import BackendError
-from dash_export.graphs.rounded import (
+from dash_export.files.artifacts import TEMPORARY, ArtifactStore, Progress, content_key, sha256_file
+from dash_export.files.outputs import own_folder
+from dash_export.files.resources import resource_folder
+from dash_export.graphs.lower.rounded import (
     Rounded,
     block_of,
     roundings_key,
@@ -33,13 +38,8 @@ from dash_export.graphs.rounded import (
     weight_precision,
     write_roundings,
 )
-from dash_export.graphs.surgery import constant_value, load_graph
-from dash_export.names import CALIBRATION, ROUNDINGS, past_names
-from dash_export.outputs import own_folder
-from dash_export.resources import resource_folder
-from dash_export.runtime.cpus import available_memory
-from dash_export.runtime.text import Text
-from dash_export.targets import CALIBRATED, Precision, Recipe
+from dash_export.graphs.lower.surgery import constant_value, load_graph
+from dash_export.text.tokenizer import Text
 
 TEXT = "quantise.txt"
 """Shipped text that int4 and fp8 weights are calibrated on."""

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.bundle import Bundle
-from dash_export.decision import DecisionRule, Unit
-from dash_export.manifest import Build, CostTable, Manifest
-from dash_export.runtime.backends import Launch, backend_errors
-from dash_export.runtime.cpus import LoadMeter, cpu_name
-from dash_export.runtime.decode import EngineSet
-from dash_export.runtime.rules import DENSE, FixedRule, Rule
+from dash_export.backends.base import Launch, backend_errors
+from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
+from dash_export.backends.onnxruntime.decode import EngineSet
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import Build, CostTable, Manifest
+from dash_export.core.decision import DecisionRule, Unit
+from dash_export.core.rules import DENSE, FixedRule, Rule
 from dash_export.runtime.runtime import engines as load_engines
 
 if TYPE_CHECKING:
-    from dash_export.runtime.device.cuda import Cuda
-    from dash_export.runtime.device.engines import DeviceCache
-    from dash_export.runtime.device.step import DeviceStep
-    from dash_export.runtime.ort_engine import OrtBackend
+    from dash_export.backends.cuda.cuda import Cuda
+    from dash_export.backends.cuda.engines import DeviceCache
+    from dash_export.backends.cuda.step import DeviceStep
+    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"

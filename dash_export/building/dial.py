@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import Progress, no_progress
-from dash_export.bundle import ANSWERS, Bundle
-from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
-from dash_export.divergence import DenseRows
+from dash_export.bundle.bundle import ANSWERS, Bundle
+from dash_export.bundle.records import Build
+from dash_export.core.decision import DENSE_POSITIONS, DialPoint, unit_skips
+from dash_export.core.divergence import DenseRows
 from dash_export.errors import PolicyError
-from dash_export.manifest import Build
-from dash_export.resources import resource_folder
+from dash_export.files.artifacts import Progress, no_progress
+from dash_export.files.resources import resource_folder
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.chats import DIAL_ANSWERS, Continuation, continuation, parsed_chats
-from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
+from dash_export.text.chats import DIAL_ANSWERS, Continuation, continuation, parsed_chats
+from dash_export.text.text_files import MAX_TEXT_BYTES, bounded_text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.device.cuda import Cuda
-    from dash_export.runtime.ort_engine import OrtBackend
+    from dash_export.backends.cuda.cuda import Cuda
+    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
 WINDOWS = 16
 TOKENS = 128

@@ -8,15 +8,15 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dash_export.artifacts import content_key
-from dash_export.bundle import Bundle
-from dash_export.decision import Unit
-from dash_export.graphs import trt
-from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.surgery import absorb, load_graph
-from dash_export.graphs.writer import INLINE_BYTES, GraphWriter, external, save_graph
-from dash_export.manifest import MIXED, POLICY, Segment
-from dash_export.targets import Recipe
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.recipe import Recipe
+from dash_export.bundle.records import MIXED, POLICY, Segment
+from dash_export.core.decision import Unit
+from dash_export.files.artifacts import content_key
+from dash_export.graphs.lower import trt
+from dash_export.graphs.lower.rounded import Roundings, to_nearest
+from dash_export.graphs.lower.surgery import absorb, load_graph
+from dash_export.graphs.portable.writer import INLINE_BYTES, GraphWriter, external, save_graph
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: R
     """Return an engine's graph in the recipe's dialect, at the recipe's precisions."""
     if recipe.dialect != "ort":
         return trt.lower(portable(bundle, graph), bundle.manifest, recipe, roundings)
-    from dash_export.graphs import ort  # imports ONNX Runtime, for its quantiser: a machine with TensorRT may lack it
+    from dash_export.graphs.lower import (
+        ort,  # imports ONNX Runtime, for its quantiser: a machine with TensorRT may lack it
+    )
 
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"

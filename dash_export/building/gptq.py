@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.graphs.rounded import Rounded
+from dash_export.graphs.lower.rounded import Rounded
 
 Floats = npt.NDArray[np.float32]
 Moments = npt.NDArray[np.float64]

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Bundle
-from dash_export.manifest import ModelFacts
-from dash_export.names import short_name
-from dash_export.resources import resource_folder
-from dash_export.rope import rope_tables
-from dash_export.runtime.text import Text
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import short_name
+from dash_export.bundle.records import ModelFacts
+from dash_export.core.rope import rope_tables
+from dash_export.files.resources import resource_folder
+from dash_export.text.tokenizer import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -52,7 +52,7 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
     ONNX Runtime has either one thread pool for the process or one per session: give `own_threads` where other sessions
     in this process have pools of their own. Raises BackendError when ONNX Runtime refuses the graph.
     """
-    from dash_export.runtime.ort_engine import OrtEngine, ort_errors, session_options
+    from dash_export.backends.onnxruntime.ort_engine import OrtEngine, ort_errors, session_options
 
     options = session_options(own_threads)
     # Between runs numpy computes: ONNX Runtime's threads must not spin on its cores meanwhile.

@@ -7,20 +7,28 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dash_export.arguments import check_arguments
-from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
-from dash_export.building.backend import Backend, backend_of
+from dash_export.backends.base import load_backend
+from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
-from dash_export.bundle import BUILD, Bundle, Seal
+from dash_export.bundle.bundle import BUILD, Bundle, Seal
+from dash_export.bundle.layout import CALIBRATION, SIGNATURE
+from dash_export.bundle.recipe import Recipe, load_recipe
+from dash_export.bundle.records import SCHEMA, Build, EngineRecord, Segment
+from dash_export.bundle.signing import check_trusted
+from dash_export.core.arguments import check_arguments
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
-from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
-from dash_export.names import CALIBRATION, SIGNATURE
-from dash_export.outputs import check_writable, folder_locked, lock_file, locked, output_path, own_folder, own_secret
-from dash_export.runtime.backends import load_backend
-from dash_export.signing import check_trusted
-from dash_export.targets import Recipe, load_recipe
+from dash_export.files.artifacts import ArtifactStore, FileRecord, Progress, no_progress
+from dash_export.files.outputs import (
+    check_writable,
+    folder_locked,
+    lock_file,
+    locked,
+    output_path,
+    own_folder,
+    own_secret,
+)
 
 TRIALS, PAUSE = 3, 2.0
 """How often costs are measured, at most, while the machine is busy, and the seconds between."""

@@ -3,12 +3,12 @@
 from contextlib import suppress
 from pathlib import Path
 
-from dash_export.artifacts import TEMPORARY, sync
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import CALIBRATION, ROUNDINGS
+from dash_export.bundle.recipe import Recipe
 from dash_export.errors import BundleError
-from dash_export.names import CALIBRATION, ROUNDINGS
-from dash_export.outputs import folder_locked, lock_file, remove
-from dash_export.targets import Recipe
+from dash_export.files.artifacts import TEMPORARY, sync
+from dash_export.files.outputs import folder_locked, lock_file, remove
 
 
 def check_prunable(bundle: Bundle, recipe: Recipe) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import TEMPORARY, Progress, no_progress
-from dash_export.building.backend import backend_of
+from dash_export.backends.maker import backend_of
 from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower_graph, portable, write_whole
 from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import FINAL_STATE, ROUNDINGS, new_names, past_names, present_names
+from dash_export.bundle.recipe import Precision, Recipe, WeightsRecipe
+from dash_export.bundle.records import MIXED, POLICY, Segment, Verification
 from dash_export.errors import BackendError
-from dash_export.graphs.rounded import roundings_lookup
-from dash_export.manifest import MIXED, POLICY, Segment, Verification
-from dash_export.names import FINAL_STATE, ROUNDINGS, new_names, past_names, present_names
-from dash_export.targets import Precision, Recipe, WeightsRecipe
+from dash_export.files.artifacts import TEMPORARY, Progress, no_progress
+from dash_export.graphs.lower.rounded import roundings_lookup
 
 STEPS = ((0, 24), (24, 1), (25, 6))
 """(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""

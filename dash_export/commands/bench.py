@@ -13,11 +13,11 @@ import click
 from dash_export.commands.options import Load, comparison_options, count_option, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
-from dash_export.evaluate import BENCH_PROMPT, BENCH_ROUNDS, TOKENS
+from dash_export.measure import BENCH_PROMPT, BENCH_ROUNDS, TOKENS
 
 if TYPE_CHECKING:
-    from dash_export.evaluate.candidates import Candidate
-    from dash_export.evaluate.timing import Timing
+    from dash_export.measure.candidates import Candidate
+    from dash_export.measure.timing import Timing
 
 
 @click.command("bench")
@@ -37,9 +37,9 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
     each in processes of its own. The last line is JSON. `profile` says where the time goes, `frontier` what saving it
     costs. Let nothing else run meanwhile.
     """
-    from dash_export.evaluate.breakdown import conditions, this_machine
-    from dash_export.evaluate.texts import judged_text
-    from dash_export.evaluate.timing import SETTLE, decode_times, fitting_context
+    from dash_export.measure.breakdown import conditions, this_machine
+    from dash_export.measure.texts import judged_text
+    from dash_export.measure.timing import SETTLE, decode_times, fitting_context
 
     with progress_bar("bench") as progress:
         progress("loading", 0, 0)
@@ -62,7 +62,7 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
 
 
 def _lane(candidate: Candidate, timing: Timing, prompt: int) -> dict[str, Any]:
-    from dash_export.evaluate.candidates import setting_record
+    from dash_export.measure.candidates import setting_record
 
     return {
         "label": candidate.label,
@@ -76,7 +76,7 @@ def _lane(candidate: Candidate, timing: Timing, prompt: int) -> dict[str, Any]:
 
 
 def _print(lanes: Sequence[dict[str, Any]]) -> None:
-    from dash_export.evaluate.intervals import Interval
+    from dash_export.measure.intervals import Interval
 
     print_table(
         "Tokens per second", ("setting",), ("prompt", "decode", "ms/token", "time of dense", "predicted"),

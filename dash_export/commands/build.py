@@ -7,18 +7,18 @@ from typing import Any, get_args
 
 import click
 
-from dash_export.advice import calibration_minutes, is_in_few_bits, suitable_target
-from dash_export.bundle import Bundle
+from dash_export.bundle.advice import calibration_minutes, is_in_few_bits, suitable_target
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS
+from dash_export.bundle.recipe import Precision, Recipe, load_recipe
+from dash_export.bundle.records import Build
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_units, size
-from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
+from dash_export.core.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
 from dash_export.errors import NotHereError
-from dash_export.manifest import Build
-from dash_export.names import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS
-from dash_export.replacing import is_bundle
-from dash_export.targets import Precision, Recipe, load_recipe
+from dash_export.files.replacing import is_bundle
 
 PRECISION = click.Choice(get_args(Precision))
 
@@ -66,7 +66,7 @@ def command(
     unchanged are reused; a build that was killed goes on where it stopped. For TensorRT on a machine
     without the GPU, it writes a build kit to copy to the one that has it.
     """
-    from dash_export.building.backend import backend_of
+    from dash_export.backends.maker import backend_of
 
     # Refuse impossible requests first: an export takes minutes.
     recipe = load_recipe(target, **changes)
@@ -168,7 +168,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         worst = max((error for errors in found.values() for error in errors.values()), default=0.0)
         click.echo(f"Verified: {len(found)} engines, {build.verification.compared}; largest error {worst:.2g}.")
     if not cost.segment_us:
-        from dash_export.building.backend import backend_of
+        from dash_export.backends.maker import backend_of
 
         obstacle = backend_of(build.recipe).run_obstacle()
         why = f": {obstacle}" if obstacle else "."

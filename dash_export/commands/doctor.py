@@ -18,14 +18,14 @@ import click
 from rich.text import Text
 
 from dash_export import __version__
-from dash_export.building.backend import Backend, backend_of
+from dash_export.backends.base import BACKENDS
+from dash_export.backends.cuda.cuda_devices import cuda_devices
+from dash_export.backends.maker import Backend, backend_of
+from dash_export.backends.onnxruntime.cpus import allowed_processors, available_memory, cpu_name, physical_cores
+from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.cli import EXTRAS, printable
 from dash_export.commands.tables import print_table, size
 from dash_export.errors import BackendError
-from dash_export.runtime.backends import BACKENDS
-from dash_export.runtime.cpus import allowed_processors, available_memory, cpu_name, physical_cores
-from dash_export.runtime.cuda_devices import cuda_devices
-from dash_export.targets import load_recipe, recipe_names
 
 ROOT = Path("/")
 """Root of the machine's file system."""
@@ -62,8 +62,8 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
     """
     report = examine()
     if probed:
-        from dash_export.runtime.device.cuda import Cuda
-        from dash_export.runtime.device.launch_costs import probe
+        from dash_export.backends.cuda.cuda import Cuda
+        from dash_export.backends.cuda.launch_costs import probe
 
         device = Cuda()
         report["probe"] = {"device": asdict(device.device), **probe(device)}

@@ -14,10 +14,10 @@ from dash_export import __version__
 from dash_export.commands.options import Load, comparison_options, print_refused, window_options, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
-from dash_export.evaluate import DENSE_SHARE
+from dash_export.measure import DENSE_SHARE
 
 if TYPE_CHECKING:
-    from dash_export.evaluate.score import Result
+    from dash_export.measure.score import Result
     from dash_export.runtime import DashRuntime
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -45,7 +45,7 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
     budgets by default (0.9 and 0.8): the kinds then take equal time on what the dial was calibrated on, predicted from
     the build's cost table; `time` says what they take on this one.
     """
-    from dash_export.evaluate.tasks import evaluate
+    from dash_export.measure.tasks import evaluate
 
     if not measure["texts"] and not measure["tasks"]:
         measure["texts"] = (None,)
@@ -65,7 +65,7 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
 
 
 def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> dict[str, object]:
-    from dash_export.evaluate.intervals import CONFIDENCE, RESAMPLES
+    from dash_export.measure.intervals import CONFIDENCE, RESAMPLES
 
     names = {kind: [path and path.name for path in measure[kind]] for kind in ("texts", "tasks")}
     manifest = runtime.bundle.manifest
@@ -95,7 +95,7 @@ _FORMS = {
 
 def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> None:
     """Print one table per file, with a row per setting, and then what the columns mean."""
-    from dash_export.evaluate.candidates import amount, kind_shown
+    from dash_export.measure.candidates import amount, kind_shown
 
     model = runtime.bundle.manifest.model
     click.echo(f"{model.name}, target {runtime.build.target}, {model.num_layers} layers\n")

@@ -6,15 +6,15 @@ from typing import Any, TypeVar
 
 import click
 
-from dash_export.advice import if_without_policy, suitable_target
-from dash_export.bundle import Bundle
+from dash_export.bundle.advice import if_without_policy, suitable_target
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import ModelFacts
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.options import UNITS, with_options
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size
-from dash_export.decision import Unit, units_text
+from dash_export.core.decision import Unit, units_text
 from dash_export.errors import BundleError
-from dash_export.manifest import ModelFacts
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -78,10 +78,10 @@ def export_model(
     """Export a model with a progress bar; `dash-export build` calls this too. Raises PolicyError when the policy's file
     is damaged, is for another model or does not have the given units.
     """
-    from dash_export.exporting import check_inputs, checked_output, export
+    from dash_export.building.exporting import check_inputs, checked_output, export
+    from dash_export.bundle.policy_file import load_policy, narrowed, no_policy, policy_path, untrained_policy
     from dash_export.models import open_checkpoint
     from dash_export.models.bypasses import pruned
-    from dash_export.policy import load_policy, narrowed, no_policy, policy_path, untrained_policy
 
     trained = policy not in ("none", "untrained")
     if prune and (not trained or units is not None):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export import __version__
+from dash_export.bundle.layout import REPORT
 from dash_export.cli import printable
 from dash_export.commands.options import (
     Load,
@@ -23,12 +24,11 @@ from dash_export.commands.options import (
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import picture_files, save_pictures, save_report, sole_writer
 from dash_export.commands.tables import print_table
-from dash_export.evaluate import ROUNDS, TOKENS
-from dash_export.names import REPORT
+from dash_export.measure import ROUNDS, TOKENS
 
 if TYPE_CHECKING:
-    from dash_export.evaluate.candidates import Candidate
-    from dash_export.evaluate.exchange import Point
+    from dash_export.measure.candidates import Candidate
+    from dash_export.measure.exchange import Point
 
 
 @click.command("frontier")
@@ -57,9 +57,9 @@ def command(
     window by window against dense; decode time on the clock, each in processes of its own, in turns with dense. The
     exchange rate is the per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
-    from dash_export.evaluate.exchange import frontier, token_kl_share
-    from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing
-    from dash_export.evaluate.texts import judged_text
+    from dash_export.measure.exchange import frontier, token_kl_share
+    from dash_export.measure.pictures import frontier_figure  # fails at once where matplotlib is missing
+    from dash_export.measure.texts import judged_text
 
     files = picture_files(output, "png", "svg", "json")
     with sole_writer(ctx, *files):
@@ -86,7 +86,7 @@ def command(
 
 
 def _caption(course: dict[str, Any]) -> str:
-    from dash_export.evaluate.intervals import FEWEST
+    from dash_export.measure.intervals import FEWEST
 
     rounds, cut = course["rounds"], "{items} windows of {window} tokens, the first {prefix} dense"
     if course["name"].endswith(".jsonl"):
@@ -129,8 +129,8 @@ def _report(
 
 
 def _print(title: str, points: Sequence[Point], shares: Sequence[float | None]) -> None:
-    from dash_export.evaluate.candidates import amount
-    from dash_export.evaluate.intervals import Interval
+    from dash_export.measure.candidates import amount
+    from dash_export.measure.intervals import Interval
 
     def rows() -> Iterator[tuple[str, ...]]:
         for point, share in zip(points, shares, strict=True):

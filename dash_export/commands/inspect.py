@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from dash_export.advice import if_without_policy, suitable_target
-from dash_export.bundle import Bundle
+from dash_export.bundle.advice import if_without_policy, suitable_target
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.recipe import WeightsRecipe
+from dash_export.bundle.records import Build, Segment
 from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
-from dash_export.decision import Unit, units_text
+from dash_export.core.decision import Unit, units_text
 from dash_export.errors import StaleBuildError
-from dash_export.manifest import Build, Segment
-from dash_export.targets import WeightsRecipe
 
 
 @click.command("inspect")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from dash_export.decision import POLICY_KINDS, Setting, parse_layers, parse_units
+from dash_export.core.decision import POLICY_KINDS, Setting, parse_layers, parse_units
 from dash_export.errors import PolicyError
-from dash_export.evaluate import LIMIT, PREFIX, WINDOW
+from dash_export.measure import LIMIT, PREFIX, WINDOW
 
 if TYPE_CHECKING:
-    from dash_export.evaluate.candidates import Candidate
-    from dash_export.evaluate.intervals import Interval
+    from dash_export.measure.candidates import Candidate
+    from dash_export.measure.intervals import Interval
     from dash_export.runtime import DashRuntime
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -122,7 +122,7 @@ def load_candidates(
     then the builds `also`. Return them and the settings that this bundle cannot give. Raises UsageError for two builds
     of one name.
     """
-    from dash_export.evaluate.candidates import candidates, settings_at
+    from dash_export.measure.candidates import candidates, settings_at
 
     runtime = load_runtime(bundle, target)
     others = []

@@ -11,7 +11,7 @@ from dash_export.commands.options import Load, comparison_options, count_option,
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import save_report, sole_writer
 from dash_export.commands.tables import print_table, size
-from dash_export.evaluate import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
+from dash_export.measure import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "host": "host gaps"}
@@ -40,12 +40,12 @@ def command(
     peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same
     known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too.
     """
-    from dash_export.evaluate.breakdown import profile
-    from dash_export.resources import resource_folder
-    from dash_export.text_files import read_text
+    from dash_export.files.resources import resource_folder
+    from dash_export.measure.breakdown import profile
+    from dash_export.text.text_files import read_text
 
     if html is not None:
-        from dash_export.evaluate.report import render_report  # fails at once where matplotlib is missing
+        from dash_export.measure.report import render_report  # fails at once where matplotlib is missing
     path = text or resource_folder("calibration") / "heldout.txt"
     content, name = read_text(path), printable(path.name)
     if html is not None and trace is not None and html.resolve() == trace.resolve():
@@ -65,7 +65,7 @@ def command(
         finally:
             written = []
             if trace is not None:
-                from dash_export.evaluate.trace import chrome_trace
+                from dash_export.measure.trace import chrome_trace
 
                 events = chrome_trace(lanes, found["model"], TRACE_TOKENS)
                 written.append(save_report(trace, json.dumps(events, ensure_ascii=False)))
@@ -76,7 +76,7 @@ def command(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from dash_export.evaluate.breakdown import PARTS, conditions, shares
+    from dash_export.measure.breakdown import PARTS, conditions, shares
 
     click.echo("\n".join([*conditions(found), ""]))
     print_table(

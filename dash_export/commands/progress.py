@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import click
 
-from dash_export.artifacts import Progress
+from dash_export.files.artifacts import Progress
 
 PLAIN_LINES = 10
 """Lines that a step of known length prints where there is no terminal; a slow step prints one every EVERY seconds."""

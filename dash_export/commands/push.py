@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from dash_export import hub
-from dash_export.bundle import Bundle
+from dash_export.bundle import hub
+from dash_export.bundle.bundle import Bundle
 
 
 @click.command("push")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dash_export.artifacts import open_regular, write_atomic
+from dash_export.bundle.layout import REPORT
 from dash_export.errors import RequestError
-from dash_export.names import REPORT
-from dash_export.outputs import check_writable, locked
-from dash_export.replacing import check_movable, check_outside_bundles
+from dash_export.files.artifacts import open_regular, write_atomic
+from dash_export.files.outputs import check_writable, locked
+from dash_export.files.replacing import check_movable, check_outside_bundles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,6 +89,6 @@ def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
 
 def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:
     """Write the figure to those files that are pictures by their ending (.png, .svg), and return their paths."""
-    from dash_export.evaluate.pictures import render
+    from dash_export.measure.pictures import render
 
     return [save_report(path, render(figure, path.suffix[1:])) for path in files if path.suffix in (".png", ".svg")]

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from dash_export.advice import policy_command
+from dash_export.bundle.advice import policy_command
+from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, load_runtime, setting_options
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import Setting, layers_text
+from dash_export.core.decision import Setting, layers_text
 from dash_export.errors import DashError, RequestError
-from dash_export.targets import MAX_THREADS, Dispatch
-from dash_export.text_files import read_stream, read_text
+from dash_export.text.text_files import read_stream, read_text
 
 if TYPE_CHECKING:
     from dash_export.runtime import Batch, DashRuntime, Response, Sampling, Session
@@ -157,7 +157,7 @@ def command(
 
 def _warn_of_skips(runtime: DashRuntime, skip: tuple[int, ...]) -> None:
     """Tell what skipping layers costs that have no trained bypass."""
-    from dash_export.evaluate.fixed_skips import perplexity_factor
+    from dash_export.measure.fixed_skips import perplexity_factor
 
     with progress_bar("run") as progress:
         factor = perplexity_factor(runtime, skip, progress)
@@ -192,7 +192,7 @@ def _form(schema: Path | None, grammar: Path | None) -> str | None:
     """Return the grammar that answers are held to. Raises RequestError for a file that cannot be used."""
     if schema is None:
         return None if grammar is None else read_text(grammar, pipe=True)
-    from dash_export.runtime.guidance import json_grammar
+    from dash_export.text.guidance import json_grammar
 
     try:
         given = json.loads(read_text(schema, pipe=True))

@@ -12,9 +12,9 @@ import click
 
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, count_option, load_runtime
-from dash_export.decision import Setting
+from dash_export.core.decision import Setting
 from dash_export.errors import OutputError, RequestError
-from dash_export.replacing import check_outside_bundles
+from dash_export.files.replacing import check_outside_bundles
 from dash_export.serve.scheduler import ROWS, WAITING
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -71,7 +71,7 @@ def command(
     /health, /metrics, /openapi.json, and a page to try it at /. A request for the model `auto` is answered by the first
     of several bundles that has time for it, or else by the last: give the best one first, the fastest one last.
     """
-    from dash_export.runtime.cpus import available_memory
+    from dash_export.backends.onnxruntime.cpus import available_memory
     from dash_export.serve.app import AUTO, Server
     from dash_export.serve.door import HttpServer
     from dash_export.serve.metrics import log

@@ -5,8 +5,8 @@ from shlex import quote
 
 import click
 
-from dash_export import signing
-from dash_export.bundle import Bundle
+from dash_export.bundle import signing
+from dash_export.bundle.bundle import Bundle
 
 
 @click.command("sign")

@@ -7,7 +7,7 @@ import click
 
 from dash_export.commands.options import TARGET, load_runtime, setting_options
 from dash_export.commands.reports import picture_files, save_pictures, sole_writer
-from dash_export.decision import Setting
+from dash_export.core.decision import Setting
 from dash_export.errors import RequestError
 
 DEFAULT = Setting("token", budget=0.85)
@@ -37,11 +37,11 @@ def command(
     """
     import numpy as np
 
-    from dash_export.evaluate.candidates import label
-    from dash_export.evaluate.pictures import layers_run, skip_map_figure  # fails at once where matplotlib is missing
-    from dash_export.resources import resource_folder
-    from dash_export.runtime.text import LETTERS
-    from dash_export.text_files import read_text
+    from dash_export.files.resources import resource_folder
+    from dash_export.measure.candidates import label
+    from dash_export.measure.pictures import layers_run, skip_map_figure  # fails at once where matplotlib is missing
+    from dash_export.text.text_files import read_text
+    from dash_export.text.tokenizer import LETTERS
 
     if text is not None and file is not None:
         raise click.UsageError("Give the text or --file, not both.")

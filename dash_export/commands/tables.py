@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dash_export.artifacts import FileRecord
-from dash_export.decision import Unit
-from dash_export.manifest import Build
+from dash_export.bundle.records import Build
+from dash_export.core.decision import Unit
+from dash_export.files.artifacts import FileRecord
 
 
 def print_table(

@@ -21,15 +21,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     try:
         path = Path(source).expanduser()
         if path.is_dir() and str(source):  # "" (an unset variable) is not the current folder
-            from dash_export.models.huggingface import open_folder
+            from dash_export.models.readers.huggingface import open_folder
 
             return open_folder(path)
         if path.is_file():
-            from dash_export.models.gguf import open_gguf
+            from dash_export.models.readers.gguf import open_gguf
 
             return open_gguf(path)
         if isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
-            from dash_export.models.huggingface import open_hub
+            from dash_export.models.readers.huggingface import open_hub
 
             return open_hub(source)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL byte in the name, `~nobody`

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from dash_export.artifacts import content_key
-from dash_export.decision import Unit, units_of, units_text
+from dash_export.bundle.policy_file import SkipPolicy, Weights, check_policy, half
+from dash_export.core.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
+from dash_export.files.artifacts import content_key
 from dash_export.models.config import FULL, SLIDING
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
-from dash_export.policy import SkipPolicy, Weights, check_policy, half
 
 OTHER_MODEL = 0.01
 """Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dash_export.bundle.records import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.errors import CheckpointError
-from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
+from dash_export.files.typed_json import shown
 from dash_export.models.spec import DecoderSpec, Float32Array
-from dash_export.typed_json import shown
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"
@@ -49,7 +49,7 @@ def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(f"model_type {shown(family)} is not supported; supported: {', '.join(FAMILIES)}")
-    spec: DecoderSpec = import_module(f"dash_export.models.{family}").decoder(config)
+    spec: DecoderSpec = import_module(f"dash_export.models.families.{family}").decoder(config)
     return replace(spec, name="".join(filter(str.isprintable, name)) or "model")
 
 

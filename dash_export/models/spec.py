@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import identity
+from dash_export.bundle.records import ModelFacts
 from dash_export.errors import CheckpointError
-from dash_export.manifest import ModelFacts
+from dash_export.files.artifacts import identity
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -34,7 +34,7 @@ class DecoderSpec(ModelFacts):
     in a Hugging Face folder. `fused`: the folder stores Q, K and V as one matrix, and gate and up as another.
     `updates`: the layers that end with the update of a pruned unit that followed them, each listed once per such unit
     (bypasses.py). `parameters` are counted from the weights. An option that a new family needs is a field with a
-    default here, its weights below, and its nodes in graphs/portable.py.
+    default here, its weights below, and its nodes in graphs/portable/portable.py.
     """
 
     name: str = "model"

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from dash_export.artifacts import Progress, no_progress
-from dash_export.manifest import Traits
+from dash_export.bundle.records import Traits
+from dash_export.files.artifacts import Progress, no_progress
 from dash_export.models.spec import Checkpoint, DecoderSpec, layer_weight
 
 _CONFIG = {

@@ -15,10 +15,10 @@ from polygraphy.tools.args import DataLoaderArgs, ModelArgs, RunnerSelectArgs
 from polygraphy.tools.args.base import BaseArgs, BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
-from dash_export.bundle import Bundle
-from dash_export.decision import parse_layers
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import MANIFEST
+from dash_export.core.decision import parse_layers
 from dash_export.errors import PolicyError
-from dash_export.names import MANIFEST
 from dash_export.polygraphy import polygraphy_errors
 
 RUNNERS = "dash_export.polygraphy.runners"

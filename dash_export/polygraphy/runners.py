@@ -13,15 +13,15 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text_ids
-from dash_export.bundle import Bundle
-from dash_export.decision import Setting
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
+from dash_export.bundle.records import POLICY, Build, ModelFacts, Segment
+from dash_export.bundle.signing import check_trusted
+from dash_export.core.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
-from dash_export.manifest import POLICY, Build, ModelFacts, Segment
-from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
 from dash_export.runtime.runtime import loaded_files
-from dash_export.signing import check_trusted
 
 STEPS = 16
 """Number of different steps of a text; more iterations repeat these."""
@@ -59,7 +59,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
     def activate_impl(self) -> None:
         """Verify the build's files and load the engine."""
         # Not above: where TensorRT runs whole steps there may be no ONNX Runtime.
-        from dash_export.runtime.ort_engine import OrtEngine, session_options
+        from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
 
         root, target, name = self._place
         with polygraphy_errors():

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
+from dash_export.bundle.policy_file import SkipPolicy, key_value_size
+from dash_export.core.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.torch_model import LayerInputs, embedded, instead, logits_of, torch_model
-from dash_export.policy import SkipPolicy, key_value_size
 
 
 @dataclass(frozen=True)

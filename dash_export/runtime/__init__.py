@@ -1,10 +1,10 @@
 """Engines -> tokens. Imports numpy, tokenizers and one backend; never torch, transformers or onnx."""
 
+from dash_export.core.own_policy import Policy, State
+from dash_export.core.sampling import Sampling
 from dash_export.runtime.batch import Batch
-from dash_export.runtime.own_policy import Policy, State
 from dash_export.runtime.results import Generation, Response, Score, Statistics
 from dash_export.runtime.runtime import DashRuntime
-from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 
 __all__ = [

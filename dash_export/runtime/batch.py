@@ -8,16 +8,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dash_export.arguments import Prompt, check_arguments
+from dash_export.core.arguments import Prompt, check_arguments
+from dash_export.core.sampling import Sampling
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Rows
-from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import EngineSet
-    from dash_export.runtime.device.engines import DeviceEngines
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.onnxruntime.decode import EngineSet
 
 PAUSE = 1e-3
 """Seconds to wait before a generator of prompts is asked again, where there is no other work."""

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.decision import DENSE_POSITIONS, layer_actions
+from dash_export.core.decision import DENSE_POSITIONS, layer_actions
+from dash_export.core.rules import DENSE, SessionRules
+from dash_export.core.sampling import Logits
 from dash_export.errors import BackendError, DashError
 from dash_export.runtime.results import NO_TOKEN, Response, Statistics, Turn
-from dash_export.runtime.rules import DENSE, SessionRules
-from dash_export.runtime.sampling import Logits
 from dash_export.runtime.session import Session
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import BoundStep, EngineSet
-    from dash_export.runtime.device.engines import DeviceEngines
-    from dash_export.runtime.device.step import DeviceStep
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.cuda.step import DeviceStep
+    from dash_export.backends.onnxruntime.decode import BoundStep, EngineSet
 
 NO_MEMORY = "The memory is not enough for this answer beside the others: ask again later, or for less."
 

@@ -7,30 +7,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from dash_export import hub, signing
-from dash_export.arguments import Prompt, check_arguments
-from dash_export.artifacts import FileRecord
-from dash_export.bundle import Bundle
-from dash_export.decision import Setting, recommended_budget
+from dash_export.backends.base import load_backend
+from dash_export.backends.onnxruntime.decode import MAX_SEQUENCES, EngineSet
+from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory, on_huge_pages
+from dash_export.bundle import hub, signing
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import is_hub_id
+from dash_export.bundle.recipe import MAX_THREADS, Dispatch
+from dash_export.bundle.records import Build, CostTable
+from dash_export.core.arguments import Prompt, check_arguments
+from dash_export.core.decision import Setting, recommended_budget
+from dash_export.core.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
+from dash_export.core.rules import Rule, SessionRules, session_rules
+from dash_export.core.sampling import Sampling
 from dash_export.errors import BackendError, PolicyError, RequestError
-from dash_export.manifest import Build, CostTable
-from dash_export.names import is_hub_id
-from dash_export.runtime.backends import load_backend
+from dash_export.files.artifacts import FileRecord
 from dash_export.runtime.batch import Batch
-from dash_export.runtime.decode import MAX_SEQUENCES, EngineSet
-from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
-from dash_export.runtime.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
-from dash_export.runtime.rules import Rule, SessionRules, session_rules
-from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
-from dash_export.runtime.text import Text
-from dash_export.targets import MAX_THREADS, Dispatch
+from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.device.cuda import Cuda
-    from dash_export.runtime.device.engines import DeviceEngines
-    from dash_export.runtime.ort_engine import OrtBackend
+    from dash_export.backends.cuda.cuda import Cuda
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
 DISPATCH_MODES = get_args(Dispatch)
 
@@ -225,7 +225,7 @@ def engines(bundle: Bundle, build: Build, backend: OrtBackend | Cuda, dispatch: 
         keep_freed_memory()
         with on_huge_pages(build.recipe.runtime.huge_pages):
             return EngineSet(bundle, build, cast("OrtBackend", backend))
-    from dash_export.runtime.device.engines import DeviceEngines  # a CPU does not need it
+    from dash_export.backends.cuda.engines import DeviceEngines  # a CPU does not need it
 
     device = cast("Cuda", backend)
     device.accept(build, bundle.build_command(build.target))

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dash_export.decision import DENSE_POSITIONS, Actions, unit_skips
-from dash_export.divergence import nll
+from dash_export.backends.onnxruntime.cache import pass_length
+from dash_export.core.decision import DENSE_POSITIONS, Actions, unit_skips
+from dash_export.core.divergence import nll
+from dash_export.core.rules import DENSE, ForcedRule
 from dash_export.errors import PolicyError, RequestError
-from dash_export.runtime.cache import pass_length
 from dash_export.runtime.results import Score, TokenIds, check_room
-from dash_export.runtime.rules import DENSE, ForcedRule
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import BoundStep
-    from dash_export.runtime.device.step import DeviceStep
+    from dash_export.backends.cuda.step import DeviceStep
+    from dash_export.backends.onnxruntime.decode import BoundStep
     from dash_export.runtime.session import Session
 
 ROWS = 128

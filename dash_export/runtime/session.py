@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.arguments import Prompt, check_arguments
-from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions
+from dash_export.backends.onnxruntime.cache import KVCache, pass_length, whole_tiles
+from dash_export.core.arguments import Prompt, check_arguments
+from dash_export.core.decision import DENSE_POSITIONS, Actions, layer_actions
+from dash_export.core.rules import DENSE, Rule, SessionRules
+from dash_export.core.sampling import Draw, Logits, Sampling
 from dash_export.errors import RequestError
-from dash_export.runtime.cache import KVCache, pass_length, whole_tiles
 from dash_export.runtime.results import (
     MAX_TOKENS,
     NO_TOKEN,
@@ -27,15 +29,13 @@ from dash_export.runtime.results import (
     checked_embeddings,
     checked_tokens,
 )
-from dash_export.runtime.rules import DENSE, Rule, SessionRules
-from dash_export.runtime.sampling import Draw, Logits, Sampling
 from dash_export.runtime.scoring import score
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import BoundStep, EngineSet
-    from dash_export.runtime.device.engines import DeviceEngines
-    from dash_export.runtime.device.step import DeviceStep
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.cuda.step import DeviceStep
+    from dash_export.backends.onnxruntime.decode import BoundStep, EngineSet
 
 Floats = npt.NDArray[np.float32]
 _CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.decision import unit_skips
-from dash_export.runtime.guidance import Guide
+from dash_export.core.decision import unit_skips
 from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
+from dash_export.text.guidance import Guide
 
 WAKE_SECONDS = 0.04
 """How long the event loop rests after tokens of a stream: those that come meanwhile are sent together, 25 times a

@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
-from dash_export.runtime.text import TextStream
 from dash_export.serve.answers import Answer, usage
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest, CompletionRequest
@@ -26,6 +25,7 @@ from dash_export.serve.running import (
     parsed_request,
 )
 from dash_export.serve.tools import TextBeforeCalls, split_calls
+from dash_export.text.tokenizer import TextStream
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server

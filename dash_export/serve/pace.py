@@ -8,9 +8,9 @@ at least `least` and at most 1.
 
 from collections.abc import Sequence
 
+from dash_export.bundle.records import CostTable
+from dash_export.core.rules import FixedRule, SessionRules
 from dash_export.errors import RequestError
-from dash_export.manifest import CostTable
-from dash_export.runtime.rules import FixedRule, SessionRules
 
 WEIGHT = 0.2
 

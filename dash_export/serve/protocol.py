@@ -19,14 +19,14 @@ from pydantic import (
 from pydantic_core import from_json
 from tokenizers import Tokenizer
 
-from dash_export.decision import Setting, parse_layers
+from dash_export.core.decision import Setting, parse_layers
+from dash_export.core.sampling import Sampling
 from dash_export.errors import RequestError
-from dash_export.runtime.guidance import json_grammar, regex_grammar
-from dash_export.runtime.sampling import Sampling
 from dash_export.serve.fields import MOST, Few, Fields, Number, Whole, refuse
 from dash_export.serve.messages import Message, check_few
 from dash_export.serve.tickets import Reading
 from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
+from dash_export.text.guidance import json_grammar, regex_grammar
 
 _ONE = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}]
 _PROMPTS = {"anyOf": [*_ONE, *({"type": "array", "items": one, "minItems": 1, "maxItems": 1024} for one in _ONE)]}

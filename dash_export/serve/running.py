@@ -19,18 +19,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dash_export.decision import Setting
+from dash_export.core.decision import Setting
+from dash_export.core.sampling import Sampling
 from dash_export.errors import DashError, RequestError
-from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
-from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer, Inbox
 from dash_export.serve.http_errors import HttpError, wrong_field
 from dash_export.serve.messages import check_parts
 from dash_export.serve.protocol import ChatRequest, Generation, model_and_setting
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import GUIDED, Reading, Request
+from dash_export.text.guidance import Guide
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server

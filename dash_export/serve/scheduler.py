@@ -12,20 +12,20 @@ from contextlib import suppress
 from copy import deepcopy
 from queue import SimpleQueue
 
-from dash_export.advice import policy_command
-from dash_export.arguments import Prompt, check_arguments
-from dash_export.decision import DecisionRule, Setting
+from dash_export.backends.onnxruntime.cpus import available_memory
+from dash_export.bundle.advice import policy_command
+from dash_export.core.arguments import Prompt, check_arguments
+from dash_export.core.decision import DecisionRule, Setting
+from dash_export.core.sampling import Logits
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.cpus import available_memory
-from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
-from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import WEIGHT, Pace
 from dash_export.serve.prefixes import Prefixes
 from dash_export.serve.reading import begin, next_part, prefill
 from dash_export.serve.tickets import GUIDED, MISTAKE, BusyServerError, DeadlineError, Request, Ticket
+from dash_export.text.guidance import Guide
 
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20

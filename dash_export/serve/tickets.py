@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dash_export.arguments import Prompt
-from dash_export.decision import Setting
+from dash_export.core.arguments import Prompt
+from dash_export.core.decision import Setting
+from dash_export.core.rules import SessionRules
+from dash_export.core.sampling import Sampling
 from dash_export.errors import RequestError
-from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response, TokenIds, Turn
-from dash_export.runtime.rules import SessionRules
-from dash_export.runtime.sampling import Sampling
+from dash_export.text.guidance import Guide
 
 GUIDED = 16
 """Most answers with a grammar at a time: each may hold 24 MB from its request on, and 60 MB later."""

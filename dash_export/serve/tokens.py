@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from dash_export.runtime.guidance import call_tokenizer
 from dash_export.runtime.results import checked_tokens
 from dash_export.serve.fields import Few, refuse
 from dash_export.serve.messages import Message
 from dash_export.serve.protocol import Asked, ChatRequest, Ids
 from dash_export.serve.running import chat_ids, in_thread, parsed_request
 from dash_export.serve.tools import Tool
+from dash_export.text.guidance import call_tokenizer
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from dash_export.errors import RequestError
-from dash_export.runtime.guidance import json_rule
-from dash_export.runtime.text import overlap
 from dash_export.serve.fields import Fields
+from dash_export.text.guidance import json_rule
+from dash_export.text.tokenizer import overlap
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 LONGEST = 1 << 16

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dash_export.artifacts import sync, write_atomic
 from dash_export.errors import OutputError
+from dash_export.files.artifacts import sync, write_atomic
 from dash_export.serve.scheduler import Scheduler
 
 _CONFIG = """\

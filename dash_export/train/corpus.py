@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.core.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
-from dash_export.runtime.text import Text
-from dash_export.text_files import read_text
+from dash_export.text.text_files import read_text
+from dash_export.text.tokenizer import Text
 
 OWN = "own answers"
 """The source that has the model's own answers to prompts."""

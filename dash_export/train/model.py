@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Unit
+from dash_export.bundle.policy_file import SkipPolicy, key_value_size
+from dash_export.core.decision import Unit
+from dash_export.files.artifacts import Progress, no_progress
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
 from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, instead, torch_model, unit_normed
-from dash_export.policy import SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
 """Bits of a weight of the model and of a bypass, as engines for a CPU have them."""

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from dash_export.errors import RequestError
 from dash_export.models import DecoderSpec
 from dash_export.models.torch_model import logits_of
-from dash_export.runtime.chats import Chat
-from dash_export.runtime.text import Text
+from dash_export.text.chats import Chat
+from dash_export.text.tokenizer import Text
 from dash_export.train.corpus import OWN, Passage, kept_places
 from dash_export.train.stages import Run
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Unit
+from dash_export.core.decision import Unit
+from dash_export.files.artifacts import Progress, no_progress
 from dash_export.train.corpus import Batch
 from dash_export.train.losses import dense_logits, kl_divergence
 from dash_export.train.model import GatedModel, SkipModules, always

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_export.artifacts import Progress
+from dash_export.files.artifacts import Progress
 from dash_export.models import DecoderSpec
 from dash_export.train import TrainingSettings
 from dash_export.train.corpus import OWN

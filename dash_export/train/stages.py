@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Unit
+from dash_export.bundle.policy_file import SkipPolicy, Weights, narrowed
+from dash_export.core.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import SkipPolicy, Weights, narrowed
+from dash_export.files.artifacts import Progress, no_progress
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus

@@ -12,18 +12,26 @@ from typing import Any
 import torch
 
 from dash_export import __version__
-from dash_export.artifacts import Progress, content_key, identity, no_progress, sha256_file
-from dash_export.decision import Unit, check_units, units_text
+from dash_export.backends.onnxruntime.cpus import has_bfloat16
+from dash_export.bundle.policy_file import (
+    SkipPolicy,
+    card_path,
+    check_replaceable,
+    load_policy,
+    narrowed,
+    policy_path,
+    save_policy,
+)
+from dash_export.core.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
+from dash_export.files.artifacts import Progress, content_key, identity, no_progress, sha256_file
+from dash_export.files.outputs import locked, output_path, remove_own, work_folder, work_of
+from dash_export.files.replacing import refuse_inputs
+from dash_export.files.resources import resource_folder
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
-from dash_export.outputs import locked, output_path, remove_own, work_folder, work_of
-from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, narrowed, policy_path, save_policy
-from dash_export.replacing import refuse_inputs
-from dash_export.resources import resource_folder
-from dash_export.runtime.chats import Chat, chats_text, read_prompts
-from dash_export.runtime.cpus import has_bfloat16
-from dash_export.runtime.text import Text
+from dash_export.text.chats import Chat, chats_text, read_prompts
+from dash_export.text.tokenizer import Text
 from dash_export.train import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.card import policy_card
 from dash_export.train.corpus import OWN, Corpus, read_corpus

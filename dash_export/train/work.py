@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dash_export.artifacts import open_regular, write_atomic
 from dash_export.errors import PolicyError
+from dash_export.files.artifacts import open_regular, write_atomic
 from dash_export.train.processes import ALONE, Processes
 
 SAVE_SECONDS = 30.0

@@ -10,11 +10,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from dash_export import replacing
 from dash_export.building.kit import write_kit
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, OutputError
-from dash_export.resources import resource_folder
+from dash_export.files import replacing
+from dash_export.files.resources import resource_folder
 from tests.commands.helpers import DISK_FULL, dash, environment, refused
 
 

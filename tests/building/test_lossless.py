@@ -11,11 +11,11 @@ from onnx import numpy_helper
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.exporting import export
 from dash_export.building.graph_runs import graph_run
-from dash_export.exporting import export
-from dash_export.graphs.ggml import split_blocks
-from dash_export.graphs.grid import BLOCK, grid_of, packed
-from dash_export.graphs.stored import Stored
+from dash_export.graphs.lower.ggml import split_blocks
+from dash_export.graphs.portable.grid import BLOCK, grid_of, packed
+from dash_export.graphs.portable.stored import Stored
 from dash_export.models import open_checkpoint
 from tests.models.helpers import tiny_model, write_gguf
 from tests.tiny import random_ids, tiny_policy

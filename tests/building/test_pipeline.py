@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.base import Launch
+from dash_export.backends.onnxruntime.ort_engine import OrtBackend
+from dash_export.backends.tensorrt.trt_maker import CudaBackend
 from dash_export.building import build, cost_table, dial, pipeline
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
-from dash_export.building.gpu_backends import CudaBackend
-from dash_export.bundle import ANSWERS, Bundle
-from dash_export.decision import DialPoint
+from dash_export.building.exporting import export
+from dash_export.bundle.bundle import ANSWERS, Bundle
+from dash_export.bundle.policy_file import narrowed
+from dash_export.core.decision import DialPoint
 from dash_export.errors import BackendError, BundleError, PolicyError
-from dash_export.exporting import export
 from dash_export.models import Checkpoint
-from dash_export.policy import narrowed
-from dash_export.runtime.backends import Launch
-from dash_export.runtime.chats import chats_text
-from dash_export.runtime.ort_engine import OrtBackend
+from dash_export.text.chats import chats_text
 from tests.commands.helpers import done, python
 from tests.forged import edit
 from tests.tiny import log_softmax, random_ids, tiny_policy, with_bypasses
@@ -37,7 +37,7 @@ READ_ONLY = """
 import errno, os, sys
 from pathlib import Path
 from dash_export.building import build
-from dash_export.exporting import export
+from dash_export.building.exporting import export
 from dash_export.models import open_checkpoint
 from tests.tiny import tiny_policy
 
@@ -349,7 +349,7 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
     for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
         code = (
             f"import sys\n{QUIET}build(*sys.argv[1:]{options})\n"
-            "from dash_export.runtime.ort_engine import start_thread_pool; print(start_thread_pool(0))"
+            "from dash_export.backends.onnxruntime.ort_engine import start_thread_pool; print(start_thread_pool(0))"
         )
         ran = python(code, bundle.root, tmp_path / "one.toml")
         assert (ran.stdout.strip(), ran.stderr) == ("1", "")

@@ -7,9 +7,9 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.building import build
-from dash_export.bundle import Bundle
+from dash_export.building.exporting import export
+from dash_export.bundle.bundle import Bundle
 from dash_export.errors import BundleError
-from dash_export.exporting import export
 from dash_export.models import Checkpoint
 from tests.commands.helpers import done, refused
 from tests.tiny import random_ids, tiny_policy

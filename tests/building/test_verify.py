@@ -9,15 +9,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from dash_export.backends.maker import backend_of
 from dash_export.building import build, verify
-from dash_export.building.backend import backend_of
 from dash_export.building.engine_graphs import engine_graphs, lower_graph, write_whole
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.recipe import Recipe, load_recipe, recipe_names, with_weights
+from dash_export.bundle.records import Verification
 from dash_export.errors import BackendError
-from dash_export.graphs import trt, trt_decompose
-from dash_export.graphs.surgery import load_graph
-from dash_export.manifest import Verification
-from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
+from dash_export.graphs.lower import trt, trt_decompose
+from dash_export.graphs.lower.surgery import load_graph
 from tests.commands.helpers import done
 from tests.tiny import tiny_bundle
 

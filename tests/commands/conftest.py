@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from dash_export.bundle.policy_file import save_policy
 from dash_export.models import open_checkpoint
-from dash_export.policy import save_policy
 from tests.tiny import TEXT, tiny_policy
 
 

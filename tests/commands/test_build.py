@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from tests.commands.helpers import DISK_FULL, dash, done, refused
 from tests.tiny import TINY_UNITS
 

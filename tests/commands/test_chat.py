@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from dash_export.commands.chat import COMMANDS
-from dash_export.runtime.chats import read_prompts
+from dash_export.text.chats import read_prompts
 from tests.commands.helpers import dash, done
 
 FP32, DENSE = ("--target", "cpu-fp32", "--max-tokens", 6), ("--policy", "dense")

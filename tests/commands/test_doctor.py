@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dash_export.building import gpu_backends
+from dash_export.backends import base as backends
+from dash_export.backends.cuda.cuda_devices import CudaDevice
+from dash_export.backends.tensorrt import trt_maker as gpu_backends
+from dash_export.bundle.recipe import recipe_names
 from dash_export.commands import doctor
 from dash_export.errors import BackendError
-from dash_export.runtime import backends
-from dash_export.runtime.cuda_devices import CudaDevice
-from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, environment
 
 HERE = dict.fromkeys(doctor.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
@@ -136,7 +136,7 @@ def test_a_card_and_an_onnxruntime_without_cuda(monkeypatch: pytest.MonkeyPatch)
     found = rows()["cuda"]
     assert (found["build"], found["run"], found["install"]) == (True, False, "")
     assert "has no CUDA" in found["reason"]
-    monkeypatch.setitem(sys.modules, "dash_export.runtime.device.onnxruntime_cuda", None)
+    monkeypatch.setitem(sys.modules, "dash_export.backends.cuda.onnxruntime_cuda", None)
     assert "onnxruntime cannot be imported" in rows()["cuda"]["reason"]
 
 

@@ -8,12 +8,12 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
-from dash_export import replacing
+from dash_export.bundle.layout import REPORT
 from dash_export.commands import reports
 from dash_export.errors import OutputError
-from dash_export.names import REPORT
-from dash_export.outputs import locked
-from dash_export.runtime.text import Text
+from dash_export.files import replacing
+from dash_export.files.outputs import locked
+from dash_export.text.tokenizer import Text
 from tests.commands.helpers import dash, done, refused
 from tests.tiny import TEXT
 
@@ -207,6 +207,6 @@ def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("pictures", "report"):
-        monkeypatch.delitem(sys.modules, f"dash_export.evaluate.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"dash_export.measure.{name}", raising=False)
     for command in (("frontier", tiny_root), ("skipmap", tiny_root), ("profile", tiny_root, "--html", "r.html")):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)

@@ -9,12 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from dash_export.bundle import Bundle
+from dash_export.building.exporting import export
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.policy_file import default_units
 from dash_export.commands.export import default_output
-from dash_export.decision import Unit
-from dash_export.exporting import export
+from dash_export.core.decision import Unit
 from dash_export.models import open_checkpoint
-from dash_export.policy import default_units
 from tests.commands.helpers import DISK_FULL, dash, done, environment, refused
 from tests.forged import tree
 from tests.tiny import save_model, tiny_policy
@@ -23,7 +23,7 @@ from tests.tiny import save_model, tiny_policy
 SLOW_EXPORT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
-from dash_export.graphs import portable
+from dash_export.graphs.portable import portable
 original = portable.layer_graph
 def slow(checkpoint, layer):
     if layer == 1:
@@ -127,7 +127,7 @@ def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, train
 
 
 def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_path: Path) -> None:
-    """What is left of it says what it did: tests/test_policy.py."""
+    """What is left of it says what it did: tests/bundle/test_policy_file.py."""
     narrow = tmp_path / "narrow.dash"
     assert dash("export", model, "-o", narrow, "--policy", trained, "--units", "4").exit_code == 0
     facts = Bundle.open(narrow).manifest.policy
@@ -174,7 +174,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_disk_full(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dash_export.graphs.portable.layer_graph", Mock(side_effect=DISK_FULL))
+    monkeypatch.setattr("dash_export.graphs.portable.portable.layer_graph", Mock(side_effect=DISK_FULL))
     message = refused("export", model, "-o", tmp_path / "x.dash")
     assert "The disk is full" in message
     assert str(tmp_path / "x.dash") in message

@@ -15,10 +15,10 @@ from unittest import mock
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from dash_export.commands import chat
 from dash_export.errors import RequestError
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 from tests.commands.helpers import dash, done, environment, refused
 from tests.forged import rehash, replace_text
 
@@ -26,7 +26,7 @@ from tests.forged import rehash, replace_text
 SLOW_RUN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
-from dash_export.runtime.decode import BoundStep
+from dash_export.backends.onnxruntime.decode import BoundStep
 decode = BoundStep.decode
 def slow(*arguments):
     time.sleep(0.02)

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 
 from dash_export.building import build
-from dash_export.exporting import export
-from dash_export.policy import no_policy
+from dash_export.building.exporting import export
+from dash_export.bundle.policy_file import no_policy
 from tests.commands.helpers import environment, free_port, refused
 from tests.serve.test_door import certificate
 from tests.tiny import tiny_checkpoint
@@ -81,7 +81,7 @@ def test_answers_that_do_not_end_in_time(tiny_root: Path) -> None:
 SLOW = """
 import time
 from dash_export.cli import main
-from dash_export.runtime.decode import BoundStep
+from dash_export.backends.onnxruntime.decode import BoundStep
 sound = BoundStep.decode_batch
 BoundStep.decode_batch = lambda *arguments: (time.sleep(0.05), sound(*arguments))
 main()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.decision import Unit, parse_units
+from dash_export.bundle.policy_file import load_policy
+from dash_export.core.decision import Unit, parse_units
 from dash_export.models import open_checkpoint
-from dash_export.policy import load_policy
 from tests.commands.helpers import dash, done, refused
 
 QUICK = ("--window", 32, "--steps", 2)

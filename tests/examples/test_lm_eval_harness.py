@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import Setting
+from dash_export.core.decision import Setting
 from dash_export.errors import PolicyError, RequestError
-from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.score import score
-from dash_export.evaluate.tasks import ChoiceScore, Question, encode_pair
+from dash_export.measure.candidates import candidates
+from dash_export.measure.score import score
+from dash_export.measure.tasks import ChoiceScore, Question, encode_pair
 from tests.tiny import log_softmax
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")

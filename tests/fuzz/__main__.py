@@ -31,7 +31,7 @@ sys.dont_write_bytecode = True
 import click  # noqa: E402
 
 from dash_export.errors import DashError  # noqa: E402
-from dash_export.runtime.chat_template import CHILD  # noqa: E402
+from dash_export.text.chat_template import CHILD  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 LIMIT = 5.0  # seconds of CPU time

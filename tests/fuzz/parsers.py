@@ -13,24 +13,24 @@ import click
 import numpy as np
 
 from dash_export import DashRuntime
+from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
 from dash_export.building import build
+from dash_export.building.exporting import export
 from dash_export.building.graph_runs import graph_run
-from dash_export.bundle import BUILD, Bundle
+from dash_export.bundle.bundle import BUILD, Bundle
+from dash_export.bundle.layout import MANIFEST
+from dash_export.bundle.policy_file import load_policy
+from dash_export.bundle.recipe import load_recipe
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
-from dash_export.evaluate.tasks import read_items
-from dash_export.exporting import export
-from dash_export.graphs.surgery import load_graph
+from dash_export.graphs.lower.surgery import load_graph
+from dash_export.measure.tasks import read_items
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import FAMILIES, decoder_spec
-from dash_export.models.weights import read_json
-from dash_export.names import MANIFEST
-from dash_export.policy import load_policy
-from dash_export.runtime.chats import read_prompts
-from dash_export.runtime.ort_engine import OrtEngine, session_options
-from dash_export.runtime.text import Text
-from dash_export.targets import load_recipe
+from dash_export.models.readers.weights import read_json
+from dash_export.text.chats import read_prompts
+from dash_export.text.tokenizer import Text
 from tests.forged import rehash, reseal
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Mutator
@@ -44,7 +44,7 @@ def make_seeds(folder: Path) -> None:
     """Write a folder of sound files: a model in three forms, a policy, a bundle with its builds, lines, a template."""
     from transformers import AutoConfig
 
-    from dash_export.policy import save_policy
+    from dash_export.bundle.policy_file import save_policy
     from tests.models.helpers import DIMENSIONS, write_gguf
     from tests.tiny import save_model, tiny_bundle, tiny_policy
 

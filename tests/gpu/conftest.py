@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.cuda.cuda_devices import cuda_devices
+from dash_export.backends.maker import backend_of
 from dash_export.building import build
-from dash_export.building.backend import backend_of
+from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.errors import BackendError
-from dash_export.runtime.cuda_devices import cuda_devices
-from dash_export.targets import load_recipe, recipe_names
 
 TARGET = "DASH_EXPORT_GPU_TARGET"
 """Environment variable: the target to test; by default the first of the device's own that this machine can build."""

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, Mirror
+from dash_export.core.sampling import Draw, Sampler, Sampling
 from dash_export.errors import BackendError
-from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, Mirror
-from dash_export.runtime.sampling import Draw, Sampler, Sampling
-from tests.runtime.device.conftest import SAMPLED
+from tests.backends.cuda.conftest import SAMPLED
 from tests.standin import installed
 from tests.standin.cuda import Card
 

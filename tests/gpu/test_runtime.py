@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.cuda.step import DeviceStep
 from dash_export.building import build
-from dash_export.decision import decision_rule
-from dash_export.resources import resource_folder
-from dash_export.runtime.device.step import DeviceStep
+from dash_export.core.decision import decision_rule
+from dash_export.core.rules import DENSE, FixedRule
+from dash_export.core.sampling import Sampler, Sampling
+from dash_export.files.resources import resource_folder
 from dash_export.runtime.rows import Rows
-from dash_export.runtime.rules import DENSE, FixedRule
-from dash_export.runtime.sampling import Sampler, Sampling
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 

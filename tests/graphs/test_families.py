@@ -10,8 +10,8 @@ import torch
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.exporting import export
 from dash_export.errors import BackendError
-from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
 from tests.tiny import GRANITE, LLAMA3, LONGROPE, random_actions, random_ids, save_model, tiny_bundle, tiny_policy

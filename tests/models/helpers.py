@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dash_export.graphs.ggml import BLOCKS
+from dash_export.graphs.lower.ggml import BLOCKS
 from dash_export.models import Checkpoint, row_blocks
 
 DIMENSIONS: dict[str, Any] = {
@@ -30,8 +30,8 @@ WALK = """
 import sys
 from pathlib import Path
 from dash_export.models import open_checkpoint, row_blocks
-from dash_export.runtime.cpus import peak_memory
-import dash_export.models.gguf, dash_export.models.huggingface, gguf, safetensors
+from dash_export.backends.onnxruntime.cpus import peak_memory
+import dash_export.models.readers.gguf, dash_export.models.readers.huggingface, gguf, safetensors
 
 checkpoint = open_checkpoint(sys.argv[1])  # its tokenizer takes more than all that follows
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

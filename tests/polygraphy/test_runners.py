@@ -12,11 +12,11 @@ pytest.importorskip("polygraphy")
 from polygraphy.exception import PolygraphyException
 
 from dash_export import DashRuntime
+from dash_export.backends.onnxruntime import ort_engine
 from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import graph_run, step_inputs
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
-from dash_export.runtime import ort_engine
 from tests.tiny import random_ids
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.divergence import DenseRows
+from dash_export.backends.onnxruntime.cache import KVCache
+from dash_export.core.divergence import DenseRows
+from dash_export.core.rules import DENSE
+from dash_export.core.sampling import Sampler
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Response, Sampling
-from dash_export.runtime.cache import KVCache
 from dash_export.runtime.results import NO_TOKEN
-from dash_export.runtime.rules import DENSE
-from dash_export.runtime.sampling import Sampler
 from tests.runtime.prompts import prompts
 from tests.tiny import random_ids
 

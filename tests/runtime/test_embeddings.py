@@ -8,8 +8,8 @@ import torch
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.exporting import export
 from dash_export.errors import ContextLengthError, RequestError
-from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.runtime.results import NO_TOKEN
 from tests.tiny import random_ids, save_model

@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.base import Launch
+from dash_export.backends.onnxruntime import ort_engine as backend
 from dash_export.errors import BackendError
-from dash_export.runtime import ort_engine as backend
-from dash_export.runtime.backends import Launch
 from tests.runtime.test_batch import alone, answers
 from tests.tiny import random_ids
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import unit_skips
-from dash_export.runtime import Session, decode
-from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.rules import ForcedRule
+from dash_export.backends.onnxruntime import decode
+from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.core.decision import unit_skips
+from dash_export.core.rules import ForcedRule
+from dash_export.runtime import Session
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions, random_ids
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import DecisionRule, decision_rule, unit_skips
-from dash_export.policy import SkipPolicy
+from dash_export.bundle.policy_file import SkipPolicy
+from dash_export.core.decision import DecisionRule, decision_rule, unit_skips
+from dash_export.files.resources import resource_folder
 from dash_export.reference import Oracle
-from dash_export.resources import resource_folder
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.onnxruntime.cache import TILE
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Sampling, Session
-from dash_export.runtime.cache import TILE
 from dash_export.serve.prefixes import Prefixes
 from tests.runtime.test_batch import answers
 from tests.tiny import random_ids, tiny_bundle

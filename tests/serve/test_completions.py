@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, GREEDY, MESSAGES
 

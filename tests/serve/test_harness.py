@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import Setting
-from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.tasks import evaluate, matches
+from dash_export.core.decision import Setting
+from dash_export.measure.candidates import candidates
+from dash_export.measure.tasks import evaluate, matches
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening

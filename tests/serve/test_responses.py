@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.onnxruntime.decode import BoundStep
 from dash_export.errors import BackendError
-from dash_export.runtime.decode import BoundStep
 from dash_export.serve import responses
 from dash_export.serve.responses import ResponsesRequest
 from dash_export.serve.tickets import MISTAKE

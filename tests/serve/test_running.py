@@ -14,7 +14,7 @@ from dash_export import DashRuntime
 from dash_export.serve.app import Server
 from dash_export.serve.running import RunningAnswers
 from dash_export.serve.scheduler import Scheduler
-from tests.runtime.test_text import sentence_pieces
+from tests.text.test_tokenizer import sentence_pieces
 
 
 def answers_of_pieces() -> RunningAnswers:

@@ -14,16 +14,16 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.onnxruntime.cache import KVCache
 from dash_export.commands.serve import raise_open_file_limit
 from dash_export.errors import BackendError, BundleError
-from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rows import NO_MEMORY, Rows
-from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
+from dash_export.text.tokenizer import Text
 from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, MESSAGES
 

@@ -12,13 +12,14 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.errors import RequestError
-from dash_export.runtime import Response, Sampling, guidance
-from dash_export.runtime.chat_template import ChatTemplate
-from dash_export.runtime.guidance import Guide, Guides, json_grammar
-from dash_export.runtime.text import Text
+from dash_export.runtime import Response, Sampling
 from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.tickets import Request
 from dash_export.serve.tools import BEGIN, END, TextBeforeCalls, Tool, calls_grammar, split_calls
+from dash_export.text import guidance
+from dash_export.text.chat_template import ChatTemplate
+from dash_export.text.guidance import Guide, Guides, json_grammar
+from dash_export.text.tokenizer import Text
 from tests.models.helpers import tiny_tokenizer
 from tests.serve.conftest import MakeScheduler
 from tests.serve.test_app import MESSAGES

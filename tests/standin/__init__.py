@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def installed(card: Card) -> Iterator[None]:
     """Whoever asks for a driver, CUDA or TensorRT gets the card's. The kernels are compiled to PTX, by NVRTC."""
     from dash_export import manifest, targets
-    from dash_export.runtime import cuda_devices
-    from dash_export.runtime.device import kernels, trt_api
+    from dash_export.backends.cuda import cuda_devices, kernels
+    from dash_export.backends.tensorrt import trt_api
     from tests.standin.modules import Runtime, driver, libcuda
     from tests.standin.ptx import compile_ptx
     from tests.standin.trt import toolkit

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from dash_export.runtime.ort_engine import session_options
+from dash_export.backends.onnxruntime.ort_engine import session_options
 from tests.standin.cuda import Card
 from tests.standin.memory import POISON, rule
 

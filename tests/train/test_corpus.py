@@ -6,7 +6,7 @@ import torch
 
 from dash_export.errors import RequestError
 from dash_export.models import Checkpoint
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus
 from dash_export.train.training import _text

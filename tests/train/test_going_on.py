@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.decision import parse_units
+from dash_export.bundle.policy_file import save_policy
+from dash_export.core.decision import parse_units
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
-from dash_export.policy import save_policy
 from dash_export.train.stages import Run
 from tests.tiny import TINY_UNITS, tiny_policy
 from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of

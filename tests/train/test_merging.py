@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dash_export.decision import Unit
+from dash_export.bundle.policy_file import SkipPolicy, check_policy
+from dash_export.core.decision import Unit
 from dash_export.models import Checkpoint
 from dash_export.models.torch_model import bypass_input
-from dash_export.policy import SkipPolicy, check_policy
 from dash_export.train.merging import merged
 from dash_export.train.model import GatedModel, SkipModules
 from tests.tiny import tiny_policy

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
+from dash_export.bundle.policy_file import SkipPolicy
+from dash_export.core.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.torch_model import logits_of
-from dash_export.policy import SkipPolicy
 from dash_export.reference import Oracle
 from dash_export.train.model import GatedModel, Rollout, SkipModules, below, saved
 from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dash_export.models import Checkpoint
-from dash_export.runtime.chats import Chat
-from dash_export.runtime.text import Text
+from dash_export.text.chats import Chat
+from dash_export.text.tokenizer import Text
 from dash_export.train import own_answers, work
 from dash_export.train.corpus import Corpus
 from dash_export.train.model import GatedModel

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dash_export.bundle.policy_file import load_policy
 from dash_export.errors import DashError, RequestError
+from dash_export.files.outputs import locked
 from dash_export.models import Checkpoint
-from dash_export.outputs import locked
-from dash_export.policy import load_policy
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, read_corpus

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export import replacing
-from dash_export.decision import parse_units, units_text
+from dash_export.bundle.policy_file import check_replaceable, load_policy
+from dash_export.core.decision import parse_units, units_text
 from dash_export.errors import CheckpointError, OutputError, PolicyError, RequestError
+from dash_export.files import replacing
+from dash_export.files.outputs import MARK, work_folder
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
-from dash_export.outputs import MARK, work_folder
-from dash_export.policy import check_replaceable, load_policy
-from dash_export.runtime.chats import parsed_chats
+from dash_export.text.chats import parsed_chats
 from dash_export.train import TrainingSettings, partition, stages, training, work
 from dash_export.train.corpus import OWN
 from dash_export.train.partition import Candidate, candidate_groups

@@ -35,10 +35,10 @@ FORK.set_forkserver_preload(
         "scenes",
         "onnxruntime",
         "dash_export.building.engine_graphs",
-        "dash_export.graphs.ort",
+        "dash_export.graphs.lower.ort",
         "dash_export.commands.frontier",
         "dash_export.commands.reports",
-        "dash_export.evaluate.pictures",
+        "dash_export.measure.pictures",
         "dash_export.train.training",
     ]
 )
@@ -120,9 +120,9 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     import torch
 
     from dash_export.building import build, dial, pipeline
-    from dash_export.exporting import export
+    from dash_export.building.exporting import export
+    from dash_export.bundle.policy_file import default_units, load_policy
     from dash_export.models import open_checkpoint
-    from dash_export.policy import default_units, load_policy
     from dash_export.train import TrainingSettings
     from dash_export.train.training import train
 

@@ -26,7 +26,7 @@ def sha(path: Path) -> str:
 
 def bundle_state(stage: Stage, folder: Path) -> str | Fault:
     """The name of the policy of a whole bundle, `unfinished` where the bundle says so, or a fault."""
-    from dash_export.bundle import Bundle
+    from dash_export.bundle.bundle import Bundle
     from dash_export.errors import BundleError
 
     try:
@@ -47,7 +47,7 @@ def bundle_state(stage: Stage, folder: Path) -> str | Fault:
 def build_state(stage: Stage, folder: Path, weights: str) -> str | Fault:
     """`whole` where a target's engines give the tokens they should, `stale`, `unfinished`, or a fault."""
     from dash_export import DashRuntime
-    from dash_export.bundle import Bundle
+    from dash_export.bundle.bundle import Bundle
     from dash_export.errors import DashError, StaleBuildError
 
     target = TARGETS[weights]
@@ -80,9 +80,9 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
     """The name of a whole policy file whose card is its own, `unfinished` (also where only the folder beside it says
     so), or a fault.
     """
+    from dash_export.bundle.policy_file import load_policy
     from dash_export.errors import DashError
     from dash_export.models import open_checkpoint
-    from dash_export.policy import load_policy
 
     path = folder / POLICY
     unfinished = path.with_name(f"{POLICY}.unfinished").exists()
@@ -105,7 +105,7 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
 
 
 def _card(policy: Path) -> dict[str, Any]:
-    from dash_export.policy import card_path
+    from dash_export.bundle.policy_file import card_path
 
     card: dict[str, Any] = json.loads(card_path(policy).read_text())
     return {name: value for name, value in card.items() if name != "seconds"}
@@ -122,9 +122,9 @@ def picture_state(folder: Path, expected: dict[str, str]) -> str | Fault:
 
 def leftovers(folder: Path) -> list[Fault]:
     """What no run should leave: temporary names, locks, unfinished folders, files that no record lists."""
-    from dash_export.bundle import BUILD, Bundle
+    from dash_export.bundle.bundle import BUILD, Bundle
+    from dash_export.bundle.layout import MANIFEST
     from dash_export.errors import DashError
-    from dash_export.names import MANIFEST
 
     known = {MANIFEST}
     bundle = folder / BUNDLE

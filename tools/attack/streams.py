@@ -25,10 +25,10 @@ import httpx
 from shared import Process, serving
 from soak import growth, resident
 
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
 from dash_export.commands.tables import print_table
-from dash_export.resources import resource_folder
-from dash_export.runtime.text import Text
+from dash_export.files.resources import resource_folder
+from dash_export.text.tokenizer import Text
 
 ROWS, WAITING, DRAIN = 8, 40, 20
 FLAT = 0.05

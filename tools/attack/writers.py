@@ -174,7 +174,7 @@ KINDS = ("export", "build", "train")
 
 
 def _key(folder: Path) -> str:
-    from dash_export.bundle import Bundle
+    from dash_export.bundle.bundle import Bundle
 
     return Bundle.open(folder / BUNDLE).manifest.key
 

@@ -19,10 +19,10 @@ import numpy as np
 from common import Times, held_out, in_fresh_processes, print_json, report, timed
 
 from dash_export import DashRuntime
-from dash_export.decision import Setting, unit_skips
-from dash_export.evaluate.intervals import interval
-from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.rules import DENSE, FixedRule, Rule
+from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.core.decision import Setting, unit_skips
+from dash_export.core.rules import DENSE, FixedRule, Rule
+from dash_export.measure.intervals import interval
 
 TOKENS = 24
 VARIANTS = ("dense", "its actions", "its actions, without bypasses")

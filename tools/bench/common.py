@@ -1,6 +1,6 @@
 """What the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
 
-Turns and intervals are those of the package (`dash_export/evaluate/timing.py`, `intervals.py`).
+Turns and intervals are those of the package (`dash_export/measure/timing.py`, `intervals.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.backends.onnxruntime.decode import EngineSet
+from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 from dash_export.building.engine_graphs import EngineGraph, lower_graph, save_extending
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import Build, EngineRecord, Segment
 from dash_export.commands.options import with_bounds
 from dash_export.commands.tables import print_table
-from dash_export.evaluate.breakdown import this_machine
-from dash_export.evaluate.intervals import Interval, median_ratios
-from dash_export.evaluate.timing import in_turns
-from dash_export.manifest import Build, EngineRecord, Segment
-from dash_export.resources import resource_folder
-from dash_export.runtime.decode import EngineSet
-from dash_export.runtime.ort_engine import OrtBackend
-from dash_export.runtime.rules import DENSE, Rule
+from dash_export.core.rules import DENSE, Rule
+from dash_export.files.resources import resource_folder
+from dash_export.measure.breakdown import this_machine
+from dash_export.measure.intervals import Interval, median_ratios
+from dash_export.measure.timing import in_turns
 from dash_export.runtime.runtime import engines
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"

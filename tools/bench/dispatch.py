@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 from common import Times, in_fresh_processes, load_both, one_token, print_json, report, timed, whole_build
 
-from dash_export.bundle import Bundle
-from dash_export.decision import decision_rule
-from dash_export.manifest import Build
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import Build
+from dash_export.core.decision import decision_rule
 
 
 @click.command()

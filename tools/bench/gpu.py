@@ -17,12 +17,12 @@ import numpy as np
 from common import held_out, print_json, timed
 
 from dash_export import DashRuntime
+from dash_export.backends.cuda.cuda import MAIN
+from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.commands.tables import print_table
-from dash_export.decision import Setting
-from dash_export.evaluate.candidates import label
-from dash_export.runtime.device.cuda import MAIN
-from dash_export.runtime.device.engines import DeviceEngines
-from dash_export.runtime.rules import DENSE
+from dash_export.core.decision import Setting
+from dash_export.core.rules import DENSE
+from dash_export.measure.candidates import label
 
 TOKENS = 32
 SETTINGS = {

@@ -17,20 +17,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 from common import held_out, print_json
 
-from dash_export.artifacts import ArtifactStore, no_progress
-from dash_export.building.backend import backend_of
+from dash_export.backends.maker import backend_of
+from dash_export.backends.onnxruntime.ort_engine import OrtBackend, OrtEngine
 from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.engine_graphs import write_whole
-from dash_export.bundle import Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.recipe import Recipe, load_recipe, with_weights
 from dash_export.commands.tables import print_table
-from dash_export.divergence import DenseRows, nll
-from dash_export.evaluate.intervals import interval
-from dash_export.graphs.surgery import constant_value, load_graph
-from dash_export.graphs.trt_quantize import quantize_weights
-from dash_export.graphs.writer import constant
+from dash_export.core.divergence import DenseRows, nll
+from dash_export.files.artifacts import ArtifactStore, no_progress
+from dash_export.graphs.lower.surgery import constant_value, load_graph
+from dash_export.graphs.lower.trt_quantize import quantize_weights
+from dash_export.graphs.portable.writer import constant
+from dash_export.measure.intervals import interval
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
-from dash_export.targets import Recipe, load_recipe, with_weights
 
 WINDOW = 256
 

@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 from common import print_json, timed
 
-from dash_export.bundle import Bundle
+from dash_export.backends.cuda.engines import DeviceEngines
+from dash_export.bundle.bundle import Bundle
 from dash_export.commands.tables import print_table
-from dash_export.decision import decision_rule
-from dash_export.runtime.device.engines import DeviceEngines
-from dash_export.runtime.rules import DENSE, FixedRule
-from dash_export.runtime.sampling import Sampler, Sampling
+from dash_export.core.decision import decision_rule
+from dash_export.core.rules import DENSE, FixedRule
+from dash_export.core.sampling import Sampler, Sampling
 
 
 class Nothing:

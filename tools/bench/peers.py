@@ -24,11 +24,11 @@ from common import HELD_OUT, print_json, ratios
 from safetensors.numpy import save_file
 
 from dash_export.commands.tables import print_table
-from dash_export.evaluate.intervals import interval
-from dash_export.evaluate.timing import in_turns
+from dash_export.measure.intervals import interval
+from dash_export.measure.timing import in_turns
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import row_blocks
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 
 CACHE = Path(__file__).parents[2] / ".cache" / "peers"
 WINDOW = 256

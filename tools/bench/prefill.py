@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from common import Times, held_out, in_fresh_processes, load_both, print_json, report, timed, whole_build
 
-from dash_export.bundle import Bundle
+from dash_export.backends.onnxruntime.cpus import peak_memory
+from dash_export.backends.onnxruntime.decode import EngineSet
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import Build
 from dash_export.commands.tables import print_table
-from dash_export.manifest import Build
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.cpus import peak_memory
-from dash_export.runtime.decode import EngineSet
-from dash_export.runtime.text import Text
+from dash_export.text.tokenizer import Text
 
 PROMPT = 512
 LAYERS, GRAPH = "engines per unit", "one graph"

@@ -1,0 +1,1 @@
+"""Devices with streams: what TensorRT and ONNX Runtime on CUDA share."""

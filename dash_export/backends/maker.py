@@ -1,0 +1,172 @@
+"""Build backends by name: what each can compile and run on this machine, and how it makes the engines of a build.
+
+A new backend is one class here or in a module of its own, one line in `_BACKENDS`, and a runtime backend that loads its
+engines (`backends/base.py`). Only `artifacts` needs onnx: a device measures and runs without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_export.backends.base import BACKENDS, require_backend
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import ROUNDINGS
+from dash_export.bundle.recipe import Recipe
+from dash_export.bundle.records import POLICY, EngineRecord, Manifest, Segment
+from dash_export.core.decision import Unit
+from dash_export.errors import BackendError, NotHereError
+from dash_export.files.artifacts import Progress, content_key
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dash_export.building.engine_graphs import Artifact, EngineGraph
+
+_BACKENDS = {
+    "onnxruntime": "dash_export.backends.onnxruntime.ort_maker:CpuBackend",
+    "onnxruntime_cuda": "dash_export.backends.tensorrt.trt_maker:CudaBackend",
+    "tensorrt": "dash_export.backends.tensorrt.trt_maker:TensorRTBackend",
+    "tensorrt_rtx": "dash_export.backends.tensorrt.trt_maker:RtxBackend",
+}
+
+
+def backend_of(recipe: Recipe) -> Backend:
+    """Return the build backend of a recipe."""
+    module, _, name = _BACKENDS[recipe.backend].partition(":")
+    made: Backend = getattr(import_module(module), name)(recipe)
+    return made
+
+
+class Backend(ABC):
+    """Maker of one recipe's engines. Its defaults lower, compile nothing, and work on any machine."""
+
+    on_device = True
+    """Whether engines run on a device with streams. The policy is then an engine of its own."""
+    revision = 0
+    """Increased whenever the lowering changes, so that engines of an earlier revision are not reused."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @property
+    def extra(self) -> str:
+        """Name of the extra of dash-export that installs the backend's package."""
+        return BACKENDS[self.recipe.backend][2]
+
+    def require(self) -> None:
+        """Raise BackendError where something is missing, NotHereError where only another machine can compile."""
+        if (reason := self.build_obstacle()) is not None:
+            kind = NotHereError if self.needs_another_machine() else BackendError
+            raise kind(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
+
+    def build_obstacle(self) -> str | None:
+        """Return why this machine cannot make the engines, in one sentence; None where it can."""
+        return None
+
+    def run_obstacle(self) -> str | None:
+        """Return why this machine cannot run the engines, in one sentence; None where it can, and can measure them."""
+        try:
+            self.require_runtime()
+        except BackendError as error:
+            return str(error)
+        return None
+
+    def require_runtime(self) -> None:
+        """Raise BackendError where something that running needs is missing here."""
+        require_backend(self.recipe.backend)
+
+    def needs_another_machine(self) -> bool:
+        """Return whether no installation here would help, so that `build` writes a kit for another machine."""
+        return False
+
+    def refused_version(self, _version: str) -> str | None:
+        """Return why the backend's package of this version cannot compile the recipe's dialect; None where it can."""
+        return None
+
+    def how_to_install(self) -> str:
+        """Return the command that installs the package that makes the engines."""
+        return f"pip install 'dash-export[{self.extra}]'"
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return the version of the package that makes the engines, for the build's record."""
+
+    @abstractmethod
+    def device(self) -> str:
+        """Return the device that the engines are for, in words."""
+
+    @abstractmethod
+    def key(self) -> Any:
+        """Return everything that all engines depend on besides their graphs and weights; it enters every key."""
+
+    def details(self) -> dict[str, Any]:
+        """Return further facts for the build's record."""
+        return {}
+
+    def start(self) -> None:  # noqa: B027  most have nothing to begin
+        """Start what must start before a graph runs in this process, like ONNX Runtime's thread pool."""
+
+    def ready_engines(self, _bundle: Bundle) -> dict[str, EngineRecord] | None:
+        """Return the engines where nothing has to be made (portable graphs used as they are), else None."""
+        return None
+
+    def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
+        """Return the segments of a build. Where the policy is an engine of its own, the layers are cut before the layer
+        whose input it reads, so that this input is the output of an engine.
+        """
+        policy = manifest.policy
+        cut = (policy.read,) if self.on_device and policy.has_network else ()
+        return plan_segments(manifest.model.num_layers, policy.units, cut)
+
+    def artifacts(
+        self, bundle: Bundle, segments: Sequence[Segment], folder: Path, progress: Progress
+    ) -> Iterator[Artifact]:
+        """Yield everything a build consists of, in the order of its making. `folder`: where finished files lie."""
+        from dash_export.building.calibrate import calibration_key, rounding_artifact
+        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lower_graph
+        from dash_export.graphs.lower.rounded import roundings_lookup, to_nearest
+
+        policy, calibrated = bundle.manifest.policy, calibration_key(bundle, self.recipe)
+        base = content_key(self.revision, self.key(), asdict(self.recipe.weights), policy.layers, calibrated)
+        if calibrated:
+            yield rounding_artifact(bundle, self.recipe, folder, progress)
+        roundings = roundings_lookup(folder / ROUNDINGS) if calibrated else to_nearest
+        for graph in engine_graphs(bundle, segments, self.on_device):
+
+            def write(out: Path, graph: EngineGraph = graph) -> list[Path]:
+                extended = [folder / f"{name}.onnx" for name in graph.extends]
+                return self.save(lower_graph(bundle, graph, self.recipe, roundings), folder, out / graph.name, extended)
+
+            read = policy.read if POLICY in graph.parts else None
+            key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
+            yield Artifact(graph.name, key, write, graph.extends)
+
+    def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
+        """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
+        weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
+        """
+        from dash_export.building.engine_graphs import save_extending
+
+        return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
+
+
+def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:
+    """Cut the layers before and after every unit, and before the layers in `cut`, so that a policy of its own can read
+    what enters these: it is an engine's output then. The embedding stands alone where 0 is in `cut`, the head where the
+    last layers are a unit; else each belongs to the segment next to it.
+    """
+    ends = {0, num_layers, *cut, *(unit.first for unit in units), *(unit.last + 1 for unit in units)}
+    firsts = {unit.first for unit in units}
+    segments = []
+    for first, stop in pairwise(sorted(ends)):
+        gated = first in firsts
+        segments.append(Segment(first, stop - 1, first == 0 and 0 not in cut, stop == num_layers and not gated, gated))
+    embed = [Segment(0, -1, True, False, False)] if 0 in cut else []
+    head = [Segment(num_layers, num_layers - 1, False, True, False)] if segments[-1].gated else []
+    return (*embed, *segments, *head)

@@ -1,0 +1,61 @@
+"""ONNX Runtime on a CPU: lowered .onnx files whose weights are mapped from disk, or the portable graphs as they are."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from dash_export.backends.base import load_backend
+from dash_export.backends.maker import Backend, plan_segments
+from dash_export.backends.onnxruntime.cpus import available_memory, cpu_name, usable_cores
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import EngineRecord, Manifest, Segment
+from dash_export.errors import BackendError
+
+_FOLDING_BYTES = 40
+"""Bytes that ONNX Runtime takes per weight of a GGUF file's blocks, while it folds their dequantisation to float32."""
+
+
+class CpuBackend(Backend):
+    """Lowered graphs. ONNX Runtime packs weights for this machine's kernels at loading."""
+
+    on_device = False
+    revision = 22
+
+    def build_obstacle(self) -> str | None:
+        return self.run_obstacle()
+
+    def version(self) -> str:
+        return version("onnxruntime")
+
+    def device(self) -> str:
+        return f"{cpu_name()}, {usable_cores()} cores"
+
+    def start(self) -> None:
+        """Start the process's only thread pool, with as many threads as costs are measured with."""
+        load_backend(self.recipe.backend, self.recipe.runtime.threads)
+
+    def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
+        """Return the portable graphs where they are the engines. Raises BackendError where their head is too large."""
+        if self.recipe.dialect != "portable":
+            return None
+        sizes = {record.name: record.bytes for record in bundle.manifest.files}
+        model = bundle.manifest.model
+        weights, stored = model.vocab_size * model.hidden_size, sizes.get("onnx/head.data", sizes["onnx/embed.data"])
+        needed, is_blocks = _FOLDING_BYTES * weights, stored < 1.5 * weights  # blocks of a GGUF file
+        if is_blocks and needed > available_memory():
+            raise BackendError(
+                f"ONNX Runtime takes {needed / 1e9:.0f} GB to read the portable head of {model.name}, and so much is "
+                "not free: it makes float32 of blocks in several steps. Use --target cpu --weights fp32."
+            )
+        return {
+            name: EngineRecord(file, sizes[file] + sizes.get(f"onnx/{name}.data", 0), bundle.manifest.key)
+            for name, file in bundle.manifest.graphs.items()
+        }
+
+    def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
+        """Return the segments, the embedding apart: so states may come from elsewhere, for one launch more."""
+        return plan_segments(manifest.model.num_layers, manifest.policy.units, cut=(0,))
+
+    def key(self) -> Any:
+        return self.version()

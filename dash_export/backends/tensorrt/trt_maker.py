@@ -1,0 +1,181 @@
+"""GPU backends: graphs for ONNX Runtime on CUDA, which any machine lowers, and engines that TensorRT compiles.
+
+TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time on any machine. The lowered ONNX file is
+not kept: `build --verify` makes it again. Engine files hold their weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_export import __version__
+from dash_export.backends.cuda.cuda import require_bindings
+from dash_export.backends.cuda.cuda_devices import cuda_devices
+from dash_export.backends.maker import Backend
+from dash_export.backends.tensorrt.trt_api import PORTABLE_SINCE, Shapes, load_toolkit
+from dash_export.bundle.layout import TIMING_CACHE
+from dash_export.bundle.recipe import EngineRecipe
+from dash_export.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Sizes = tuple[int, int]
+JETSONS = ("8.7", "11.0")
+"""Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
+
+
+class GpuBackend(Backend):
+    """Base of all GPU backends: needs a device of the recipe's compute capabilities to run."""
+
+    revision = 10
+
+    @property
+    def engine(self) -> EngineRecipe:
+        """The recipe's [engine] table."""
+        assert self.recipe.engine is not None
+        return self.recipe.engine
+
+    def require_runtime(self) -> None:
+        if (reason := self.device_obstacle()) is not None:
+            raise BackendError(reason)
+        super().require_runtime()
+        require_bindings()
+
+    def device_obstacle(self) -> str | None:
+        """Return why this machine's first CUDA device does not fit the recipe; None where it does."""
+        wanted = ", ".join(self.engine.capabilities)
+        try:
+            device = cuda_devices()[0]
+        except BackendError as error:
+            return f"it needs a device of compute capability {wanted}. {error}"
+        if device.capability not in self.engine.capabilities:
+            return f"it needs compute capability {wanted}, and {device.name} has {device.capability}."
+        return None
+
+
+class CudaBackend(GpuBackend):
+    """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
+
+    def require_runtime(self) -> None:
+        super().require_runtime()
+        try:
+            from dash_export.backends.cuda.onnxruntime_cuda import require_cuda
+        except Exception as error:  # a broken install can raise anything
+            raise BackendError(f"The package onnxruntime cannot be imported ({error}).") from error
+        require_cuda()
+
+    def version(self) -> str:
+        return f"dash-export {__version__}"
+
+    def device(self) -> str:
+        return "any CUDA device"
+
+    def key(self) -> Any:
+        return self.recipe.dialect, asdict(self.engine)
+
+
+class RtxBackend(GpuBackend):
+    """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
+
+    def build_obstacle(self) -> str | None:
+        package = self.recipe.backend
+        return None if find_spec(package) else f"the package {package} is not installed ({self.how_to_install()})."
+
+    def version(self) -> str:
+        return load_toolkit(self.recipe.backend).version
+
+    def device(self) -> str:
+        return f"any device of compute capability {', '.join(self.engine.capabilities)}"
+
+    def details(self) -> dict[str, Any]:
+        """Return the compiler, and all settings that it was given beside the graphs."""
+        engine = self.engine
+        return {
+            "compiler": load_toolkit(self.recipe.backend).describe(),
+            "profiles": [*self._profiles()],
+            "capabilities": list(engine.capabilities),
+            "optimization_level": engine.optimization_level,
+            "aux_streams": engine.aux_streams,
+            "workspace_bytes": engine.workspace_mib << 20,
+            "strongly_typed": True,
+        }
+
+    def key(self) -> Any:
+        """Return what all engines depend on. Raises BackendError where this TensorRT cannot compile the dialect."""
+        if (reason := self.refused_version(self.version())) is not None:
+            raise BackendError(reason)
+        recipe = self.recipe
+        told = recipe.dialect, asdict(self.engine), recipe.runtime.prefill_chunk
+        return recipe.backend, self.version(), self.device(), *told
+
+    def save(self, model: ir.Model, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
+        """Compile the lowered graph. TensorRT's timing cache (kernel times of the device) is kept in `folder`."""
+        toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
+        profiles = [_shapes(model, each) for each in self._profiles().values()]
+        graph, path = super().save(model, folder, out, extended)[0], out.with_name(f"{out.name}.engine")
+        known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
+        engine, learnt = toolkit.compile(graph, self.engine, profiles, known)
+        with path.open("wb") as file:
+            file.write(memoryview(engine))
+        if learnt and learnt != known:
+            out.with_name(timing.name).write_bytes(learnt)
+            out.with_name(timing.name).replace(timing)
+        return [path]
+
+    def _profiles(self) -> dict[str, tuple[Sizes, Sizes, Sizes]]:
+        """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the
+        order in which `DeviceStep` uses the profiles.
+        """
+        chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
+        if self.engine.profiles == 1:
+            return {"both": ((1, 1), (1, 1), (most, chunk))}
+        found = {"decode": ((1, 1), (1, 1), (1, 1)), "prefill": ((1, 1), (1, chunk), (1, chunk))}
+        return found | ({"together": ((2, 1), (most, 1), (most, 1))} if most > 1 else {})
+
+
+class TensorRTBackend(RtxBackend):
+    """TensorRT, which compiles only for the device of this machine."""
+
+    def build_obstacle(self) -> str | None:
+        return self.device_obstacle() or super().build_obstacle()
+
+    def needs_another_machine(self) -> bool:
+        return self.device_obstacle() is not None
+
+    def how_to_install(self) -> str:
+        if set(JETSONS) & set(self.engine.capabilities):
+            return "sudo apt install python3-libnvinfer, and in a virtual environment --system-site-packages"
+        return super().how_to_install()
+
+    def refused_version(self, version: str) -> str | None:
+        young = tuple(int(part) for part in version.split(".")[:2]) >= PORTABLE_SINCE
+        if self.recipe.dialect != "portable" or young:
+            return None
+        return (
+            f"TensorRT {version} has no KV cache update: the portable dialect needs "
+            f"{'.'.join(map(str, PORTABLE_SINCE))} or newer. Copy engines/{self.recipe.name}.toml and set dialect = "
+            "'trt10'."
+        )
+
+    def device(self) -> str:
+        try:
+            here = cuda_devices()[0]
+        except BackendError:
+            return "unknown"
+        return f"{here.name} (compute capability {here.capability})"
+
+
+def _shapes(model: ir.Model, profile: tuple[Sizes, Sizes, Sizes]) -> Shapes:
+    shapes: dict[str, Any] = {}
+    named = [dict(zip(("batch", "sequence"), sizes, strict=True)) for sizes in profile]
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        shapes[str(value.name)] = tuple(
+            tuple(size if isinstance(size, int) else sizes[str(size.value)] for size in value.shape) for sizes in named
+        )
+    return shapes

@@ -1,0 +1,220 @@
+"""Checkpoint + skip policy -> bundle. Reads weights layer by layer, writes each graph once, resumes after a kill."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dash_export import __version__
+from dash_export.bundle.bundle import ANSWERS, TEXT_FILES, Bundle, to_json
+from dash_export.bundle.layout import MANIFEST, SIGNATURE
+from dash_export.bundle.policy_file import SkipPolicy, no_policy
+from dash_export.bundle.records import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
+from dash_export.core.arguments import check_arguments
+from dash_export.errors import BundleError, NewerBundleError
+from dash_export.files import outputs
+from dash_export.files.artifacts import (
+    JOURNAL,
+    ArtifactStore,
+    FileRecord,
+    Progress,
+    content_key,
+    no_progress,
+    record_of,
+    sync,
+    write_atomic,
+)
+from dash_export.files.replacing import (
+    check_movable,
+    check_outside_bundles,
+    is_bundle,
+    put_in_place,
+    recover,
+    refuse_inputs,
+)
+from dash_export.graphs.portable import portable
+from dash_export.graphs.portable.portable import EMBED_WEIGHT
+from dash_export.graphs.portable.stored import stored_tensors
+from dash_export.graphs.portable.writer import save_graph, save_placed
+from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models.bypasses import check_model
+
+GRAPH_REVISION = 8
+"""Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
+OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
+"""Entries of a bundle that an export replaces; all others, engines among them, stay."""
+
+
+@check_arguments
+def export(
+    model: str | Path | Checkpoint,
+    output: str | Path,
+    policy: SkipPolicy | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Write the bundle of `model` (folder, hub id, GGUF file or opened checkpoint) to `output`.
+
+    The unfinished bundle lies in `<output>.unfinished`, where a run after a kill resumes. A finished bundle of the same
+    inputs is left alone, or made anew where it is damaged. `progress(name, done, total)` is called after each graph.
+    Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError for the
+    output, BusyError where another process writes the output or builds in it.
+    """
+    output = checked_output(output)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    check_inputs(checkpoint.seen, output)
+    policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
+    check_model(policy, checkpoint)
+    if policy.answers:
+        checkpoint = replace(checkpoint, assets={**checkpoint.assets, ANSWERS: policy.answers})
+    facts = _policy_facts(policy)
+    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
+    with outputs.locked(output, "export"), ExitStack() as held:
+        recover(output, OURS, MANIFEST, "export")
+        refuse_foreign(output)
+        if output.exists():
+            if known := _whole(output, key):
+                outputs.unmark(output)
+                return known
+            builds = (output / "engines").glob(outputs.lock_file(Path("*")).name)
+            held.enter_context(outputs.folder_locked(output, builds, shared=False))
+        check_movable(output, OURS)  # before hours of work, not after
+        unfinished = outputs.work_folder(output, "export")
+        with outputs.removed_on_error(unfinished):
+            outputs.own_folder(unfinished / "onnx")
+            checkpoint.check_same()
+            manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
+        # Outside `removed_on_error`: what has appeared at `output` meanwhile stays, and so does the work of hours.
+        refuse_foreign(output)
+        check_movable(output, OURS)
+        with outputs.removed_on_error(unfinished):
+            _finish(unfinished, output, manifest)
+    return Bundle.open(output)
+
+
+def checked_output(output: str | Path) -> Path:
+    """Return the path that an export to `output` writes. Raises BundleError where something that is no bundle lies
+    there, OutputError where nothing could be written.
+    """
+    path = outputs.output_path(output)
+    check_outside_bundles(path)
+    refuse_foreign(path)
+    if not path.exists():
+        outputs.check_writable(next(folder for folder in path.absolute().parents if folder.exists()))
+    return path
+
+
+def check_inputs(inputs: Iterable[Path], output: Path) -> None:
+    """Raise OutputError where an input lies in what an export to `output` replaces."""
+    refuse_inputs(inputs, [outputs.work_of(output), *(output / name for name in OURS)])
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raise BundleError where something that is neither a bundle nor an empty folder lies at `output`, OutputError for
+    a link.
+    """
+    outputs.refuse_link(output)
+    if not outputs.is_free(output) and not is_bundle(output) and not outputs.bears_mark(output, "export"):
+        raise BundleError(
+            f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
+        )
+
+
+def _whole(output: Path, key: str) -> Bundle | None:
+    """Return the bundle at `output` if it has this key and is undamaged. Raises NewerBundleError."""
+    try:
+        known = Bundle.open(output)
+        if known.manifest.key == key:
+            known.verify(known.manifest.files)
+            known.check_listed(None)
+            return known
+    except NewerBundleError:
+        raise
+    except BundleError:
+        pass
+    return None
+
+
+def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
+    digest = hashlib.sha256(json.dumps([[asdict(unit) for unit in policy.units], policy.read]).encode())
+    for name, array in sorted(policy.weights().items()):
+        digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
+    return PolicyFacts(
+        policy.units,
+        policy.read,
+        policy.origin,
+        policy.network is not None,
+        policy.form,
+        digest.hexdigest()[:32],
+        policy.static_order,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
+) -> Manifest:
+    store, graphs, files = ArtifactStore(root / "onnx"), dict[str, str](), list[FileRecord]()
+    jobs = list(_jobs(checkpoint, policy, facts))
+    for done, (name, parts, make) in enumerate(jobs, 1):
+        artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
+        records = store.current(name, artifact_key) or store.make(name, artifact_key, make, checkpoint.check_same)
+        records = [replace(record, name=f"onnx/{record.name}") for record in records]
+        files += records
+        if records[0].name.endswith(".onnx"):
+            graphs[name] = records[0].name
+        progress(name, done, len(jobs))
+    for name, text in checkpoint.assets.items():
+        write_atomic(root / name, text)
+        files.append(record_of(root, name))
+    # A killed export of another policy or model may have begun in this folder: its files do not belong to the bundle.
+    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / outputs.MARK}
+    for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
+        outputs.remove(path)
+    spec = checkpoint.spec
+    model = ModelFacts(**{item.name: getattr(spec, item.name) for item in fields(ModelFacts)})
+    tools = {"dash-export": __version__} | {name: version(name) for name in ("onnx", "onnx_ir", "numpy")}
+    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
+
+
+def _jobs(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
+) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
+    """Yield (name, what its key depends on besides the checkpoint, writer) of every artifact in `onnx/`."""
+    spec = checkpoint.spec
+
+    def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
+        return lambda folder: save_graph(make(), folder / f"{name}.onnx", (portable.EMBED_FILE,))
+
+    def table(folder: Path) -> list[Path]:
+        path = folder / portable.EMBED_FILE
+        _, tensors = stored_tensors(EMBED_WEIGHT, checkpoint.weights[EMBED_WEIGHT], transpose=False)
+        save_placed(path, tensors)
+        return [path]
+
+    yield "table", (), table
+    yield "embed", (), graph("embed", partial(portable.embed_graph, checkpoint))
+    for layer in range(spec.num_layers):
+        name = f"layer_{layer:02d}"
+        yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        name = unit.bypass
+        yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
+    if policy.network is not None:
+        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(portable.policy_graph, spec, policy))
+    yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
+
+
+def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
+    """Put the finished bundle in place. Keep the builds of an earlier export: `build` reuses what is unchanged."""
+    with suppress(BundleError):
+        manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
+    write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
+    Bundle.open(unfinished)  # a bundle that cannot be opened replaces nothing
+    (unfinished / "onnx" / JOURNAL).unlink()
+    sync(unfinished / "onnx")
+    put_in_place(unfinished, output, OURS, MANIFEST, "export")

@@ -1,0 +1,326 @@
+"""The bundle on disk: layout, manifest, build record, verification. Nothing loaded from it is trusted unchecked.
+
+smollm2.dash/
+  manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
+  config.json tokenizer.json .. as a Hugging Face folder has them
+  onnx/*.onnx, *.data           the portable graphs
+  engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from shlex import quote
+from typing import TypeVar
+
+from dash_export.bundle.layout import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE, is_hub_id
+from dash_export.bundle.records import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
+from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
+from dash_export.files.artifacts import (
+    JOURNAL,
+    TEMPORARY,
+    FileRecord,
+    identity,
+    read_bounded,
+    sha256_file,
+    write_atomic,
+)
+from dash_export.files.outputs import MARK, folder_locked, holder, lock_file
+from dash_export.files.replacing import is_bundle
+from dash_export.files.typed_json import WrongFieldError, typed
+
+BUILD = "build.json"
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ANSWERS = "answers.jsonl"
+"""Held-out answers of the model, on which a policy is judged; not in every bundle."""
+"""Config, tokenizer and template files that the runtime reads, where the bundle has them."""
+LARGEST_RECORD = 4 << 20
+"""Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
+_MOST_PARTS, _LONGEST_NAME = 3, 255
+"""Bounds of a file's path in a bundle, in parts (`engines/<target>/<file>`) and in characters."""
+_UNREAD = re.compile(
+    "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
+    + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
+)
+"""Files in `engines/<target>/` that no engine is read from; the last pattern is a record whose writer died."""
+Seal = dict[str, tuple[int, ...]]
+"""Files that `Bundle.verify` has checked: name -> `identity`."""
+
+_T = TypeVar("_T")
+
+
+def to_json(record: Manifest | Build) -> str:
+    return json.dumps(asdict(record), indent=1) + "\n"
+
+
+def safe_path(root: Path, relative: str) -> Path:
+    """Return a path inside the bundle. Raises BundleError where `..`, an absolute name or a link leaves the bundle."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    try:
+        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # resolving looks up each part
+            raise ValueError(relative)
+        inside = path != root and path.resolve().is_relative_to(root.resolve())
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
+        inside = False
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
+        link = os.path.islink(path)  # noqa: PTH114  Path's own raises for a name of 300 letters
+        advice = (
+            "It is a link: copy the bundle whole (cp -rL, hf download --local-dir)"
+            if link
+            else "Export the model again"
+        )
+        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. {advice}.")
+    return path
+
+
+class Bundle:
+    """A verified bundle. Opening checks the manifest; `verify` checks the files that are about to be used."""
+
+    def __init__(self, root: Path, manifest: Manifest, name: str | None = None) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.name = (name or root.name).removesuffix(".dash")
+        """Name in reports and for clients of a server: that of the folder, or of the repository on the hub."""
+
+    @classmethod
+    def open(cls, root: str | Path, name: str | None = None) -> Bundle:
+        """Read and check `manifest.json`. Raises BundleError for one that is missing, damaged, unsafe or newer."""
+        root = Path(root)
+        root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers use its name
+        contents = _contents(root, MANIFEST)
+        if any(root.glob("*.safetensors*")) and not is_bundle(root):  # a model beside another program's manifest
+            raise BundleError(_no_bundle(root))
+        manifest = parsed(Manifest, contents, root, MANIFEST)
+        for fault in manifest_faults(manifest):
+            raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
+        records = (*manifest.files, *chain(*manifest.builds.values()))
+        for file in {*manifest.graphs.values(), *(record.name for record in records)}:
+            safe_path(root, file)
+        return cls(root, manifest, name)
+
+    def path(self, relative: str) -> Path:
+        return safe_path(self.root, relative)
+
+    def graph(self, name: str) -> Path:
+        return self.path(self.manifest.graphs[name])
+
+    def targets(self) -> list[str]:
+        """Return the targets that this bundle has finished builds for."""
+        builds = self.manifest.builds
+        return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
+
+    def resolve_target(self, target: str | None) -> str:
+        """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
+        targets, where several are built and none is `cpu`.
+        """
+        if target is not None:
+            return target
+        built = self.targets()
+        if len(built) > 1 and DEFAULT_TARGET not in built:
+            raise BundleError(
+                f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target (--target), one of "
+                f"{', '.join(built)}."
+            )
+        return built[0] if len(built) == 1 else DEFAULT_TARGET
+
+    def load_build(self, target: str) -> Build:
+        """Read `build.json` of a target. Raises BundleError when there is none or the manifest does not list it,
+        StaleBuildError when it is of an earlier export.
+        """
+        name = f"engines/{target}/{BUILD}"
+        contents = self._listed(target, name)
+        if contents is None:  # a build may have finished since this bundle was opened
+            self.manifest = Bundle.open(self.root).manifest
+            contents = self._listed(target, name)
+        if contents is None:
+            raise self._no_build(target)
+        build = parsed(Build, contents, self.root, name)
+        if build.bundle_key != self.manifest.key:
+            stale = f"the engines for {target!r} were built from an earlier export"
+            raise StaleBuildError(f"{self.root}: {stale}. Run: {self.build_command(target)}")
+        for fault in build_faults(build, self.manifest):
+            raise BundleError(f"{self.root.name}/{name}: {fault} {DAMAGED}")
+        for file in {*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)}:
+            self.path(file)
+        if build.target != target:
+            raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
+        return build
+
+    def _listed(self, target: str, name: str) -> bytes | None:
+        """Return the bytes of a target's `build.json`; None where it is missing or the manifest lists another hash."""
+        listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
+        contents = _contents(self.root, name) if listed and self.path(name).is_file() else b""
+        return contents if hashlib.sha256(contents).hexdigest() in listed else None
+
+    def _no_build(self, target: str) -> BundleError:
+        if target in self.targets():
+            return self._changed(f"engines/{target}/{BUILD}")
+        named = target not in ("", ".", "..") and "/" not in target
+        state = "is unfinished" if named and self.path(f"engines/{target}").is_dir() else "does not exist"
+        found = self.path("engines").iterdir() if self.path("engines").is_dir() else ()
+        begun = sorted({path.name for path in found if path.is_dir()} - {*self.targets(), target})
+        built = ", ".join(self.targets()) or "none yet"
+        built += f"; unfinished: {', '.join(begun)}" if begun else ""
+        only = target == DEFAULT_TARGET and state == "does not exist"  # which nobody may have asked for
+        wanted = begun[0] if begun and only else target if named else DEFAULT_TARGET
+        run = self.build_command(wanted)
+        return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
+
+    def save_build(self, build: Build) -> None:
+        """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a
+        kill at any moment the manifest lists the one on disk. Then write it without the old one, which a signature must
+        not vouch for. The caller holds the lock of the target; other targets may be built at the same time.
+        """
+        name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
+        record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
+        with folder_locked(self.root / "engines", [], shared=False, wait=True):
+            known = Bundle.open(self.root).manifest
+            builds = {
+                target: records
+                for target, records in known.builds.items()
+                if self.path(f"engines/{target}/{BUILD}").is_file()
+            }
+            old = sha256_file(self.path(name)) if build.target in builds else ""
+            before = [item for item in builds.get(build.target, ()) if item.sha256 == old != record.sha256]
+            manifest = sealed(replace(known, builds={**builds, build.target: (record, *before)}))
+            if manifest != known:
+                write_atomic(self.root / MANIFEST, to_json(manifest))
+                self.path(SIGNATURE).unlink(missing_ok=True)  # it signed the old manifest
+            write_atomic(self.path(name), contents)
+            self.manifest = sealed(replace(manifest, builds={**builds, build.target: (record,)}))
+            if before:
+                write_atomic(self.root / MANIFEST, to_json(self.manifest))
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the bundle has its portable graphs. One without them runs its engines all the same."""
+        return self.path("onnx").is_dir()
+
+    def require_graphs(self) -> None:
+        """Raise BundleError where there are no portable graphs to build from."""
+        if not self.has_graphs:
+            raise BundleError(
+                f"{self.root} is without portable graphs (onnx/): its engines run, and can be measured here "
+                f"(--measure). New ones need the model again. Run: {_make(self.root, 'export')}"
+            )
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Exported files that are to be here: all, or those outside `onnx/`."""
+        return [one for one in self.manifest.files if self.has_graphs or not one.name.startswith("onnx/")]
+
+    def build_command(self, target: str) -> str:
+        """Return the command that makes a target's engines, for messages."""
+        return f"dash-export build {quote(str(self.root))} --target {quote(target)}"
+
+    def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
+        """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a
+        later `check_same`. Raises BundleError, which names the first wrong file.
+        """
+        seal: Seal = {}
+        for record in records:
+            path = self.path(record.name)
+            if not path.is_file():
+                raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
+            seal[record.name] = identity(path)
+            if not record.matches(path, hashes):
+                raise self._changed(record.name)
+        return seal
+
+    def check_same(self, seal: Seal) -> None:
+        """Raise BundleError where a file was replaced or written to after `verify` checked it."""
+        for name, seen in seal.items():
+            path = self.path(name)
+            if not path.exists() or identity(path) != seen:
+                advice = "Do not write to a bundle that is in use; load it again."
+                raise BundleError(f"{self.root}: {name} was replaced while it was read. {advice}")
+
+    def check_listed(self, build: Build | None) -> None:
+        """Raise BundleError for a file that no record lists, but from which text or engines would be read."""
+        files = build.files if build is not None else ()
+        listed = {record.name for record in (*self.manifest.files, *files)}
+        folder = f"engines/{build.target}" if build is not None and files else "onnx"
+        beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
+        added = [name for name in (*TEXT_FILES, ANSWERS) if name not in listed and self.path(name).exists()]
+        added += [name for name in beside if name not in listed and not _UNREAD.fullmatch(PurePosixPath(name).name)]
+        if added:
+            raise BundleError(
+                f"{self.root}: {min(added)} was put there afterwards, so that nothing says whether it is the model's. "
+                f"Take it away; or put it into the model's folder, export and build again."
+            )
+
+    def _changed(self, name: str) -> BundleError:
+        wrong = f"{name} is not the file that was written (hash mismatch): it was changed or damaged afterwards."
+        return BundleError(f"{self.root}: {wrong} {self._repair(name)}")
+
+    def _repair(self, name: str) -> str:
+        """Return advice about a damaged file: an engine can be built again from the other files, if they are whole."""
+        folder, *inside = name.split("/")
+        return f"Run: {self.build_command(inside[0])}" if folder == "engines" else DAMAGED
+
+
+def parsed(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
+    """Return the record of class `kind` in a JSON file of the bundle. Raises BundleError, NewerBundleError."""
+    try:
+        data = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{root / name} cannot be read ({error}). {DAMAGED}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema != SCHEMA:
+        writer = f"dash-export (schema {schema}, this one reads {SCHEMA})"
+        if schema > SCHEMA:
+            raise NewerBundleError(f"{root} was written by a newer {writer}. Upgrade: pip install -U dash-export.")
+        raise BundleError(f"{root} was written by an earlier {writer}. Make it anew: {_make(root, 'build')}")
+    try:
+        return typed(kind, data, f"{root.name}/{name}")
+    except WrongFieldError as error:
+        raise BundleError(f"{error} {DAMAGED}") from error
+
+
+def _make(root: Path, command: str) -> str:
+    return f"dash-export {command} MODEL -o {quote(str(root))}"
+
+
+def _no_bundle(root: Path) -> str:
+    if writer := holder(lock_file(root.absolute())):
+        return f"{root} is being written by {writer}. Wait for that to end."
+    half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
+    if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
+        made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
+        hub = ""
+        if is_hub_id(root):
+            hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
+        command = f"dash-export build {quote(str(root))} --target cpu -o {quote(made)}"
+        return f"{root} is a model{hub}. Make a bundle of it: {command}"
+    if not root.exists():
+        return f"There is no bundle at {root}. Make one: {_make(root, 'build')}"
+    if half:
+        again = f"Run the export again to complete it: {_make(root, 'export')}"
+        return f"{root} is not a finished bundle: it has no {MANIFEST}. {again}"
+    there: list[str] = []
+    with suppress(OSError):  # a file, or a folder that may not be read
+        there = sorted(path.name for path in root.iterdir() if is_bundle(path))
+    if there:
+        return f"{root} is no bundle. In it are {', '.join(there)}: give one of them."
+    kind = "a folder" if root.is_dir() else "a file"
+    return f"{root} is {kind} that is no bundle. Make one of a model: {_make(Path('NAME.dash'), 'build')}"
+
+
+def _contents(root: Path, name: str) -> bytes:
+    path = safe_path(root, name)
+    try:
+        return read_bounded(path, LARGEST_RECORD)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(_no_bundle(root)) from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}). {DAMAGED}") from error

@@ -1,0 +1,257 @@
+"""Recipes: how to build for a target. A recipe is a shipped `engines/NAME.toml` or a file. Unknown keys are errors."""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from dash_export.errors import RecipeError
+from dash_export.files.artifacts import read_bounded
+from dash_export.files.resources import resource_folder
+from dash_export.files.typed_json import Within, WrongFieldError, typed
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+Rounding = Literal["nearest", "gptq", "as-is"]
+Dispatch = Literal["sync", "overlapped", "device"]
+BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+QUANTISED = ("int8", "fp8", "int4")
+CALIBRATED = ("int4", "fp8")
+"""Precisions that are calibrated on a text: int4 to choose codes, fp8 to find the range of each matrix's inputs."""
+BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+FP8_SINCE = 8.9
+"""Lowest compute capability with fp8 (Ada; Hopper and later have it, too)."""
+MAX_THREADS = 1024
+_MAX_BYTES = 1 << 14  # of a recipe file
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
+"""A key of too many parts. No recipe has such a key, and the parser's memory grows with the square of the parts."""
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
+
+
+@dataclass(frozen=True)
+class WeightsRecipe:
+    """Weight precision by part: the head of a small model is a third of a token's bytes.
+
+    `qkv` and `ungated` keep finer than `layers` what 4 bits hurt most: `qkv`, the projections into attention (their
+    errors enter the cache and every later token), and `ungated`, the layers in no unit (the sensitive ones). `rounding`
+    chooses int4 codes: `nearest` to each weight, `gptq` by the inputs of the layer, or `as-is`, the codes that the
+    weights have already, else 8 bits (graphs/portable/grid.py).
+    """
+
+    layers: Precision = "int4"
+    qkv: Precision = "int8"
+    ungated: Precision = "int8"
+    head: Precision = "int8"
+    embedding: Precision = "int8"
+    bypass: Precision = "int8"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool = False
+    rounding: Rounding = "nearest"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are matrices for which `rounding` chooses codes or (fp8) finds the range of their inputs."""
+        return bool(set(CALIBRATED) & {self.layers, self.qkv, self.ungated, self.head})
+
+
+@dataclass(frozen=True)
+class RuntimeRecipe:
+    """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: move the weights onto
+    huge pages when a CPU target is loaded.
+    """
+
+    threads: Annotated[int, Within(0, MAX_THREADS)] = 0
+    dispatch: Dispatch = "sync"
+    kv_step: Annotated[int, Within(16, 65536)] = 256
+    prefill_chunk: Annotated[int, Within(1, 65536)] = 512
+    huge_pages: bool = True
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """Choices that a GPU engine fixes when it is compiled.
+
+    `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
+    does not grow; before TensorRT 11 the cost of attention depends on this capacity, not on the length. `profiles` 2:
+    one profile for decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits are stored once.
+    `sequences`: how many may decode together; more than one takes a cache for each, and a third profile (of `profiles`
+    1: scratch memory for a chunk of each). `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
+    """
+
+    capabilities: tuple[str, ...]
+    activations: Literal["fp32", "fp16", "bf16"] = "fp16"
+    kv_capacity: Annotated[int, Within(16, 1 << 20)] = 2048
+    profiles: Literal[1, 2] = 2
+    sequences: Annotated[int, Within(1, 256)] = 1
+    optimization_level: Annotated[int, Within(0, 5)] = 3
+    aux_streams: Annotated[int, Within(0, 7)] = 0
+    workspace_mib: Annotated[int, Within(16, 1 << 17)] = 1024
+
+
+@dataclass(frozen=True)
+class CostRecipe:
+    """How the cost table is measured: at `context` cached tokens, median of `repeats` interleaved repeats."""
+
+    context: Annotated[int, Within(2, 65536)] = 256
+    repeats: Annotated[int, Within(3, 10000)] = 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `build` needs to know about a target."""
+
+    name: str
+    description: str = ""
+    backend: BackendName = "onnxruntime"
+    dialect: Literal["portable", "ort", "trt10"] = "ort"
+    weights: WeightsRecipe = field(default_factory=WeightsRecipe)
+    runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
+    cost: CostRecipe = field(default_factory=CostRecipe)
+    engine: EngineRecipe | None = None
+
+
+_PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
+"""Fields of WeightsRecipe that are precisions."""
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(path.stem for path in resource_folder("engines").glob("*.toml"))
+
+
+def load_recipe(target: str, **changes: str | None) -> Recipe:
+    """Read a recipe by the path of a .toml file, by its name, or by the name of a build: `cpu-int8` is `cpu` with int8
+    weights. `changes`: what else `with_weights` changes. Raises RecipeError.
+    """
+    given = {option: value for option, value in changes.items() if value is not None}
+    if Path(target).suffix == ".toml":
+        return with_weights(_read(Path(target)), **given)
+    kinds, roundings = "|".join(get_args(Precision)), "|".join(get_args(Rounding))
+    name = rf"(.+?)(?:-({kinds}))?(?:-head-({kinds}))?(?:-embedding-({kinds}))?(?:-({roundings}))?"
+    parts = re.fullmatch(name, target)
+    if parts is None or parts[1] not in recipe_names():
+        known = f"Known targets: {', '.join(recipe_names())}; or give the path of a recipe file (.toml)."
+        raise RecipeError(f"There is no recipe {target!r:.100}. {known}")
+    named = dict(zip(("weights", "head", "embedding", "rounding"), parts.groups()[1:], strict=True))
+    return with_weights(_read(resource_folder("engines") / f"{parts[1]}.toml"), **named | given)
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        text = read_bounded(path, _MAX_BYTES).decode()
+        if _DOTTED.search(text):
+            raise ValueError("it has a key of over 8 parts")
+        data = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
+        raise RecipeError(f"The recipe {path} cannot be read: {error}. Give TOML like engines/cpu.toml.") from error
+    if not _FOLDER.fullmatch(path.stem):
+        raise RecipeError(f"The name of a recipe's file may only have letters, digits, - and _, not {path.stem!r}.")
+    try:
+        recipe = typed(Recipe, data | {"name": path.stem}, str(path))
+    except WrongFieldError as error:
+        raise RecipeError(str(error)) from error
+    return _sound(recipe, str(path))
+
+
+def _sound(recipe: Recipe, where: str) -> Recipe:
+    for fault in recipe_faults(recipe):
+        raise RecipeError(f"{where}: {fault}")
+    return recipe
+
+
+def recipe_faults(recipe: Recipe) -> Iterator[str]:
+    """Yield the faults that no single key can tell: parts of a recipe that do not go together."""
+    weights, engine = recipe.weights, recipe.engine
+    precisions: dict[str, str] = {part: getattr(weights, part) for part in _PARTS}
+    if recipe.backend == "onnxruntime":
+        if engine is not None:
+            yield "an [engine] table is for GPU backends; onnxruntime has none."
+        if recipe.dialect == "trt10":
+            yield "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
+        for part, value in precisions.items():
+            if value in ("fp16", "bf16", "fp8"):
+                yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
+            if recipe.dialect == "portable" and value != "fp32":
+                yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
+        if weights.rounding == "as-is" and (weights.block_size != 32 or weights.symmetric):
+            yield "rounding = 'as-is' takes blocks of 32 and zero points (symmetric = false): see --target cpu-gguf."
+        if recipe.runtime.dispatch != "sync":
+            yield f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
+        return
+    if engine is None:
+        yield f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+        return
+    if recipe.dialect == "ort":
+        yield f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
+    capabilities = engine.capabilities
+    if not capabilities or not all(re.fullmatch(r"[1-9]\d?\.\d", item) for item in capabilities):
+        yield f'capabilities = {list(capabilities)} must be compute capabilities like "8.7".'
+        return
+    foreign = sorted(set(capabilities) - set(RTX_CAPABILITIES))
+    if recipe.backend == "tensorrt_rtx" and foreign:
+        yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
+    if recipe.backend.startswith("tensorrt") and engine.activations == "fp32":
+        yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
+    young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
+    if young and "7.5" in capabilities:
+        yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+    if "fp8" in precisions.values():
+        if not recipe.backend.startswith("tensorrt"):
+            yield f"'fp8' is for TensorRT; {recipe.backend} takes {engine.activations!r}, 'int8' or 'int4'."
+        if old := [item for item in capabilities if float(item) < FP8_SINCE]:
+            yield f"'fp8' needs compute capability {FP8_SINCE} or newer: take {', '.join(old)} out of `capabilities`."
+        if weights.rounding != "gptq":
+            yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
+    if weights.rounding == "as-is":
+        yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
+    if not weights.symmetric:
+        yield "symmetric must be true in [weights]: GPU engines take no zero points."
+    for part, value in precisions.items():
+        allowed = (engine.activations, *(() if part == "embedding" else QUANTISED))
+        if value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            yield f"{part} = {value!r} is not one of {listed} (activations are fixed in [engine])."
+    if recipe.runtime.prefill_chunk > engine.kv_capacity:
+        yield f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
+
+
+def with_weights(
+    recipe: Recipe,
+    weights: str | None = None,
+    head: str | None = None,
+    embedding: str | None = None,
+    rounding: str | None = None,
+) -> Recipe:
+    """Return the recipe with precisions and rounding changed by `build`'s options of these names. The new recipe's name
+    tells the change, so that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
+
+    Another precision `weights` for the layers moves all other parts that are not given, except a GPU's embedding, which
+    has no quantised form, and with fp8 also its head (with an fp8 head SmolLM2's logits are off by 21 % instead of 16).
+    Raises RecipeError.
+    """
+    moved = () if weights in (None, recipe.weights.layers) else _PARTS
+    left = () if recipe.engine is None else ("embedding", "head") if weights == "fp8" else ("embedding",)
+    chosen = {part: weights for part in moved if part not in left}
+    given = {"head": head, "embedding": embedding, "rounding": rounding}
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    try:
+        changed = typed(WeightsRecipe, asdict(recipe.weights) | chosen, "the command line")
+    except WrongFieldError as error:
+        raise RecipeError(str(error)) from error
+    if changed == recipe.weights:
+        return recipe
+    suffix: list[str] = [changed.layers] if changed.layers != recipe.weights.layers else []
+    suffix += [f"{part}-{given[part]}" for part in ("head", "embedding") if given[part] is not None]
+    suffix += [changed.rounding] if changed.rounding != recipe.weights.rounding else []
+    if rounding not in (None, "nearest") and not changed.calibrates:
+        raise RecipeError(f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'.")
+    renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
+    return _sound(renamed, f"{recipe.name} at these weights")

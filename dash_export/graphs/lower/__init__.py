@@ -1,0 +1,1 @@
+"""Lowerings: portable graphs rewritten for what a backend runs best."""

@@ -1,0 +1,1 @@
+"""Portable graphs, built by hand, with the checkpoint's own bytes."""

@@ -1,0 +1,1 @@
+"""Families of models: one file each, named after its `model_type`."""

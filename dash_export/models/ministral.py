@@ -1,5 +1,0 @@
-"""Ministral: Mistral whose layers take turns with and without a window, as its config says."""
-
-from dash_export.models.mistral import decoder
-
-__all__ = ["decoder"]

@@ -1,1 +1,0 @@
-"""Engines on a device with streams: the same steps as `runtime.decode`, enqueued instead of run."""

@@ -1,0 +1,276 @@
+"""Tokens that are launched before the host knows them: the same as the CPU's, whatever is done to the session."""
+
+import gc
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from dash_export import Sampling
+from dash_export.backends.cuda.cuda import MAIN, Cuda
+from dash_export.backends.cuda.cuda_graph import CudaGraph
+from dash_export.backends.cuda.step import DeviceStep
+from dash_export.core.rules import FixedRule, Rule
+from dash_export.core.sampling import Sampler
+from dash_export.errors import BackendError
+from dash_export.runtime.session import Session
+from tests.backends.cuda.conftest import BUILDS, IDS, ORDERS, SAMPLED, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
+from tests.standin.cuda import Call
+
+TOKENS = 14
+GREEDY = Sampler(Sampling()).draw
+RULES: dict[str, Callable[[Host], Rule]] = {
+    "dense": lambda _: FixedRule(()),
+    "static": lambda _: FixedRule((0,)),
+    "token": lambda host: host.rule,
+}
+TOKEN: list[Call] = [
+    (MAIN, "record", "ended"),
+    (MAIN, "launch", "graph"),
+    (MAIN, "record", "ended ahead"),
+    ("host", "wait", "ended"),
+]
+"""What the host does for a token that runs already: it launches the next one, and waits for the end of this one."""
+
+
+def answer(
+    session: Session, ids: np.ndarray = IDS[:20], many: int = TOKENS, sampling: Sampling | None = None
+) -> tuple[list[int], list[bytes]]:
+    responses = [*session.stream(ids.tolist(), many, sampling)]
+    return [one.token for one in responses], [one.actions.tobytes() for one in responses]
+
+
+def a_card_that_is_fast(made: OnCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was launched has ended when a wait of the host ends."""
+    sound = Cuda.wait_for_event
+
+    def wait(device: Cuda, event: str) -> None:
+        sound(device, event)
+        made.card.drain()
+
+    monkeypatch.setattr(Cuda, "wait_for_event", wait)
+
+
+CASES = [
+    *(("trt10", kind, MAIN, False) for kind in RULES),
+    *((target, "token", MAIN, False) for target in BUILDS if target != "trt10"),
+    *(("trt10", "token", first, True) for first in ORDERS),
+]
+
+
+@pytest.mark.parametrize(("target", "kind", "first", "fast"), CASES)
+def test_an_answer(
+    target: str,
+    kind: str,
+    first: str | int,
+    fast: bool,
+    on_card: MakeOnCard,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, rule = on_card(target, "device", first), RULES[kind](host)
+    if fast:
+        a_card_that_is_fast(made, monkeypatch)
+    expected = answer(host.runtime.session_under(rule))
+    session = made.runtime.session_under(rule)
+    assert answer(session) == expected
+    assert len(made.card.recorded) == 3, "one that waits for its token, and two that do not, for two places of results"
+    made.card.forget()
+    assert answer(session, IDS[:7]) == answer(_after(host, rule), IDS[:7])
+    tokens = made.card.log[-4 * (TOKENS - 3) :]
+    assert tokens == TOKEN * (TOKENS - 3), "from the third on; the last one is launched in vain"
+
+
+def _after(host: Host, rule: Rule) -> Session:
+    session = host.runtime.session_under(rule)
+    answer(session)
+    return session
+
+
+def test_a_static_set_is_launched_ahead_in_every_mode(on_card: MakeOnCard, host: Host) -> None:
+    """And with a policy that the host decides by, nothing is."""
+    for dispatch in ("sync", "overlapped"):
+        made = on_card("trt10", dispatch)
+        session = made.runtime.session_under(FixedRule((1,)))
+        assert answer(session) == answer(host.runtime.session_under(FixedRule((1,))))
+        assert made.card.log[-4:] == TOKEN
+        made.card.forget()
+        assert answer(made.runtime.session_under(host.rule)) == answer(host.runtime.session_under(host.rule))
+        assert not any(call == (MAIN, "launch", "graph") for call in made.card.log)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(repetition_penalty=1.3), Sampling(presence_penalty=0.5)])
+def test_a_token_that_depends_on_others_is_waited_for(sampling: Sampling, on_card: MakeOnCard, host: Host) -> None:
+    made = on_card("trt10")
+    expected, found = (answer(each.session(), sampling=sampling) for each in (host.runtime, made.runtime))
+    assert found == expected
+    assert (MAIN, "record", "ended") not in made.card.log
+
+
+@pytest.mark.parametrize("sampling", SAMPLED, ids=str)
+def test_a_sampled_answer(sampling: Sampling, on_card: MakeOnCard, host: Host) -> None:
+    """The device draws by the number that the host draws with. Where it draws another token, by rounding, that one is
+    decoded once more.
+    """
+    made = on_card("trt10")
+    live = [each.session() for each in (host.runtime, made.runtime)]
+    expected, found = (answer(session, sampling=sampling)[0] for session in live)
+    assert found == expected
+    assert len({*found}) > 5
+    made.card.forget()
+    assert answer(live[1], IDS[:7], sampling=sampling) == answer(live[0], IDS[:7], sampling=sampling)
+    assert made.card.log.count(TOKEN[0]) >= TOKENS - 3
+    assert made.card.log.count(("host", "synchronize", MAIN)) <= 6, "the prompt, the first two, and few in vain"
+
+
+def test_a_rule_that_changes_is_waited_for(on_card: MakeOnCard, host: Host) -> None:
+    """As that of a budget that is held does with every token."""
+    made = on_card("trt10", "device")
+    live = [each.session_under(host.rule) for each in (host.runtime, made.runtime)]
+    for session in live:
+        session.rules.decoded = lambda _, rules=session.rules: setattr(rules, "rule", rules.rule.scaled(1.01))  # type: ignore[method-assign, misc]
+    assert answer(live[1]) == answer(live[0])
+    assert (MAIN, "record", "ended") not in made.card.log
+
+
+def left(session: Session, ids: np.ndarray = IDS[:20]) -> int:
+    """An answer that is left in the middle, with a token launched ahead; the token that it would be."""
+    answers = session.stream(ids.tolist(), TOKENS)
+    for _ in range(6):
+        token = next(answers).token
+    return token
+
+
+def another_token(session: Session) -> Any:
+    """Than the likeliest, again and again."""
+    session.prefill(IDS[:20])
+    session.reserve(9)
+    step = session.bound(1)
+    for token in (3, 1, 4, 1, 5, 9):
+        step.decode(token, session.rules.rule, GREEDY)
+    return step.logits[0, 0].copy()
+
+
+def another_text_as_long(session: Session) -> Any:
+    """The same token follows at the same position."""
+    token = left(session)
+    session.reset()
+    session.prefill(IDS[30:55])
+    return session.decode_one(token)[0]
+
+
+def another_rule(session: Session) -> Any:
+    """For the very token that was launched."""
+    session.prefill(IDS[:20])
+    session.reserve(9)
+    step, token = session.bound(1), 3
+    for _ in range(4):
+        step.decode(token, session.rules.rule, GREEDY)
+        token = int(step.logits[0, 0].argmax())
+    step.decode(token, FixedRule((0, 1)), GREEDY)
+    return step.logits[0, 0].copy()
+
+
+def another_length(session: Session) -> Any:
+    """Of the same text: the token is the one that was launched, further on."""
+    token = left(session)
+    session.rewind_to(session.tokens[:18])
+    return session.decode_one(token)[0]
+
+
+def what_a_fork_goes_on_with(session: Session) -> Any:
+    left(session)
+    twin = session.fork()
+    return answer(twin, IDS[40:44])[0], answer(session, IDS[44:49])[0]
+
+
+def another_prefix(session: Session) -> Any:
+    """In whose place the same token is decoded."""
+    token = left(session)
+    other = session.fork()
+    other.restart(IDS[30:55])
+    session.load_prefix(other.tokens, other.cache)
+    return session.decode_one(token)[0]
+
+
+DONE = [another_token, another_text_as_long, another_rule, another_length, what_a_fork_goes_on_with, another_prefix]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("done", DONE)
+def test_what_was_launched_in_vain(
+    done: Callable[[Session], Any], fast: bool, on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens here repeat, so that the same one follows other texts."""
+    made = on_card("trt10")
+    if fast:
+        a_card_that_is_fast(made, monkeypatch)
+    live = [each.session_under(FixedRule((0,))) for each in (host.runtime, made.runtime)]
+    expected, found = (done(session) for session in live)
+    assert (MAIN, "record", "ended") in made.card.log
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
+
+
+def test_a_session_that_goes_in_a_recording(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for its step that was launched ahead, and not for a stream that is just recorded."""
+    made, sound, errors = on_card("trt10", "device"), DeviceStep._record, list[Any]()
+    gone = [made.runtime.session_under(FixedRule((0,)))]
+    answer(gone[0])
+    assert gone[0].bound(1)._ahead is not None  # type: ignore[union-attr]
+
+    def record(*given: Any) -> None:
+        gone.clear()
+        gc.collect()
+        sound(*given)
+
+    monkeypatch.setattr(DeviceStep, "_record", record)
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    assert answer(made.runtime.session_under(host.rule)) == answer(host.runtime.session_under(host.rule))
+    assert not errors
+
+
+def test_the_last_place_of_the_cache(on_card: MakeOnCard, host: Host) -> None:
+    """Nothing is launched after what takes it: there is no row for that."""
+    made = on_card("portable")
+    steps, ids = [], np.resize(IDS, 90)
+    for session in (host.runtime.session(), made.runtime.session()):
+        token = int(session.prefill(ids).argmax())
+        session.reserve(6)
+        steps.append(session.bound(1))
+        for _ in range(6):
+            made.card.forget()
+            steps[-1].decode(token, session.rules.rule, GREEDY)
+            token = int(steps[-1].logits[0, 0].argmax())
+    assert made.card.log == [("host", "synchronize", MAIN)], "it ran already, and nothing follows"
+    np.testing.assert_allclose(steps[1].logits, steps[0].logits, atol=TOLERANCE)
+
+
+def test_a_device_without_kernels(
+    on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its known actions are graphs all the same; it is asked once."""
+    monkeypatch.setattr(CudaGraph, "follow", Mock(side_effect=BackendError("NVRTC is missing")))
+    made = on_card("portable")
+    with caplog.at_level(logging.INFO, "dash_export.backends.cuda.step"):
+        for _ in range(2):
+            assert answer(made.runtime.session()) == answer(host.runtime.session())
+    assert [record.message for record in caplog.records] == ["no token is launched ahead here (NVRTC is missing)"]
+    assert made.card.log[-2:] == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+
+
+@pytest.mark.parametrize("target", TOGETHER)
+def test_rows_together(target: str, on_card: MakeOnCard, host: Host) -> None:
+    """Rows that end, one after another, and the next prompts in their place."""
+    made = on_card(target)
+    prompts, most = [IDS[start : start + 5 + start].tolist() for start in range(6)], (9, 12, 5)
+    for many in most:
+        expected, found = (
+            [one.tokens.tolist() for one in each.generate_batch(prompts, many, size=3)]
+            for each in (host.runtime, made.runtime)
+        )
+        assert found == expected
+    assert set(TOKEN) <= set(made.card.log)

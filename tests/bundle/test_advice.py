@@ -1,0 +1,107 @@
+"""What is told to who has no policy."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.building.exporting import export
+from dash_export.bundle import advice
+from dash_export.bundle.advice import (
+    calibration_minutes,
+    if_without_policy,
+    policy_command,
+    quick_training,
+    suitable_target,
+    target_of_bits,
+)
+from dash_export.bundle.bundle import Bundle
+from dash_export.graphs.lower.ggml import BLOCKS
+from dash_export.models import open_checkpoint
+from dash_export.models.spec import _BITS
+from tests.commands.helpers import done
+from tests.models.helpers import tiny_model, write_gguf
+
+
+@pytest.mark.parametrize(
+    ("parameters", "minutes", "saved"),
+    [(1, 1, 10), (134_515_008, 6, 10), (494_032_768, 20, 11), (1_543_714_304, 60, 11), (8_000_000_000, 312, 11)],
+)
+def test_minutes_are_in_proportion(parameters: int, minutes: int, saved: int) -> None:
+    assert quick_training(parameters) == (minutes, f"about {saved} % of the decode time for 2 % of perplexity")
+
+
+@pytest.mark.parametrize("source", ["a b/it's.gguf", "org/name-1.5B", "."])
+def test_the_command_can_be_pasted(source: str, runtime: DashRuntime) -> None:
+    told = policy_command(runtime.engines.model, source)
+    words = shlex.split(told.split("): ")[1])
+    name = {"a b/it's.gguf": "it's", "org/name-1.5B": "name-1.5B", ".": Path.cwd().name}[source]
+    assert words == ["dash-export", "train", source, "-o", f"{name}.safetensors", "--effort", "quick"]
+
+
+def test_where_the_model_is_not_known(runtime: DashRuntime) -> None:
+    told = policy_command(runtime.engines.model)
+    assert told.endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
+    assert told.startswith("Train one (about 1 minutes on 2 cores; trained at full length it saves about 10 % of ")
+
+
+def test_a_shipped_policy_is_better_than_training(runtime: DashRuntime) -> None:
+    model = replace(runtime.engines.model, name="SmolLM2-135M-Instruct.Q4_1.gguf")
+    told = policy_command(model, "my models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    command = "dash-export build 'my models/SmolLM2-135M-Instruct.Q4_1.gguf' --policy smollm2-135m-instruct"
+    assert told == f"One for this model comes with this package: {command}"
+    assert set(advice.shipped_policies()) == {"smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"}
+
+
+def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
+    manifest = runtime.bundle.manifest
+    bare = replace(manifest.policy, has_network=False, static_order=())
+    assert if_without_policy(replace(manifest, policy=bare)).startswith("No token policy: every token runs every layer")
+    for policy in (
+        manifest.policy,
+        replace(bare, static_order=(1, 0)),  # trained, static
+        replace(bare, units=()),  # pruned, or --units none
+    ):
+        assert if_without_policy(replace(manifest, policy=policy)) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("Q4_0", "cpu-gguf"), ("Q5_0", "cpu-gguf"), ("Q8_0", "cpu"), ("F16", "cpu")]
+)
+def test_the_target_that_suits_a_file(kind: str, target: str, tmp_path: Path) -> None:
+    """Which `train` tells without a bundle."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), quantize=kind)
+    bundle = export(tmp_path / "tiny.gguf", tmp_path / "tiny.dash")
+    assert suitable_target(bundle.manifest) == target_of_bits(open_checkpoint(tmp_path / "tiny.gguf").bits) == target
+
+
+def test_bits_are_those_of_the_blocks_that_graphs_keep() -> None:
+    assert {kind: block.bits for kind, block in BLOCKS.items()} | {"F16": 16, "BF16": 16} == _BITS
+
+
+def test_a_file_of_few_bits_is_built_as_it_is(tmp_path: Path) -> None:
+    """Unless the target is given, or what it would be is built already; then what else there is is told."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), quantize="Q4_0")
+    bundle = tmp_path / "tiny.dash"
+    told = done("export", tmp_path / "tiny.gguf", "-o", bundle).stdout
+    assert f"Next: dash-export build {bundle} --target cpu-gguf\n" in told
+    assert f"Next: dash-export build {bundle} --target cpu-gguf\n" in done("inspect", bundle).stdout
+    first = done("build", tmp_path / "tiny.gguf", "-o", bundle)
+    assert "--target cpu-gguf, for the model is stored in few bits" in first.stderr
+    assert Bundle.open(bundle).targets() == ["cpu-gguf"]
+    assert "stored in few bits" not in done("build", bundle).stderr
+    asked, again = (done("build", bundle, "--target", "cpu") for _ in range(2))
+    assert (
+        "Calibrating int4 takes about 1 minutes on 2 cores. The model is stored in few bits: --target" in asked.stderr
+    )
+    assert "Calibrating" not in again.stderr
+    assert "/engines/cpu:" in done("build", bundle).stdout
+    assert Bundle.open(bundle).targets() == ["cpu", "cpu-gguf"]
+
+
+@pytest.mark.parametrize(("parameters", "minutes"), [(134_515_008, 1), (1_543_714_304, 35), (8_000_000_000, 351)])
+def test_minutes_of_a_calibration(parameters: int, minutes: int) -> None:
+    """Of SmolLM2 it was a minute."""
+    assert calibration_minutes(parameters) == minutes

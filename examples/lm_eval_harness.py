@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import RequestError
 from dash_export.runtime import DashRuntime, Sampling, Session
 

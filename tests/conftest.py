@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from dash_export import DashRuntime
     from dash_export.bundle.bundle import Bundle
-    from dash_export.bundle.policy_file import SkipPolicy
-    from dash_export.bundle.records import Build, CostTable
+    from dash_export.bundle.records import Build
+    from dash_export.core.dial import CostTable
+    from dash_export.core.policy import SkipPolicy
     from dash_export.models import Checkpoint
     from dash_export.reference import Oracle
 
@@ -86,8 +87,8 @@ def quick_builds() -> Iterator[None]:
     dials are of little text, which is most of what a tiny build takes; and no memory is moved, which takes long in a
     process that has loaded much.
     """
+    from dash_export.backends.onnxruntime import ort_engine
     from dash_export.building import cost_table, dial, pipeline
-    from dash_export.runtime import runtime
 
     def given_cost(bundle: Bundle, *given: Any) -> CostTable:
         manifest = bundle.manifest
@@ -100,7 +101,7 @@ def quick_builds() -> Iterator[None]:
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
         patch.setattr(dial, "WINDOWS", 2)
         patch.setattr(dial, "TOKENS", 64)
-        patch.setattr(runtime, "on_huge_pages", lambda _wanted: nullcontext())
+        patch.setattr(ort_engine, "on_huge_pages", lambda _wanted: nullcontext())
         yield
 
 

@@ -32,7 +32,7 @@ import sys, importlib.util
 from dash_export import build, export
 from dash_export.errors import BackendError
 from dash_export.models import open_checkpoint
-from dash_export.bundle.policy_file import untrained_policy
+from dash_export.core.policy import untrained_policy
 checkpoint = open_checkpoint(sys.argv[1])
 bundle = export(checkpoint, sys.argv[2], untrained_policy(checkpoint.spec))
 print([name for name in sys.argv[3:] if importlib.util.find_spec(name)])

@@ -8,8 +8,8 @@ import numpy as np
 
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.policy_file import SkipPolicy, stored_columns, untrained_policy
-from dash_export.core.decision import Unit, layer_actions
+from dash_export.core.policy import SkipPolicy, stored_columns, untrained_policy
+from dash_export.core.units import Unit, layer_actions
 from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
 from tests.models.helpers import save_tiny
 

@@ -25,7 +25,7 @@ from dash_export.bundle.records import Build
 from dash_export.commands.options import with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_table
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
 from dash_export.measure.candidates import candidates, label
 from dash_export.measure.exchange import Point, frontier

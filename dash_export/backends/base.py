@@ -1,17 +1,19 @@
-"""Backends: each loads engine files and makes them runnable. One module per backend; the recipe's `backend` names it.
+"""The registry of backends. A backend is one folder beside this file and one line of BACKENDS: its checks of a recipe,
+how it makes engines, how it loads and launches them. The recipe's `backend` names it.
 
-A host backend (ort_engine.py) loads an engine, binds it to fixed memory once, and launches it again and again. A GPU
-backend is a `Cuda` (device/cuda.py).
+A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
+`Cuda`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from traceback import walk_tb
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dash_export.errors import BackendError
 
@@ -22,13 +24,43 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# backend -> (module that implements it, package it needs, extra that installs it)
+
+@dataclass(frozen=True)
+class Registered:
+    """Backend, as names that are imported when they are used: a device has the packages of one backend only.
+
+    `package`: what it needs, which the `extra` of dash-export installs. `faults`: yields what is wrong with a recipe
+    (`(Recipe) -> Iterator[str]`). `load`: starts the backend (`(name, threads)`), which then loads engines. `maker`:
+    the class that makes engines (`maker.py`).
+    """
+
+    package: str
+    extra: str
+    faults: str
+    load: str
+    maker: str
+
+    def part(self, name: str) -> Any:
+        """Import one of `faults`, `load` and `maker`, given as `module:attribute`."""
+        module, _, attribute = getattr(self, name).partition(":")
+        return getattr(import_module(module), attribute)
+
+
+_ORT, _CUDA, _TRT = (f"dash_export.backends.{folder}" for folder in ("onnxruntime", "cuda", "tensorrt"))
+_FAULTS = f"{_TRT}.trt_recipe:faults"
+_LOAD = f"{_TRT}.tensorrt:create"
 BACKENDS = {
-    "onnxruntime": ("dash_export.backends.onnxruntime.ort_engine", "onnxruntime", "cpu"),
-    "onnxruntime_cuda": ("dash_export.backends.cuda.onnxruntime_cuda", "onnxruntime", "gpu"),
-    "tensorrt": ("dash_export.backends.tensorrt.tensorrt", "tensorrt", "tensorrt"),
-    "tensorrt_rtx": ("dash_export.backends.tensorrt.tensorrt", "tensorrt_rtx", "rtx"),
-}
+    "onnxruntime": Registered(
+        "onnxruntime", "cpu",
+        f"{_ORT}.ort_recipe:faults", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend",
+    ),
+    "onnxruntime_cuda": Registered(
+        "onnxruntime", "gpu",
+        f"{_CUDA}.cuda_recipe:faults", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
+    ),
+    "tensorrt": Registered("tensorrt", "tensorrt", _FAULTS, _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
+    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _FAULTS, _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
+}  # fmt: skip
 Launch = Callable[[], None]
 """Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
 enqueued (CUDA).
@@ -39,11 +71,10 @@ def require_backend(name: str) -> None:
     """Raise BackendError that names the extra to install when the backend's package is not installed."""
     if name not in BACKENDS:
         raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
-    _, package, extra = BACKENDS[name]
-    if find_spec(package) is None:
-        raise BackendError(
-            f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'"
-        )
+    entry = BACKENDS[name]
+    if find_spec(entry.package) is None:
+        install = f"pip install 'dash-export[{entry.extra}]'"
+        raise BackendError(f"The backend {name!r} is not installed on this machine. Run: {install}")
 
 
 def load_backend(name: str, threads: int) -> OrtBackend | Cuda:
@@ -51,7 +82,7 @@ def load_backend(name: str, threads: int) -> OrtBackend | Cuda:
     device.
     """
     require_backend(name)
-    return import_module(BACKENDS[name][0]).create(name, threads)  # type: ignore[no-any-return]
+    return BACKENDS[name].part("load")(name, threads)  # type: ignore[no-any-return]
 
 
 def backend_errors(step: Callable[_P, _T]) -> Callable[_P, _T]:

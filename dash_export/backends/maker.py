@@ -1,45 +1,29 @@
-"""Build backends by name: what each can compile and run on this machine, and how it makes the engines of a build.
-
-A new backend is one class here or in a module of its own, one line in `_BACKENDS`, and a runtime backend that loads its
-engines (`backends/base.py`). Only `artifacts` needs onnx: a device measures and runs without it.
+"""Makers of engines: what a backend can compile and run on this machine, and how it makes the engines of a build. Only
+`save` needs onnx: a device measures and runs without it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
-from importlib import import_module
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.backends.base import BACKENDS, require_backend
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import ROUNDINGS
 from dash_export.bundle.recipe import Recipe
-from dash_export.bundle.records import POLICY, EngineRecord, Manifest, Segment
-from dash_export.core.decision import Unit
+from dash_export.bundle.records import EngineRecord, Manifest, Segment
+from dash_export.core.units import Unit
 from dash_export.errors import BackendError, NotHereError
-from dash_export.files.artifacts import Progress, content_key
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from dash_export.building.engine_graphs import Artifact, EngineGraph
-
-_BACKENDS = {
-    "onnxruntime": "dash_export.backends.onnxruntime.ort_maker:CpuBackend",
-    "onnxruntime_cuda": "dash_export.backends.tensorrt.trt_maker:CudaBackend",
-    "tensorrt": "dash_export.backends.tensorrt.trt_maker:TensorRTBackend",
-    "tensorrt_rtx": "dash_export.backends.tensorrt.trt_maker:RtxBackend",
-}
-
 
 def backend_of(recipe: Recipe) -> Backend:
     """Return the build backend of a recipe."""
-    module, _, name = _BACKENDS[recipe.backend].partition(":")
-    made: Backend = getattr(import_module(module), name)(recipe)
+    made: Backend = BACKENDS[recipe.backend].part("maker")(recipe)
     return made
 
 
@@ -57,7 +41,7 @@ class Backend(ABC):
     @property
     def extra(self) -> str:
         """Name of the extra of dash-export that installs the backend's package."""
-        return BACKENDS[self.recipe.backend][2]
+        return BACKENDS[self.recipe.backend].extra
 
     def require(self) -> None:
         """Raise BackendError where something is missing, NotHereError where only another machine can compile."""
@@ -124,34 +108,11 @@ class Backend(ABC):
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
 
-    def artifacts(
-        self, bundle: Bundle, segments: Sequence[Segment], folder: Path, progress: Progress
-    ) -> Iterator[Artifact]:
-        """Yield everything a build consists of, in the order of its making. `folder`: where finished files lie."""
-        from dash_export.building.calibrate import calibration_key, rounding_artifact
-        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lower_graph
-        from dash_export.graphs.lower.rounded import roundings_lookup, to_nearest
-
-        policy, calibrated = bundle.manifest.policy, calibration_key(bundle, self.recipe)
-        base = content_key(self.revision, self.key(), asdict(self.recipe.weights), policy.layers, calibrated)
-        if calibrated:
-            yield rounding_artifact(bundle, self.recipe, folder, progress)
-        roundings = roundings_lookup(folder / ROUNDINGS) if calibrated else to_nearest
-        for graph in engine_graphs(bundle, segments, self.on_device):
-
-            def write(out: Path, graph: EngineGraph = graph) -> list[Path]:
-                extended = [folder / f"{name}.onnx" for name in graph.extends]
-                return self.save(lower_graph(bundle, graph, self.recipe, roundings), folder, out / graph.name, extended)
-
-            read = policy.read if POLICY in graph.parts else None
-            key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
-            yield Artifact(graph.name, key, write, graph.extends)
-
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
         weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
         """
-        from dash_export.building.engine_graphs import save_extending
+        from dash_export.graphs.lower.surgery import save_extending
 
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
 

@@ -184,7 +184,7 @@ def _round_layer(
         default=0,
     )
     if (needed := _INVERSE_BYTES * rows**2) > (free := available_memory()):
-        kept = "keep the 4 bits of a GGUF file (--target cpu-gguf), or " * (recipe.engine is None)
+        kept = "keep the 4 bits of a GGUF file (--target cpu-gguf), or " * (not recipe.on_device)
         raise BackendError(
             f"Calibrating a matrix of {rows} inputs takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
             f"free: {kept}round to the nearest (--rounding nearest)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dash_export.backends.base import Launch, backend_errors
+from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
-from dash_export.backends.onnxruntime.decode import EngineSet
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.records import Build, CostTable, Manifest
-from dash_export.core.decision import DecisionRule, Unit
-from dash_export.core.rules import DENSE, FixedRule, Rule
-from dash_export.runtime.runtime import engines as load_engines
+from dash_export.bundle.records import Build, Manifest
+from dash_export.core.dial import CostTable
+from dash_export.core.rule import DENSE, DecisionRule, Rule, static_rule
+from dash_export.core.units import Unit
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.cuda import Cuda
@@ -48,7 +49,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> Co
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe.cost
-    engines = load_engines(bundle, build, backend, build.recipe.runtime.dispatch)
+    engines = backend.load_build(bundle, build, build.recipe.runtime.dispatch)
     context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)
@@ -78,7 +79,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> Co
     runs = {name: medians.pop(name) for name in names}
     dense, asks, device, dispatch = sum(runs.values()), 0.0, cpu_name(), "sync"
     saved = [runs[names[place]] - medians[unit.bypass] for place, unit in zip(gated, units, strict=True)]
-    if not isinstance(engines, EngineSet):
+    if isinstance(engines, DeviceEngines):
         dense, asks, saved = _whole_tokens(step, cache, units, engines.policy is not None, recipe.repeats)
         device, dispatch = engines.device.name, engines.dispatch
     load = meter.load()
@@ -98,8 +99,10 @@ def _whole_tokens(
     sizes = tuple(len(unit.layers) for unit in units)
 
     def rule(*places: int) -> Rule:
-        limits = tuple(math.inf if place in places else 0.0 for place in range(len(units)))
-        return DecisionRule(limits, sizes) if asks else FixedRule(places)
+        # The least and the largest number that make a device ask the policy: its answer changes nothing.
+        never, always = math.ulp(0.0), sys.float_info.max
+        limits = tuple(always if place in places else never for place in range(len(units)))
+        return DecisionRule(limits, sizes) if asks else static_rule(places)
 
     dense, asking, saved = [], [], []
     for place in range(max(1, len(units))):

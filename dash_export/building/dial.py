@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from dash_export.bundle.bundle import ANSWERS, Bundle
 from dash_export.bundle.records import Build
-from dash_export.core.decision import DENSE_POSITIONS, DialPoint, unit_skips
+from dash_export.core.dial import DialPoint
 from dash_export.core.divergence import DenseRows
+from dash_export.core.units import DENSE_POSITIONS, unit_skips
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.files.resources import resource_folder

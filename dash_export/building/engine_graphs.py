@@ -1,22 +1,23 @@
 """Graphs of a build's engines: the portable graphs of a model cut into segments, composed, and lowered."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
+from dash_export.backends.maker import Backend
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import ROUNDINGS
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import MIXED, POLICY, Segment
-from dash_export.core.decision import Unit
-from dash_export.files.artifacts import content_key
+from dash_export.core.units import Unit
+from dash_export.files.artifacts import Progress, content_key
 from dash_export.graphs.lower import trt
-from dash_export.graphs.lower.rounded import Roundings, to_nearest
+from dash_export.graphs.lower.rounded import Roundings, roundings_lookup, to_nearest
 from dash_export.graphs.lower.surgery import absorb, load_graph
-from dash_export.graphs.portable.writer import INLINE_BYTES, GraphWriter, external, save_graph
+from dash_export.graphs.portable.writer import GraphWriter, save_graph
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,29 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
                 yield EngineGraph(MIXED + unit.name, segment, [unit.bypass, *segment.graphs], both)
 
 
+def artifacts(
+    maker: Backend, bundle: Bundle, segments: Sequence[Segment], folder: Path, progress: Progress
+) -> Iterator[Artifact]:
+    """Yield everything a build consists of, in the order of its making. `folder`: where finished files lie."""
+    from dash_export.building.calibrate import calibration_key, rounding_artifact
+
+    recipe, policy = maker.recipe, bundle.manifest.policy
+    calibrated = calibration_key(bundle, recipe)
+    base = content_key(maker.revision, maker.key(), asdict(recipe.weights), policy.layers, calibrated)
+    if calibrated:
+        yield rounding_artifact(bundle, recipe, folder, progress)
+    roundings = roundings_lookup(folder / ROUNDINGS) if calibrated else to_nearest
+    for graph in engine_graphs(bundle, segments, maker.on_device):
+
+        def write(out: Path, graph: EngineGraph = graph) -> list[Path]:
+            extended = [folder / f"{name}.onnx" for name in graph.extends]
+            return maker.save(lower_graph(bundle, graph, recipe, roundings), folder, out / graph.name, extended)
+
+        read = policy.read if POLICY in graph.parts else None
+        key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
+        yield Artifact(graph.name, key, write, graph.extends)
+
+
 def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     """Return a key that changes when one of the graphs, its data or a file that graphs share changes."""
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
@@ -86,25 +110,6 @@ def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: R
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
     return ort.engine_graph(graph.name, doc, parts, bundle.manifest, recipe, roundings)
-
-
-def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
-    """Save a lowered graph. Large weights whose bytes the finished engines `extended` have stay in the files of those,
-    whatever their names and shapes are there.
-    """
-    graphs = [load_graph(other).graph for other in extended]
-    found = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    known = {_digest(tensor): tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)}
-    for value in lowered.graph.initializers.values() if known else ():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > INLINE_BYTES and (twin := known.get(_digest(tensor))):
-            shape, offset = tensor.shape.numpy(), twin.offset or 0
-            value.const_value = external(str(value.name), str(twin.location), tensor.dtype, shape, offset)
-    return save_graph(lowered, path, [f"{other.stem}.data" for other in extended])
-
-
-def _digest(tensor: ir.TensorProtocol) -> bytes:
-    return hashlib.sha256(tensor.tobytes()).digest()
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:

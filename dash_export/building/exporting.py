@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from dash_export import __version__
 from dash_export.bundle.bundle import ANSWERS, TEXT_FILES, Bundle, to_json
-from dash_export.bundle.layout import MANIFEST, SIGNATURE
-from dash_export.bundle.policy_file import SkipPolicy, no_policy
-from dash_export.bundle.records import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
+from dash_export.bundle.layout import MANIFEST, SIGNATURE, check_outside_bundles, is_bundle
+from dash_export.bundle.records import SCHEMA, Manifest, sealed
 from dash_export.core.arguments import check_arguments
+from dash_export.core.facts import ModelFacts
+from dash_export.core.policy import PolicyFacts, SkipPolicy, no_policy
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.files import outputs
 from dash_export.files.artifacts import (
@@ -30,14 +31,7 @@ from dash_export.files.artifacts import (
     sync,
     write_atomic,
 )
-from dash_export.files.replacing import (
-    check_movable,
-    check_outside_bundles,
-    is_bundle,
-    put_in_place,
-    recover,
-    refuse_inputs,
-)
+from dash_export.files.replacing import check_movable, put_in_place, recover, refuse_inputs
 from dash_export.graphs.portable import portable
 from dash_export.graphs.portable.portable import EMBED_WEIGHT
 from dash_export.graphs.portable.stored import stored_tensors

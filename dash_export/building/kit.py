@@ -20,13 +20,13 @@ from dash_export.building.calibrate import calibration_key, rounding_artifact
 from dash_export.building.exporting import OURS, refuse_foreign
 from dash_export.building.verify import verify_engines
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import CALIBRATION, MANIFEST, ROUNDINGS
+from dash_export.bundle.layout import CALIBRATION, MANIFEST, ROUNDINGS, check_outside_bundles
 from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import Verification
 from dash_export.errors import BackendError, BundleError
 from dash_export.files import outputs
 from dash_export.files.artifacts import Progress, no_progress, read_bounded, record_of, sha256_file, write_atomic
-from dash_export.files.replacing import check_movable, check_outside_bundles, put_in_place, recover, refuse_inputs
+from dash_export.files.replacing import check_movable, put_in_place, recover, refuse_inputs
 from dash_export.files.resources import PACKAGE, resource_folder
 
 RECORD, SCRIPT, RECIPES, LIBRARY, REQUIREMENTS = "kit.json", "build.py", "recipes", "lib", "requirements.txt"

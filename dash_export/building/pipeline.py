@@ -197,7 +197,9 @@ def _make_engines(
     """Make the missing engines. Return the engines by name and all files; paths are relative to the bundle."""
     # GPU engines are compiled code: under this secret only those compiled by this user are reused, not a stranger's.
     store = ArtifactStore(folder, own_secret() if backend.on_device else b"")
-    jobs = list(backend.artifacts(bundle, segments, folder, progress))
+    from dash_export.building.engine_graphs import artifacts  # needs onnx: a device may lack it
+
+    jobs = list(artifacts(backend, bundle, segments, folder, progress))
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     # Remake what extends a remade engine: under the same key the engine's weights may differ in the last bit.
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}

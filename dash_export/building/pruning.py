@@ -13,7 +13,7 @@ from dash_export.files.outputs import folder_locked, lock_file, remove
 
 def check_prunable(bundle: Bundle, recipe: Recipe) -> None:
     """Raise BundleError where the engines of `recipe`, or of a finished build, are the portable graphs themselves."""
-    users = [recipe.name] if recipe.engine is None and recipe.dialect == "portable" else []
+    users = [recipe.name] if not recipe.on_device and recipe.dialect == "portable" else []
     for target in bundle.targets():
         with suppress(BundleError):  # a stale build runs no more in any case
             users += [] if bundle.load_build(target).files else [target]

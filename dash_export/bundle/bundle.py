@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,7 +20,16 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import TypeVar
 
-from dash_export.bundle.layout import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE, is_hub_id
+from dash_export.bundle.layout import (
+    DEFAULT_TARGET,
+    MANIFEST,
+    ROUNDINGS,
+    SIGNATURE,
+    TIMING_CACHE,
+    is_bundle,
+    is_hub_id,
+    safe_path,
+)
 from dash_export.bundle.records import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.files.artifacts import (
@@ -34,7 +42,6 @@ from dash_export.files.artifacts import (
     write_atomic,
 )
 from dash_export.files.outputs import MARK, folder_locked, holder, lock_file
-from dash_export.files.replacing import is_bundle
 from dash_export.files.typed_json import WrongFieldError, typed
 
 BUILD = "build.json"
@@ -44,8 +51,6 @@ ANSWERS = "answers.jsonl"
 """Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
-_MOST_PARTS, _LONGEST_NAME = 3, 255
-"""Bounds of a file's path in a bundle, in parts (`engines/<target>/<file>`) and in characters."""
 _UNREAD = re.compile(
     "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
     + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
@@ -59,28 +64,6 @@ _T = TypeVar("_T")
 
 def to_json(record: Manifest | Build) -> str:
     return json.dumps(asdict(record), indent=1) + "\n"
-
-
-def safe_path(root: Path, relative: str) -> Path:
-    """Return a path inside the bundle. Raises BundleError where `..`, an absolute name or a link leaves the bundle."""
-    pure = PurePosixPath(relative)
-    path = root / pure
-    try:
-        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # resolving looks up each part
-            raise ValueError(relative)
-        inside = path != root and path.resolve().is_relative_to(root.resolve())
-        path.exists()
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
-        inside = False
-    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
-        link = os.path.islink(path)  # noqa: PTH114  Path's own raises for a name of 300 letters
-        advice = (
-            "It is a link: copy the bundle whole (cp -rL, hf download --local-dir)"
-            if link
-            else "Export the model again"
-        )
-        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. {advice}.")
-    return path
 
 
 class Bundle:

@@ -19,7 +19,7 @@ from dash_export import __version__
 from dash_export.bundle.bundle import ANSWERS, BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.bundle.layout import MANIFEST, NO_HUB_ID, SIGNATURE, cache_folder
 from dash_export.bundle.records import Build, Manifest
-from dash_export.core.decision import recommended_budget
+from dash_export.core.dial import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.files.artifacts import identity, read_bounded, write_atomic
 from dash_export.files.outputs import folder_locked, lock_while_alive, remove
@@ -130,7 +130,7 @@ def _load_version(name: str, root: Path, target: str | None, trusted: _Trusted, 
             build = bundle.load_build(bundle.resolve_target(target))
             if trusted is not None:
                 trusted(bundle)
-            elif build.recipe.engine is not None:
+            elif build.recipe.on_device:
                 break
             files = [escape(record.name) for record in build.files or bundle.manifest.files]
             download(name, BundleError, **wanted, allow_patterns=files)

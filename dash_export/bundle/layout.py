@@ -2,7 +2,10 @@
 
 import os
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from dash_export.errors import BundleError, OutputError
+from dash_export.files.outputs import MARK
 
 DEFAULT_TARGET = "cpu"
 """Target of every command that is given none."""
@@ -23,6 +26,8 @@ TIMING_CACHE = "timing.cache"
 """In a build's folder: files from which `build` makes engines again, and a folder of layers that an unfinished build
 has calibrated. The runtime never reads them.
 """
+_MOST_PARTS, _LONGEST_NAME = 3, 255
+"""Bounds of a file's path in a bundle, in parts (`engines/<target>/<file>`) and in characters."""
 
 
 def cache_folder() -> Path:
@@ -69,3 +74,38 @@ def short_name(name: str) -> str:
     if len(parts) != 3 or parts[0] not in prefixes:
         return name
     return f"{prefixes[parts[0]]}{parts[2]}_{parts[1]}"
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder looks like a bundle. Others have manifests, too, and folders called onnx."""
+    known = [folder / "onnx" / "layer_00.onnx", *(folder / "engines").glob("*/build.json")]
+    return (folder / MANIFEST).is_file() and any(map(Path.is_file, known))
+
+
+def check_outside_bundles(path: Path) -> None:
+    """Raise OutputError for an output in a bundle or a work folder, whose writers would remove it."""
+    for folder in path.absolute().resolve().parents:
+        if is_bundle(folder) or (folder / MARK).is_file():
+            raise OutputError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
+
+
+def safe_path(root: Path, relative: str) -> Path:
+    """Return a path inside the bundle. Raises BundleError where `..`, an absolute name or a link leaves the bundle."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    try:
+        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # resolving looks up each part
+            raise ValueError(relative)
+        inside = path != root and path.resolve().is_relative_to(root.resolve())
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
+        inside = False
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
+        link = os.path.islink(path)  # noqa: PTH114  Path's own raises for a name of 300 letters
+        advice = (
+            "It is a link: copy the bundle whole (cp -rL, hf download --local-dir)"
+            if link
+            else "Export the model again"
+        )
+        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. {advice}.")
+    return path

@@ -12,6 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from dash_export.backends.base import BACKENDS
 from dash_export.errors import RecipeError
 from dash_export.files.artifacts import read_bounded
 from dash_export.files.resources import resource_folder
@@ -20,20 +21,15 @@ from dash_export.files.typed_json import Within, WrongFieldError, typed
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Rounding = Literal["nearest", "gptq", "as-is"]
 Dispatch = Literal["sync", "overlapped", "device"]
-BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "fp8", "int4")
 CALIBRATED = ("int4", "fp8")
 """Precisions that are calibrated on a text: int4 to choose codes, fp8 to find the range of each matrix's inputs."""
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
-FP8_SINCE = 8.9
-"""Lowest compute capability with fp8 (Ada; Hopper and later have it, too)."""
 MAX_THREADS = 1024
 _MAX_BYTES = 1 << 14  # of a recipe file
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
 """A key of too many parts. No recipe has such a key, and the parser's memory grows with the square of the parts."""
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class WeightsRecipe:
     `qkv` and `ungated` keep finer than `layers` what 4 bits hurt most: `qkv`, the projections into attention (their
     errors enter the cache and every later token), and `ungated`, the layers in no unit (the sensitive ones). `rounding`
     chooses int4 codes: `nearest` to each weight, `gptq` by the inputs of the layer, or `as-is`, the codes that the
-    weights have already, else 8 bits (graphs/portable/grid.py).
+    weights have already, else 8 bits (graphs/lower/grid.py).
     """
 
     layers: Precision = "int4"
@@ -110,12 +106,22 @@ class Recipe:
 
     name: str
     description: str = ""
-    backend: BackendName = "onnxruntime"
+    backend: str = "onnxruntime"
     dialect: Literal["portable", "ort", "trt10"] = "ort"
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     cost: CostRecipe = field(default_factory=CostRecipe)
     engine: EngineRecipe | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether engines run on a device with streams, for which they are compiled as the [engine] table says."""
+        return self.engine is not None
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The precision of every part of the weights."""
+        return {part: getattr(self.weights, part) for part in _PARTS}
 
 
 _PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
@@ -168,59 +174,11 @@ def _sound(recipe: Recipe, where: str) -> Recipe:
 
 
 def recipe_faults(recipe: Recipe) -> Iterator[str]:
-    """Yield the faults that no single key can tell: parts of a recipe that do not go together."""
-    weights, engine = recipe.weights, recipe.engine
-    precisions: dict[str, str] = {part: getattr(weights, part) for part in _PARTS}
-    if recipe.backend == "onnxruntime":
-        if engine is not None:
-            yield "an [engine] table is for GPU backends; onnxruntime has none."
-        if recipe.dialect == "trt10":
-            yield "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
-        for part, value in precisions.items():
-            if value in ("fp16", "bf16", "fp8"):
-                yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
-            if recipe.dialect == "portable" and value != "fp32":
-                yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
-        if weights.rounding == "as-is" and (weights.block_size != 32 or weights.symmetric):
-            yield "rounding = 'as-is' takes blocks of 32 and zero points (symmetric = false): see --target cpu-gguf."
-        if recipe.runtime.dispatch != "sync":
-            yield f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
-        return
-    if engine is None:
-        yield f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
-        return
-    if recipe.dialect == "ort":
-        yield f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
-    capabilities = engine.capabilities
-    if not capabilities or not all(re.fullmatch(r"[1-9]\d?\.\d", item) for item in capabilities):
-        yield f'capabilities = {list(capabilities)} must be compute capabilities like "8.7".'
-        return
-    foreign = sorted(set(capabilities) - set(RTX_CAPABILITIES))
-    if recipe.backend == "tensorrt_rtx" and foreign:
-        yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
-    if recipe.backend.startswith("tensorrt") and engine.activations == "fp32":
-        yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
-    young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
-    if young and "7.5" in capabilities:
-        yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
-    if "fp8" in precisions.values():
-        if not recipe.backend.startswith("tensorrt"):
-            yield f"'fp8' is for TensorRT; {recipe.backend} takes {engine.activations!r}, 'int8' or 'int4'."
-        if old := [item for item in capabilities if float(item) < FP8_SINCE]:
-            yield f"'fp8' needs compute capability {FP8_SINCE} or newer: take {', '.join(old)} out of `capabilities`."
-        if weights.rounding != "gptq":
-            yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
-    if weights.rounding == "as-is":
-        yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
-    if not weights.symmetric:
-        yield "symmetric must be true in [weights]: GPU engines take no zero points."
-    for part, value in precisions.items():
-        allowed = (engine.activations, *(() if part == "embedding" else QUANTISED))
-        if value not in allowed:
-            listed = ", ".join(map(repr, allowed))
-            yield f"{part} = {value!r} is not one of {listed} (activations are fixed in [engine])."
-    if recipe.runtime.prefill_chunk > engine.kv_capacity:
-        yield f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
+    """Yield the faults that no single key can tell: parts of a recipe that do not go together, for its backend."""
+    if recipe.backend not in BACKENDS:
+        yield f"backend = {recipe.backend!r:.60} is none of {', '.join(BACKENDS)}."
+    else:
+        yield from BACKENDS[recipe.backend].part("faults")(recipe)
 
 
 def with_weights(
@@ -238,7 +196,7 @@ def with_weights(
     Raises RecipeError.
     """
     moved = () if weights in (None, recipe.weights.layers) else _PARTS
-    left = () if recipe.engine is None else ("embedding", "head") if weights == "fp8" else ("embedding",)
+    left = () if not recipe.on_device else ("embedding", "head") if weights == "fp8" else ("embedding",)
     chosen = {part: weights for part in moved if part not in left}
     given = {"head": head, "embedding": embedding, "rounding": rounding}
     chosen |= {name: value for name, value in given.items() if value is not None}

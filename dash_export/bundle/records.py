@@ -6,131 +6,25 @@ import hashlib
 import json
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from dash_export.bundle.recipe import Recipe, recipe_faults
-from dash_export.core.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_static_order, check_units
+from dash_export.core.dial import CostTable, DialPoint
+from dash_export.core.facts import ModelFacts
+from dash_export.core.policy import PolicyFacts
+from dash_export.core.units import Unit, check_static_order, check_units
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import FileRecord
-from dash_export.files.typed_json import Bytes, NotNegative, Within
+from dash_export.files.typed_json import Bytes, NotNegative
 
 SCHEMA = 6
 DAMAGED = "The bundle is damaged: export or build it again."
-LARGEST_CONTEXT = 1 << 20
-"""Bound of positions. Long contexts have a million."""
-# Above any published model, so that an absurd manifest or config fails where it is read instead of at an allocation.
-LARGEST = {
-    "num_layers": 1 << 10,
-    "hidden_size": 1 << 17,
-    "vocab_size": 1 << 22,
-    "num_heads": 1 << 12,
-    "num_kv_heads": 1 << 12,
-    "head_dim": 1 << 10,
-    "max_positions": LARGEST_CONTEXT,
-    "parameters": 1 << 50,
-}
-QUIET = 0.2
-"""Processors that other work may take while costs are measured; above that the machine counts as busy."""
 _MOST_OTHERS = 1000
 """Bound of what a record lists beside graphs and engines, so that no forged list takes long to check."""
 MIXED = "mixed_"
 """Prefix, before the unit's name, of the engine in which each row of a batch runs or skips the unit by itself."""
 POLICY = "policy"
 """Name of the policy's graph, and of its engine where no other engine outputs the damage."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """Options of a model family beyond a plain decoder. The defaults are those of a plain decoder.
-
-    `windows`: for each layer the number of tokens that a query may attend to, its own included, 0 for all; empty if all
-    layers attend to all. `window_rope`: layers with a window have RoPE frequencies of their own; `unrotated`: layers
-    without RoPE. `norms_after`: attention, MLP and bypasses read the state itself, and only what they add is normed; Q
-    and K are normed over all heads at once. `embedding_scale` multiplies embeddings, `residual_scale` what a branch
-    adds, `attention_scale` scores (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`: x becomes
-    cap * tanh(x / cap); 0: none.
-    """
-
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    windows: tuple[Annotated[int, Within(0, LARGEST_CONTEXT)], ...] = ()
-    window_rope: bool = False
-    unrotated: tuple[int, ...] = ()
-    norms_after: bool = False
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    attention_scale: NotNegative = 0.0
-    logits_scale: float = 1.0
-    score_cap: NotNegative = 0.0
-    logits_cap: NotNegative = 0.0
-
-    def window(self, layer: int) -> int:
-        return self.windows[layer] if self.windows else 0
-
-    def rope(self, layer: int) -> str:
-        """Return the name of a layer's RoPE tables; empty where the layer has no RoPE."""
-        if layer in self.unrotated:
-            return ""
-        return "rope.window" if self.window_rope and self.window(layer) else "rope"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Facts of the model that the runtime needs.
-
-    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
-    scaling already applied: position p rotates pair i by p * rope_frequencies[i] radians. `rope_scale` multiplies sines
-    and cosines. `window_frequencies`: those of the layers with a window, if these have others. `tie_embeddings`: the
-    head's matrix is the embedding's.
-    """
-
-    name: str
-    model_type: str
-    num_layers: Annotated[int, Within(1, LARGEST["num_layers"])]
-    hidden_size: Annotated[int, Within(1, LARGEST["hidden_size"])]
-    vocab_size: Annotated[int, Within(1, LARGEST["vocab_size"])]
-    num_heads: Annotated[int, Within(1, LARGEST["num_heads"])]
-    num_kv_heads: Annotated[int, Within(1, LARGEST["num_kv_heads"])]
-    head_dim: Annotated[int, Within(1, LARGEST["head_dim"])]
-    max_positions: Annotated[int, Within(2, LARGEST["max_positions"])]
-    parameters: Annotated[int, Within(1, LARGEST["parameters"])]
-    rms_norm_eps: float
-    rope_frequencies: tuple[float, ...]
-    rope_scale: float = 1.0
-    window_frequencies: tuple[float, ...] = ()
-    tie_embeddings: bool = False
-    traits: Traits = Traits()
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor of the product of query and key."""
-        return self.traits.attention_scale or self.head_dim**-0.5
-
-
-@dataclass(frozen=True)
-class PolicyFacts:
-    """Facts of the bundle's skip policy, as in a SkipPolicy; `bypass` is the form of its bypasses."""
-
-    units: tuple[Unit, ...]
-    read: int
-    origin: str
-    has_network: bool
-    bypass: str
-    fingerprint: str
-    static_order: tuple[int, ...] = ()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """All layers that may be skipped."""
-        return tuple(layer for unit in self.units for layer in unit.layers)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The policy kinds this bundle can serve; `static` without an order takes a list of layers only."""
-        served = {"dense": True, "static": bool(self.units), "token": self.has_network}
-        return tuple(kind for kind in POLICY_KINDS if served[kind])
 
 
 @dataclass(frozen=True)
@@ -194,45 +88,6 @@ class EngineRecord:
     bytes: Bytes
     key: str
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """Measured on `device`: medians in microseconds at `context` cached tokens.
-
-    `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
-    skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
-    one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
-    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times.
-    """
-
-    context: Annotated[int, Within(0, 1 << 20)]
-    dense_us: NotNegative
-    segment_us: dict[str, float]
-    bypass_us: dict[str, float]
-    cost: tuple[Annotated[float, Within(0, 1)], ...]
-    device: str
-    others: NotNegative = 0.0
-    stolen: NotNegative = 0.0
-    asks: NotNegative = 0.0
-    dispatch: str = "sync"
-
-    def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
-        """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:
-        the policy was evaluated for them.
-        """
-        found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
-        return found
-
-    @property
-    def disturbed(self) -> str:
-        """Warning about a table that was measured beside other load; empty for a quiet machine."""
-        if self.others + self.stolen <= QUIET:
-            return ""
-        return (
-            f"Costs were measured while {self.others:.1f} processors worked for others and {self.stolen:.1f} were "
-            "withheld by the host: they and the dial may be wrong. Measure again when the machine is quiet (--measure)."
-        )
 
 
 @dataclass(frozen=True)

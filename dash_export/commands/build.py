@@ -7,18 +7,18 @@ from typing import Any, get_args
 
 import click
 
-from dash_export.bundle.advice import calibration_minutes, is_in_few_bits, suitable_target
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS
+from dash_export.bundle.layout import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS, is_bundle
 from dash_export.bundle.recipe import Precision, Recipe, load_recipe
 from dash_export.bundle.records import Build
+from dash_export.bundle.suitable import calibration_minutes, is_in_few_bits, suitable_target
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_units, size
-from dash_export.core.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
+from dash_export.core.dial import RECOMMENDED_LOSS, WORTH, recommended_budget
+from dash_export.core.units import Unit
 from dash_export.errors import NotHereError
-from dash_export.files.replacing import is_bundle
 
 PRECISION = click.Choice(get_args(Precision))
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import error_message, printable
 from dash_export.commands.printing import AnswerPrinter, rates
 from dash_export.commands.run import RunOptions, with_system
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.files.artifacts import write_atomic
-from dash_export.files.replacing import check_outside_bundles
 from dash_export.measure.candidates import label
 from dash_export.text.chats import chats_text, read_prompts
 

@@ -238,7 +238,7 @@ def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
 def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str | None, str | None]:
     """Return why the recipe cannot be built here and why it cannot be run here; None for each that works."""
     recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
-    package = BACKENDS[recipe.backend][1]
+    package = BACKENDS[recipe.backend].package
     found = imports.get(package)
     if package == "onnxruntime" and found is None and sys.version_info < ORT_PYTHON:
         build = run = "ONNX Runtime needs Python {}.{} or newer.".format(*ORT_PYTHON)

@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 
 import click
 
-from dash_export.bundle.advice import if_without_policy, suitable_target
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.records import ModelFacts
+from dash_export.bundle.suitable import suitable_target
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.options import UNITS, with_options
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size
-from dash_export.core.decision import Unit, units_text
+from dash_export.core.advice import if_without_policy
+from dash_export.core.facts import ModelFacts
+from dash_export.core.units import Unit, units_text
 from dash_export.errors import BundleError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -67,7 +68,7 @@ def command(ctx: click.Context, /, model: str, output: Path | None, **policy: An
 
 def tell_without_policy(bundle: Bundle, model: str | None) -> None:
     """Print how a bundle that has no policy gets one. `model`: as the user gave it; None where that is not known."""
-    if advice := if_without_policy(bundle.manifest, model):
+    if advice := if_without_policy(bundle.manifest.model, bundle.manifest.policy, model):
         click.echo(printable(advice))
 
 
@@ -79,7 +80,8 @@ def export_model(
     is damaged, is for another model or does not have the given units.
     """
     from dash_export.building.exporting import check_inputs, checked_output, export
-    from dash_export.bundle.policy_file import load_policy, narrowed, no_policy, policy_path, untrained_policy
+    from dash_export.bundle.policy_file import load_policy, policy_path
+    from dash_export.core.policy import narrowed, no_policy, untrained_policy
     from dash_export.models import open_checkpoint
     from dash_export.models.bypasses import pruned
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from dash_export.bundle.advice import if_without_policy, suitable_target
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import WeightsRecipe
 from dash_export.bundle.records import Build, Segment
+from dash_export.bundle.suitable import suitable_target
 from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
-from dash_export.core.decision import Unit, units_text
+from dash_export.core.advice import if_without_policy
+from dash_export.core.kinds import kinds_of
+from dash_export.core.units import Unit, units_text
 from dash_export.errors import StaleBuildError
 
 
@@ -41,7 +43,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
         click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}))
         return
     _print_bundle(opened)
-    if advice := if_without_policy(opened.manifest):
+    if advice := if_without_policy(opened.manifest.model, opened.manifest.policy):
         click.echo(printable(f"{advice}\n"))
     for build in builds:
         _print_build(build, opened.manifest.policy.units)
@@ -98,7 +100,7 @@ def _print_bundle(bundle: Bundle) -> None:
         "bypass": policy.bypass,
         "policy": policy.origin,
         "decides": f"by what enters layer {policy.read}" if policy.has_network else "nothing",
-        "serves": ", ".join(policy.kinds),
+        "serves": ", ".join(kinds_of(policy)),
         "static order": ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked",
         "made with": ", ".join(f"{name} {version}" for name, version in bundle.manifest.tools.items()),
     }

@@ -5,11 +5,11 @@ import json
 import click
 
 from dash_export.bundle import hub
-from dash_export.bundle.advice import shipped_policies
 from dash_export.bundle.layout import cache_folder
 from dash_export.bundle.policy_file import card_path, policy_path
 from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.commands.tables import print_table, size
+from dash_export.core.advice import shipped_policies
 
 
 @click.command("list")

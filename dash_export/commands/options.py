@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from dash_export.core.decision import POLICY_KINDS, Setting, parse_layers, parse_units
+from dash_export.core.kinds import KINDS as POLICY_KINDS
+from dash_export.core.kinds import Setting
+from dash_export.core.units import parse_layers, parse_units
 from dash_export.errors import PolicyError
 from dash_export.measure import LIMIT, PREFIX, WINDOW
 
@@ -54,7 +56,7 @@ class PolicyKind(click.ParamType):  # type: ignore[type-arg]
         return f"[{'|'.join(POLICY_KINDS)}|MODULE:CLASS]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if ":" in str(value) else click.Choice(POLICY_KINDS).convert(value, param, ctx)
+        return value if ":" in str(value) else click.Choice([*POLICY_KINDS]).convert(value, param, ctx)
 
 
 def comma_separated(item: Any) -> Parsed:

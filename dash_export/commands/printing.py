@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dash_export.cli import printable
-from dash_export.core.decision import Actions, unit_skips
+from dash_export.core.units import Actions, unit_skips
 
 if TYPE_CHECKING:
     from dash_export.runtime import Response, Session

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dash_export.bundle.layout import REPORT
+from dash_export.bundle.layout import REPORT, check_outside_bundles
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import open_regular, write_atomic
 from dash_export.files.outputs import check_writable, locked
-from dash_export.files.replacing import check_movable, check_outside_bundles
+from dash_export.files.replacing import check_movable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from dash_export.bundle.advice import policy_command
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, load_runtime, setting_options
 from dash_export.commands.progress import progress_bar
-from dash_export.core.decision import Setting, layers_text
+from dash_export.core.advice import policy_command
+from dash_export.core.kinds import Setting
+from dash_export.core.units import layers_text
 from dash_export.errors import DashError, RequestError
 from dash_export.text.text_files import read_stream, read_text
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
+from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, count_option, load_runtime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import OutputError, RequestError
-from dash_export.files.replacing import check_outside_bundles
 from dash_export.serve.scheduler import ROWS, WAITING
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

@@ -7,7 +7,7 @@ import click
 
 from dash_export.commands.options import TARGET, load_runtime, setting_options
 from dash_export.commands.reports import picture_files, save_pictures, sole_writer
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import RequestError
 
 DEFAULT = Setting("token", budget=0.85)

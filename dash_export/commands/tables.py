@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dash_export.bundle.records import Build
-from dash_export.core.decision import Unit
+from dash_export.core.units import Unit
 from dash_export.files.artifacts import FileRecord
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dash_export.bundle.advice import target_of_bits
+from dash_export.bundle.suitable import target_of_bits
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
-from dash_export.core.decision import Unit, parse_units
+from dash_export.core.units import Unit, parse_units
 from dash_export.files.outputs import output_path
 from dash_export.train import EFFORTS, KINDS, PRECISIONS, TrainingSettings
 

@@ -5,40 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from importlib import import_module
 from runpy import run_path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
-from dash_export.bundle.records import CostTable, ModelFacts
-from dash_export.core.decision import Damages, Skips, Unit
+from dash_export.core.dial import CostTable
+from dash_export.core.facts import ModelFacts
+from dash_export.core.rule import State
+from dash_export.core.units import Damages, Skips, Unit
 from dash_export.errors import PolicyError
 
 NO_POLICY = "is no policy: it needs the methods begin(model, units, cost) and skips(state)."
 WRITTEN = "Write --policy module:Class or --policy file.py:Class."
 CPU_ONLY = "A policy of your own runs on CPU builds only: it needs the state on the host."
-
-
-@dataclass(frozen=True)
-class State:
-    """Tokens of a step, with what is known when their units are decided. The arrays are the runtime's own memory: read
-    them, and copy what you keep.
-
-    `hidden` float32 [tokens, hidden]: the state that enters the first unit. `damage` float32 [units, tokens], nats: the
-    output of the bundle's network, zeros where it has none. `positions`, `tokens` int64 [tokens].
-    """
-
-    hidden: npt.NDArray[np.float32]
-    damage: Damages
-    positions: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int64]
-
-    def of(self, tokens: slice) -> State:
-        """Return the state of some of the tokens."""
-        return State(self.hidden[tokens], self.damage[:, tokens], self.positions[tokens], self.tokens[tokens])
 
 
 @runtime_checkable

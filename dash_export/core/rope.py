@@ -5,7 +5,7 @@ long context they would be a quarter of a small model.
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle.records import ModelFacts
+from dash_export.core.facts import ModelFacts
 
 
 def rope_tables(model: ModelFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:

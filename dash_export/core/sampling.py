@@ -14,6 +14,7 @@ from dash_export.core.arguments import check_fields
 from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
 from dash_export.files.typed_json import shown
 
+TokenIds = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 20, 16, 256
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dash_export.bundle.layout import MANIFEST
 from dash_export.errors import OutputError
 from dash_export.files.artifacts import read_bounded, sync, write_atomic
 from dash_export.files.outputs import MARK, PLAN, bears_mark, mark, remove, remove_own, unmark, work_of
@@ -103,16 +102,3 @@ def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
     for path in inputs:
         if any(path.resolve().is_relative_to(place) for place in places):
             raise OutputError(f"{path} is read, and lies in what is replaced: move it away, or choose another output.")
-
-
-def is_bundle(folder: Path) -> bool:
-    """Return whether a folder looks like a bundle. Others have manifests, too, and folders called onnx."""
-    known = [folder / "onnx" / "layer_00.onnx", *(folder / "engines").glob("*/build.json")]
-    return (folder / MANIFEST).is_file() and any(map(Path.is_file, known))
-
-
-def check_outside_bundles(path: Path) -> None:
-    """Raise OutputError for an output in a bundle or a work folder, whose writers would remove it."""
-    for folder in path.absolute().resolve().parents:
-        if is_bundle(folder) or (folder / MARK).is_file():
-            raise OutputError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dash_export.bundle.advice import if_without_policy
-from dash_export.core.decision import OWN, POLICY_KINDS, Actions, Setting, layers_text, unit_skips
+from dash_export.core.advice import if_without_policy
+from dash_export.core.kinds import KINDS, OWN, Setting, kinds_of
+from dash_export.core.units import Actions, layers_text, unit_skips
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime import DashRuntime, Session
 
@@ -74,9 +75,11 @@ def settings_at(
     None: all kinds that the bundle has an order or a network for. Raises PolicyError when only dense is left.
     """
     policy = runtime.bundle.manifest.policy
-    wanted = [kind for kind in policy.kinds if kind != "static" or policy.static_order] if kinds is None else [*kinds]
+    wanted = (
+        [kind for kind in kinds_of(policy) if kind != "static" or policy.static_order] if kinds is None else [*kinds]
+    )
     settings, refused = [Setting("dense")], list[dict[str, Any]]()
-    for kind in POLICY_KINDS:
+    for kind in KINDS:
         for value in values if kind in wanted and kind != "dense" else ():
             setting = Setting(kind, **{dial: value}, hold=False)  # type: ignore[arg-type]  # as texts are scored
             try:
@@ -88,7 +91,7 @@ def settings_at(
     settings += [Setting(kind) for kind in wanted if ":" in kind]
     if len(settings) == 1 and refused:
         raise PolicyError(f"This bundle gives none of the settings asked for. {refused[0]['reason']}")
-    if kinds is None and (advice := if_without_policy(runtime.bundle.manifest)):
+    if kinds is None and (advice := if_without_policy(runtime.bundle.manifest.model, policy)):
         refused.append({"label": "token", "setting": {"kind": "token"}, "reason": advice})
     return settings, refused
 

@@ -7,7 +7,7 @@ from math import exp, isfinite
 import numpy as np
 
 from dash_export.bundle.layout import cache_folder
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
 from dash_export.files.artifacts import Progress, content_key, no_progress, read_bounded, write_atomic
 from dash_export.files.resources import resource_folder

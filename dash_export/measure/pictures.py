@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dash_export.bundle.layout import REPORT
-from dash_export.core.decision import Action, Actions, Unit
+from dash_export.core.units import Action, Actions, Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

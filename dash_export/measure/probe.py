@@ -12,15 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.core.decision import layer_actions
-from dash_export.core.rules import skips_for
-from dash_export.core.sampling import Sampler, Sampling
+from dash_export.core.rule import skips_for
+from dash_export.core.sampling import Sampler, Sampling, TokenIds
+from dash_export.core.units import layer_actions
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure.candidates import Candidate
 from dash_export.measure.timing import FOUND, in_turns
 from dash_export.runtime import Session
-from dash_export.runtime.results import TokenIds
 from dash_export.text.tokenizer import TextStream
 
 DECISION, SAMPLING, WHOLE = -3, -2, -1

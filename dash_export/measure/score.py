@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dash_export.core.decision import Actions, Setting
 from dash_export.core.divergence import DenseRows, nll
+from dash_export.core.kinds import Setting
+from dash_export.core.sampling import TokenIds
+from dash_export.core.units import Actions
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure.candidates import Candidate, setting_record
 from dash_export.measure.intervals import Floats, Interval, interval
-from dash_export.runtime.results import TokenIds
 from dash_export.text.chats import Continuation
 
 Figures = dict[str, Interval]

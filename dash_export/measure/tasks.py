@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.core.decision import DENSE_POSITIONS, Actions
+from dash_export.core.units import DENSE_POSITIONS, Actions
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure import DENSE_SHARE, LIMIT, PREFIX, WINDOW

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dash_export.bundle.bundle import ANSWERS
-from dash_export.core.decision import DENSE_POSITIONS
+from dash_export.core.sampling import TokenIds
+from dash_export.core.units import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.files.resources import resource_folder
 from dash_export.measure import LIMIT, PREFIX, WINDOW
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.results import TokenIds
 from dash_export.text.chats import DIAL_ANSWERS, Chat, Continuation, continuation, read_prompts
 from dash_export.text.text_files import read_text
 

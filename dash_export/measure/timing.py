@@ -23,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.onnxruntime.cpus import peak_memory
-from dash_export.core.decision import DENSE_POSITIONS, Actions, Setting
+from dash_export.core.kinds import Setting
+from dash_export.core.sampling import TokenIds
+from dash_export.core.units import DENSE_POSITIONS, Actions
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.files.artifacts import Progress, content_key, no_progress
 from dash_export.measure.candidates import Candidate
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.results import TokenIds
 
 SETTLE = 32
 """First decoded tokens of a process, not timed: a policy that skips reaches some of its engines late."""

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dash_export.bundle.layout import REPORT
-from dash_export.core.decision import OWN, units_text
+from dash_export.core.kinds import OWN
+from dash_export.core.units import units_text
 from dash_export.measure.probe import DECISION, SAMPLING, WHOLE, Lane
 
 TRACKS = {1: "tokens", 2: "host: decisions, sampling", 3: "engines (one after another)"}

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dash_export.bundle.policy_file import SkipPolicy, Weights, check_policy, half
-from dash_export.core.decision import Unit, units_of, units_text
+from dash_export.core.policy import SkipPolicy, Weights, check_policy, half
+from dash_export.core.units import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import content_key
 from dash_export.models.config import FULL, SLIDING

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_export.bundle.records import LARGEST, LARGEST_CONTEXT, Traits
+from dash_export.core.facts import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.errors import CheckpointError
 from dash_export.files.typed_json import shown
 from dash_export.models.spec import DecoderSpec, Float32Array

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle.records import ModelFacts
+from dash_export.core.facts import ModelFacts
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from dash_export.bundle.records import Traits
+from dash_export.core.facts import Traits
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.models.spec import Checkpoint, DecoderSpec, layer_weight
 

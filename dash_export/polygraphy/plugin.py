@@ -17,7 +17,7 @@ from polygraphy.tools.script import make_invocable
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import MANIFEST
-from dash_export.core.decision import parse_layers
+from dash_export.core.units import parse_layers
 from dash_export.errors import PolicyError
 from dash_export.polygraphy import polygraphy_errors
 

@@ -15,9 +15,10 @@ from polygraphy.common import TensorMetadata
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
-from dash_export.bundle.records import POLICY, Build, ModelFacts, Segment
+from dash_export.bundle.records import POLICY, Build, Segment
 from dash_export.bundle.signing import check_trusted
-from dash_export.core.decision import Setting
+from dash_export.core.facts import ModelFacts
+from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
@@ -68,7 +69,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             check_trusted(self.bundle)
             self.layers = find_engine(self.bundle, build, name).layers
             seal = self.bundle.verify(loaded_files(self.bundle, build))
-            if build.recipe.engine is not None:
+            if build.recipe.on_device:
                 raise BackendError(
                     f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out "
                     "to run whole steps, or compare graphs with `dash-export build --verify`."

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy, key_value_size
-from dash_export.core.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
+from dash_export.core.policy import SkipPolicy, key_value_size
+from dash_export.core.rule import DecisionRule
+from dash_export.core.units import DENSE_POSITIONS, layer_actions, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.torch_model import LayerInputs, embedded, instead, logits_of, torch_model

@@ -1,6 +1,7 @@
 """Engines -> tokens. Imports numpy, tokenizers and one backend; never torch, transformers or onnx."""
 
-from dash_export.core.own_policy import Policy, State
+from dash_export.core.own_policy import Policy
+from dash_export.core.rule import State
 from dash_export.core.sampling import Sampling
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.results import Generation, Response, Score, Statistics

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dash_export.core.arguments import Prompt, check_arguments
-from dash_export.core.sampling import Sampling
+from dash_export.core.sampling import Sampling, TokenIds
 from dash_export.errors import DashError, RequestError
-from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
+from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.session import Session
 

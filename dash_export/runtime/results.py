@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.sampling import Draw, Logits, Sampler, Sampling, most_likely
+from dash_export.core.sampling import Draw, Logits, Sampler, Sampling, TokenIds, most_likely
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.text.guidance import Guide
 from dash_export.text.tokenizer import Text, TextStream
 
-TokenIds = npt.NDArray[np.int64]
 NO_TOKEN = -1
 MAX_TOKENS = 256
 """Most tokens of an answer where the caller names no number."""

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.core.decision import DENSE_POSITIONS, layer_actions
-from dash_export.core.rules import DENSE, SessionRules
+from dash_export.core.kinds import SessionRules
+from dash_export.core.rule import DENSE
 from dash_export.core.sampling import Logits
+from dash_export.core.units import DENSE_POSITIONS, layer_actions
 from dash_export.errors import BackendError, DashError
 from dash_export.runtime.results import NO_TOKEN, Response, Statistics, Turn
 from dash_export.runtime.session import Session

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dash_export.backends.base import load_backend
-from dash_export.backends.onnxruntime.decode import MAX_SEQUENCES, EngineSet
-from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory, on_huge_pages
+from dash_export.backends.onnxruntime.decode import MAX_SEQUENCES
 from dash_export.bundle import hub, signing
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import is_hub_id
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
-from dash_export.bundle.records import Build, CostTable
+from dash_export.bundle.records import Build
 from dash_export.core.arguments import Prompt, check_arguments
-from dash_export.core.decision import Setting, recommended_budget
+from dash_export.core.dial import CostTable, recommended_budget
+from dash_export.core.kinds import Served, SessionRules, Setting, session_rules
 from dash_export.core.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
-from dash_export.core.rules import Rule, SessionRules, session_rules
+from dash_export.core.rule import Rule
 from dash_export.core.sampling import Sampling
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.files.artifacts import FileRecord
@@ -29,7 +29,6 @@ from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.cuda import Cuda
-    from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
 DISPATCH_MODES = get_args(Dispatch)
@@ -45,10 +44,8 @@ class DashRuntime:
         dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
-        if dispatch != "sync" and self.recipe.engine is None:
-            raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
         self.text = Text(bundle.root)
-        self.engines = engines(bundle, build, backend, dispatch)
+        self.engines = backend.load_build(bundle, build, dispatch)
 
     @classmethod
     @check_arguments
@@ -100,7 +97,7 @@ class DashRuntime:
     @property
     def dispatch(self) -> str:
         """Dispatch mode in use: `overlapped` where `device` was wanted but is not possible."""
-        return "sync" if isinstance(self.engines, EngineSet) else self.engines.dispatch
+        return self.engines.dispatch
 
     @property
     def cost(self) -> CostTable:
@@ -138,7 +135,7 @@ class DashRuntime:
                 f"skipped or max_kl; or build by a recipe with dispatch = {self.dispatch!r}."
             )
         manifest = self.bundle.manifest
-        return session_rules(setting, manifest.model, manifest.policy, self.build)
+        return session_rules(setting, Served(manifest.model, manifest.policy, self.cost, self.build.dial))
 
     @property
     def _times_hold(self) -> bool:
@@ -153,7 +150,7 @@ class DashRuntime:
         elif not isinstance(rule, SessionRules) and not hasattr(rule, "asks"):
             raise PolicyError(f"{rule!r:.60} {NO_POLICY}")
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
-        if isinstance(rules.calibrated, OwnRule) and not isinstance(self.engines, EngineSet):
+        if isinstance(rules.calibrated, OwnRule) and not self.engines.shows_states:
             raise PolicyError(CPU_ONLY)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
@@ -217,19 +214,6 @@ class DashRuntime:
                 raise response.error
             responses[index].append(response)
         return [Generation.gathered(each) for each in responses]
-
-
-def engines(bundle: Bundle, build: Build, backend: OrtBackend | Cuda, dispatch: str) -> EngineSet | DeviceEngines:
-    """Load a build's engines for the device of its recipe. Raises BackendError where device and build do not fit."""
-    if build.recipe.engine is None:
-        keep_freed_memory()
-        with on_huge_pages(build.recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, cast("OrtBackend", backend))
-    from dash_export.backends.cuda.engines import DeviceEngines  # a CPU does not need it
-
-    device = cast("Cuda", backend)
-    device.accept(build, bundle.build_command(build.target))
-    return DeviceEngines(bundle, build, device, dispatch)
 
 
 def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:

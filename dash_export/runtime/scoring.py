@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from dash_export.backends.onnxruntime.cache import pass_length
-from dash_export.core.decision import DENSE_POSITIONS, Actions, unit_skips
 from dash_export.core.divergence import nll
-from dash_export.core.rules import DENSE, ForcedRule
+from dash_export.core.rule import DENSE, ForcedRule
+from dash_export.core.sampling import TokenIds
+from dash_export.core.units import DENSE_POSITIONS, Actions, unit_skips
 from dash_export.errors import PolicyError, RequestError
-from dash_export.runtime.results import Score, TokenIds, check_room
+from dash_export.runtime.results import Score, check_room
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.step import DeviceStep

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from dash_export.backends.onnxruntime.cache import KVCache, pass_length, whole_tiles
 from dash_export.core.arguments import Prompt, check_arguments
-from dash_export.core.decision import DENSE_POSITIONS, Actions, layer_actions
-from dash_export.core.rules import DENSE, Rule, SessionRules
-from dash_export.core.sampling import Draw, Logits, Sampling
+from dash_export.core.kinds import SessionRules
+from dash_export.core.rule import DENSE, Rule
+from dash_export.core.sampling import Draw, Logits, Sampling, TokenIds
+from dash_export.core.units import DENSE_POSITIONS, Actions, layer_actions
 from dash_export.errors import RequestError
 from dash_export.runtime.results import (
     MAX_TOKENS,
@@ -22,7 +23,6 @@ from dash_export.runtime.results import (
     Generation,
     Response,
     Score,
-    TokenIds,
     Turn,
     answer_length,
     check_room,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.core.decision import unit_skips
+from dash_export.core.units import unit_skips
 from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request

@@ -23,7 +23,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error

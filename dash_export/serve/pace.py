@@ -8,8 +8,9 @@ at least `least` and at most 1.
 
 from collections.abc import Sequence
 
-from dash_export.bundle.records import CostTable
-from dash_export.core.rules import FixedRule, SessionRules
+from dash_export.core.dial import CostTable
+from dash_export.core.kinds import SessionRules
+from dash_export.core.rule import static_rule
 from dash_export.errors import RequestError
 
 WEIGHT = 0.2
@@ -26,7 +27,7 @@ class Pace:
         self._dense = self._rest = 0.0
         times = [1.0 - sum(cost.cost[place] for place in order[:count]) for count in range(len(order) + 1)]
         self._sets = [
-            (time, SessionRules(FixedRule(order[:count]))) for count, time in enumerate(times) if time >= least - 1e-9
+            (time, SessionRules(static_rule(order[:count]))) for count, time in enumerate(times) if time >= least - 1e-9
         ]
 
     def measured(self, fraction: float, step: float, rest: float) -> None:

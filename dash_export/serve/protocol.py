@@ -19,8 +19,9 @@ from pydantic import (
 from pydantic_core import from_json
 from tokenizers import Tokenizer
 
-from dash_export.core.decision import Setting, parse_layers
+from dash_export.core.kinds import Setting
 from dash_export.core.sampling import Sampling
+from dash_export.core.units import parse_layers
 from dash_export.errors import RequestError
 from dash_export.serve.fields import MOST, Few, Fields, Number, Whole, refuse
 from dash_export.serve.messages import Message, check_few

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_export.core.sampling import Logits, most_likely
-from dash_export.runtime.results import TokenIds, Turn
+from dash_export.core.sampling import Logits, TokenIds, most_likely
+from dash_export.runtime.results import Turn
 from dash_export.runtime.scoring import read, read_length
 from dash_export.serve.prefixes import Prefixes
 from dash_export.serve.tickets import Ticket

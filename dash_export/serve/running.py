@@ -19,11 +19,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dash_export.core.decision import Setting
-from dash_export.core.sampling import Sampling
+from dash_export.core.kinds import Setting
+from dash_export.core.sampling import Sampling, TokenIds
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.results import Response as Token
-from dash_export.runtime.results import TokenIds
 from dash_export.serve.answers import Answer, Inbox
 from dash_export.serve.http_errors import HttpError, wrong_field
 from dash_export.serve.messages import check_parts

@@ -13,13 +13,13 @@ from copy import deepcopy
 from queue import SimpleQueue
 
 from dash_export.backends.onnxruntime.cpus import available_memory
-from dash_export.bundle.advice import policy_command
+from dash_export.core.advice import policy_command
 from dash_export.core.arguments import Prompt, check_arguments
-from dash_export.core.decision import DecisionRule, Setting
-from dash_export.core.sampling import Logits
+from dash_export.core.kinds import Setting
+from dash_export.core.sampling import Logits, TokenIds
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length, checked_tokens
+from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
 from dash_export.serve.pace import WEIGHT, Pace
 from dash_export.serve.prefixes import Prefixes
@@ -78,7 +78,7 @@ class Scheduler:
         self.pace: Pace | None = None
         if pace is not None:
             policy, model = runtime.bundle.manifest.policy, engines.model
-            if not policy.static_order or not isinstance(self._alone.calibrated, DecisionRule):
+            if not policy.static_order or not self._alone.calibrated.asks:
                 advice = "Give a --budget." if policy.has_network and policy.static_order else policy_command(model)
                 raise PolicyError(f"A pace needs a trained policy, and {model.name} decodes densely here. {advice}")
             self.pace = Pace(pace, least, policy.static_order, runtime.cost)

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dash_export.core.arguments import Prompt
-from dash_export.core.decision import Setting
-from dash_export.core.rules import SessionRules
-from dash_export.core.sampling import Sampling
+from dash_export.core.kinds import SessionRules, Setting
+from dash_export.core.sampling import Sampling, TokenIds
 from dash_export.errors import RequestError
-from dash_export.runtime.results import Response, TokenIds, Turn
+from dash_export.runtime.results import Response, Turn
 from dash_export.text.guidance import Guide
 
 GUIDED = 16

@@ -14,7 +14,7 @@ from dash_export.text.text_files import lines, read_text
 from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.results import TokenIds
+    from dash_export.core.sampling import TokenIds
 
 MAX_PROMPT, MAX_PROMPTS = 1 << 20, 1 << 18
 """Letters of a line, and number of lines."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from dash_export.bundle.bundle import safe_path
+from dash_export.bundle.layout import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.text.chat_template import ChatTemplate
 from dash_export.text.guidance import Guides, call_tokenizer

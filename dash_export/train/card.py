@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dash_export import __version__
-from dash_export.bundle.policy_file import SkipPolicy
-from dash_export.core.decision import units_text
+from dash_export.core.policy import SkipPolicy
+from dash_export.core.units import units_text
 from dash_export.models import Checkpoint
 from dash_export.train.corpus import Batch, Corpus
 from dash_export.train.losses import dense_logits, divergence

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from dash_export.bundle.policy_file import Weights
-from dash_export.core.decision import Unit
+from dash_export.core.policy import Weights
+from dash_export.core.units import Unit
 from dash_export.models.torch_model import bypass_input
 from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dash_export.core.decision import DENSE_POSITIONS
+from dash_export.core.units import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.text.text_files import read_text
 from dash_export.text.tokenizer import Text

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy, Weights
-from dash_export.core.decision import Unit
+from dash_export.core.policy import SkipPolicy, Weights
+from dash_export.core.units import Unit
 from dash_export.models.torch_model import bypass_input, unit_normed
 from dash_export.train.closed_form import solved, with_ones
 from dash_export.train.corpus import Batch

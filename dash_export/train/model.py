@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_export.bundle.policy_file import SkipPolicy, key_value_size
-from dash_export.core.decision import Unit
+from dash_export.core.policy import SkipPolicy, key_value_size
+from dash_export.core.units import Unit
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
@@ -233,7 +233,7 @@ class GatedModel:
 
 
 def below(limits: torch.Tensor) -> Decide:
-    """Return the rule of `decision.py`: skip where damage < limit, in nats; limits [..., units]."""
+    """Return the rule of `core/rule.py`: skip where damage < limit, in nats; limits [..., units]."""
     return lambda damage: damage < limits
 
 

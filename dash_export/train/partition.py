@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.core.decision import Unit
+from dash_export.core.units import Unit
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.train.corpus import Batch
 from dash_export.train.losses import dense_logits, kl_divergence

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy, Weights, narrowed
-from dash_export.core.decision import Unit
+from dash_export.core.policy import SkipPolicy, Weights, narrowed
+from dash_export.core.units import Unit
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.train import TrainingSettings

@@ -13,16 +13,9 @@ import torch
 
 from dash_export import __version__
 from dash_export.backends.onnxruntime.cpus import has_bfloat16
-from dash_export.bundle.policy_file import (
-    SkipPolicy,
-    card_path,
-    check_replaceable,
-    load_policy,
-    narrowed,
-    policy_path,
-    save_policy,
-)
-from dash_export.core.decision import Unit, check_units, units_text
+from dash_export.bundle.policy_file import card_path, check_replaceable, load_policy, policy_path, save_policy
+from dash_export.core.policy import SkipPolicy, narrowed
+from dash_export.core.units import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.files.artifacts import Progress, content_key, identity, no_progress, sha256_file
 from dash_export.files.outputs import locked, output_path, remove_own, work_folder, work_of

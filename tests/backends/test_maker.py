@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 
 from dash_export.backends import maker as backend_module
+from dash_export.backends.cuda import cuda_maker
 from dash_export.backends.cuda.cuda_devices import CudaDevice
 from dash_export.backends.maker import backend_of, plan_segments
-from dash_export.backends.tensorrt import trt_maker as gpu_backends
+from dash_export.backends.tensorrt import trt_maker
 from dash_export.bundle.recipe import load_recipe
-from dash_export.core.decision import Unit, parse_units
+from dash_export.core.units import Unit, parse_units
 from dash_export.errors import BackendError
 from tests.commands.helpers import refused
-from tests.core.test_decision import LAYERS, some_units
+from tests.core.test_units import LAYERS, some_units
 
 
 def names(units: str, *cut: int) -> list[str]:
@@ -54,13 +55,13 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """No driver, another device, the right one without and with the package."""
     backend = backend_of(load_recipe("h100"))
     missing = {"tensorrt", "tensorrt_rtx"}
-    monkeypatch.setattr(gpu_backends, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(trt_maker, "find_spec", lambda name: None if name in missing else object())
 
     def devices(*found: CudaDevice) -> None:
-        monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: list(found))
+        monkeypatch.setattr(cuda_maker, "cuda_devices", lambda: list(found))
 
     no_driver = BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
-    monkeypatch.setattr(gpu_backends, "cuda_devices", Mock(side_effect=no_driver))
+    monkeypatch.setattr(cuda_maker, "cuda_devices", Mock(side_effect=no_driver))
     assert "needs a device of compute capability 9.0. There is no NVIDIA driver" in str(backend.build_obstacle())
     devices(CudaDevice(0, "NVIDIA L4", "8.9", 1, False, "13.0"))
     assert "needs compute capability 9.0, and NVIDIA L4 has 8.9" in str(backend.build_obstacle())
@@ -75,25 +76,25 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_cuda_bindings_it_compiles_but_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: [H100])
-    monkeypatch.setattr(gpu_backends, "find_spec", lambda _name: object())
+    monkeypatch.setattr(cuda_maker, "cuda_devices", lambda: [H100])
+    monkeypatch.setattr(trt_maker, "find_spec", lambda _name: object())
     monkeypatch.setattr(backend_module, "require_backend", lambda _name: None)
     backend = backend_of(load_recipe("h100"))
     assert backend.run_obstacle() is None
-    monkeypatch.setattr(gpu_backends, "require_bindings", Mock(side_effect=BackendError("cuda-bindings is missing")))
+    monkeypatch.setattr(cuda_maker, "require_bindings", Mock(side_effect=BackendError("cuda-bindings is missing")))
     assert backend.build_obstacle() is None
     assert "cuda-bindings is missing" in str(backend.run_obstacle())
 
 
 def test_an_onnxruntime_without_cuda_builds_and_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_backends, "cuda_devices", lambda: [H100])
+    monkeypatch.setattr(cuda_maker, "cuda_devices", lambda: [H100])
     backend = backend_of(load_recipe("cuda"))
     assert backend.build_obstacle() is None
     assert "has no CUDA. It and onnxruntime-gpu overwrite each other" in str(backend.run_obstacle())
 
 
 def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_backends, "find_spec", lambda _name: None)
+    monkeypatch.setattr(trt_maker, "find_spec", lambda _name: None)
     message = refused("build", own_bundle, "--target", "rtx")
     assert "the package tensorrt_rtx is not installed (pip install 'dash-export[rtx]')." in message
     assert not list(own_bundle.parent.glob("*-kit"))

@@ -19,13 +19,13 @@ from dash_export.building.exporting import export
 from dash_export.building.kit import write_kit
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ROUNDINGS as FILE
-from dash_export.bundle.policy_file import narrowed
 from dash_export.bundle.recipe import load_recipe, with_weights
+from dash_export.core.policy import narrowed
 from dash_export.errors import BackendError, BundleError
 from dash_export.files.artifacts import ArtifactStore, no_progress
 from dash_export.files.resources import resource_folder
+from dash_export.graphs.lower.grid import grid_from, packed
 from dash_export.graphs.lower.rounded import Rounded, roundings_lookup, write_roundings
-from dash_export.graphs.portable.grid import grid_from, packed
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.text.tokenizer import Text
 from tests.building.test_kit import run

@@ -16,8 +16,8 @@ import torch
 from dash_export.building import build, exporting
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.policy_file import no_policy
 from dash_export.bundle.records import SCHEMA
+from dash_export.core.policy import no_policy
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, OutputError, PolicyError, RequestError
 from dash_export.files.outputs import MARK
 from dash_export.models import Checkpoint
@@ -35,7 +35,7 @@ import sys
 import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.building.exporting, dash_export.models.readers.gguf, dash_export.models.readers.huggingface
 from dash_export.models import open_checkpoint
-from dash_export.bundle.policy_file import untrained_policy
+from dash_export.core.policy import untrained_policy
 from dash_export.backends.onnxruntime.cpus import peak_memory
 
 before = peak_memory()

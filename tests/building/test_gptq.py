@@ -5,9 +5,9 @@ import pytest
 
 from dash_export.building import gptq as module
 from dash_export.building.gptq import gptq
+from dash_export.graphs.lower.grid import grid_from, packed
 from dash_export.graphs.lower.ort_products import quantize_block
 from dash_export.graphs.lower.rounded import Rounded
-from dash_export.graphs.portable.grid import grid_from, packed
 
 ROWS, COLUMNS, BLOCK = 96, 40, 32
 Arrays = tuple[np.ndarray, ...]

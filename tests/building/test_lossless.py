@@ -13,8 +13,8 @@ from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.building.graph_runs import graph_run
-from dash_export.graphs.lower.ggml import split_blocks
-from dash_export.graphs.portable.grid import BLOCK, grid_of, packed
+from dash_export.graphs.lower.grid import BLOCK, grid_of, packed
+from dash_export.graphs.portable.ggml import split_blocks
 from dash_export.graphs.portable.stored import Stored
 from dash_export.models import open_checkpoint
 from tests.models.helpers import tiny_model, write_gguf

@@ -12,14 +12,14 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.base import Launch
+from dash_export.backends.cuda.cuda_maker import CudaBackend
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.backends.tensorrt.trt_maker import CudaBackend
 from dash_export.building import build, cost_table, dial, pipeline
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import ANSWERS, Bundle
-from dash_export.bundle.policy_file import narrowed
-from dash_export.core.decision import DialPoint
+from dash_export.core.dial import DialPoint
+from dash_export.core.policy import narrowed
 from dash_export.errors import BackendError, BundleError, PolicyError
 from dash_export.models import Checkpoint
 from dash_export.text.chats import chats_text
@@ -381,7 +381,7 @@ def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatc
         assert build(bundle, "cuda") == second
     monkeypatch.setattr(pipeline, "_with_measurements", lambda _b, draft, *_: draft)
     shutil.rmtree(bundle.path("onnx"))
-    monkeypatch.setattr(CudaBackend, "artifacts", None)
+    monkeypatch.setattr("dash_export.building.engine_graphs.artifacts", None)
     assert build(bundle, "cuda", measure=True) == second
 
 

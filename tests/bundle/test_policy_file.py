@@ -12,17 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dash_export.bundle.policy_file import (
-    METADATA,
-    SkipPolicy,
-    card_path,
-    load_policy,
-    narrowed,
-    policy_path,
-    save_policy,
-    untrained_policy,
-)
-from dash_export.core.decision import Unit, units_text
+from dash_export.bundle.policy_file import METADATA, card_path, load_policy, policy_path, save_policy
+from dash_export.core.policy import SkipPolicy, narrowed, untrained_policy
+from dash_export.core.units import Unit, units_text
 from dash_export.errors import OutputError, PolicyError
 from dash_export.files.resources import resource_folder
 from dash_export.models import Checkpoint, DecoderSpec

@@ -83,7 +83,7 @@ def test_refused(own_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", Mock(side_effect=DISK_FULL))
+    monkeypatch.setattr("dash_export.graphs.lower.surgery.save_graph", Mock(side_effect=DISK_FULL))
     message = refused("build", own_bundle)
     assert "The disk is full" in message
     assert str(own_bundle) in message
@@ -99,6 +99,6 @@ def test_an_error_does_not_wait_for_the_rest(own_bundle: Path, monkeypatch: pyte
         time.sleep(0.2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", slow)
+    monkeypatch.setattr("dash_export.graphs.lower.surgery.save_graph", slow)
     assert dash("build", own_bundle).exit_code == 130
     assert len(began) <= 4

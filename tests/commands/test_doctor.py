@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dash_export.backends import base as backends
+from dash_export.backends.cuda import cuda_maker
 from dash_export.backends.cuda.cuda_devices import CudaDevice
-from dash_export.backends.tensorrt import trt_maker as gpu_backends
+from dash_export.backends.tensorrt import trt_maker
 from dash_export.bundle.recipe import recipe_names
 from dash_export.commands import doctor
 from dash_export.errors import BackendError
@@ -31,7 +32,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find(name: str) -> Any:
         return None if not packages or name in packages else importlib.util.find_spec(name)
 
-    for module in (gpu_backends, doctor, backends):
+    for module in (trt_maker, doctor, backends):
         monkeypatch.setattr(module, "find_spec", find)
 
 
@@ -41,7 +42,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, answer: CudaDevice | Exception) -> 
             raise answer
         return [answer]
 
-    for module in (gpu_backends, doctor):
+    for module in (trt_maker, cuda_maker, doctor):
         monkeypatch.setattr(module, "cuda_devices", asked)
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.policy_file import default_units
 from dash_export.commands.export import default_output
-from dash_export.core.decision import Unit
+from dash_export.core.kinds import kinds_of
+from dash_export.core.policy import default_units
+from dash_export.core.units import Unit
 from dash_export.models import open_checkpoint
 from tests.commands.helpers import DISK_FULL, dash, done, environment, refused
 from tests.forged import tree
@@ -162,7 +163,7 @@ def test_what_are_no_units(units: str, code: int, model: Path, tmp_path: Path) -
 
 def test_no_units(model: Path, tmp_path: Path) -> None:
     done("export", model, "-o", tmp_path / "whole.dash", "--units", "none")
-    assert Bundle.open(tmp_path / "whole.dash").manifest.policy.kinds == ("dense",)
+    assert kinds_of(Bundle.open(tmp_path / "whole.dash").manifest.policy) == ("dense",)
 
 
 def test_no_such_model(tmp_path: Path) -> None:

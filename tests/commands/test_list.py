@@ -1,7 +1,7 @@
 """`list`: what comes with the package. The bundles in the cache: tests/bundle/test_hub.py."""
 
-from dash_export.bundle.advice import shipped_policies
 from dash_export.bundle.recipe import recipe_names
+from dash_export.core.advice import shipped_policies
 from tests.commands.helpers import done
 
 

@@ -16,7 +16,7 @@ import httpx
 
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.policy_file import no_policy
+from dash_export.core.policy import no_policy
 from tests.commands.helpers import environment, free_port, refused
 from tests.serve.test_door import certificate
 from tests.tiny import tiny_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.bundle.policy_file import load_policy
-from dash_export.core.decision import Unit, parse_units
+from dash_export.core.units import Unit, parse_units
 from dash_export.models import open_checkpoint
 from tests.commands.helpers import dash, done, refused
 

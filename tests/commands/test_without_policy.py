@@ -9,7 +9,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.policy_file import no_policy
+from dash_export.core.policy import no_policy
 from tests.commands.helpers import ROOT, dash, done
 from tests.tiny import TINY_UNITS, tiny_checkpoint
 

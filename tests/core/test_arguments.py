@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import DashError, PolicyError, RequestError
 from dash_export.runtime import Batch, Sampling, Session
 

@@ -11,9 +11,9 @@ import torch
 from dash_export import DashRuntime, State
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.core.decision import DecisionRule, Setting
+from dash_export.core.kinds import Setting
 from dash_export.core.own_policy import load_policy
-from dash_export.core.rules import session_rules
+from dash_export.core.rule import DecisionRule
 from dash_export.errors import PolicyError
 from dash_export.models import open_checkpoint
 from tests.tiny import TINY_UNITS, random_ids, save_model, tiny_policy
@@ -39,8 +39,7 @@ class Same:
 
 @pytest.fixture
 def rule(runtime: DashRuntime, setting_of: Callable[[str], dict[str, Any]]) -> DecisionRule:
-    facts = runtime.bundle.manifest
-    found = session_rules(Setting(**setting_of("token")), facts.model, facts.policy, runtime.build).calibrated
+    found = runtime.rules(Setting(**setting_of("token"))).calibrated
     assert isinstance(found, DecisionRule)
     return found
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from dash_export.bundle.records import ModelFacts
+from dash_export.core.facts import ModelFacts
 from dash_export.core.rope import rope_tables
 from dash_export.models import Checkpoint
 

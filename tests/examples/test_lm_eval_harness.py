@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import PolicyError, RequestError
 from dash_export.measure.candidates import candidates
 from dash_export.measure.score import score

@@ -12,12 +12,13 @@ import pytest
 from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import check_outside_bundles
 from dash_export.bundle.policy_file import check_replaceable, save_policy
 from dash_export.errors import BundleError, OutputError, PolicyError
 from dash_export.files import replacing
 from dash_export.files.artifacts import write_atomic
 from dash_export.files.outputs import MARK, PLAN, mark, remove_own, work_folder
-from dash_export.files.replacing import check_outside_bundles, put_in_place, recover
+from dash_export.files.replacing import put_in_place, recover
 from dash_export.models import Checkpoint
 from tests.forged import folder_of, tree
 from tests.tiny import tiny_policy

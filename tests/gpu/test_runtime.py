@@ -9,8 +9,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.building import build
-from dash_export.core.decision import decision_rule
-from dash_export.core.rules import DENSE, FixedRule
+from dash_export.core.rule import DENSE, decision_rule, static_rule
 from dash_export.core.sampling import Sampler, Sampling
 from dash_export.files.resources import resource_folder
 from dash_export.runtime.rows import Rows
@@ -139,7 +138,7 @@ def test_several_sequences(target: str, smollm2_bundle: Path, tmp_path: Path) ->
     rows, alone, ids = Rows(runtime.engines, 4, 256), runtime.session(), prose(runtime, 200)
     rows.cache.reserve(100)
     step = rows._bound(4)
-    for rule in (DENSE, FixedRule((0, 2))):
+    for rule in (DENSE, static_rule((0, 2))):
         expected = []
         for row, length in enumerate((9, 40, 64, 23)):
             alone.restart(ids[row : row + length])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import POLICY_KINDS, Setting
+from dash_export.core.kinds import KINDS, Setting
 from dash_export.errors import PolicyError, RequestError
 from dash_export.measure.candidates import Candidate, amount, candidates, label, setting_record, settings_at
 
@@ -31,7 +31,7 @@ def test_settings_at(runtime: DashRuntime) -> None:
 
 def test_all_kinds_are_those_of_the_bundle(runtime: DashRuntime) -> None:
     settings, _ = settings_at(runtime, None, "skipped", (1.0,))
-    assert tuple(setting.kind for setting in settings) == POLICY_KINDS
+    assert tuple(setting.kind for setting in settings) == tuple(KINDS)
     policy = replace(runtime.bundle.manifest.policy, static_order=(), has_network=False)
     bare = Mock(bundle=Mock(manifest=replace(runtime.bundle.manifest, policy=policy)))
     settings, refused = settings_at(bare, None, "skipped", (1.0,))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dash_export.core.decision import Unit
+from dash_export.core.units import Unit
 from dash_export.measure.exchange import Point
 from tests.measure.test_exchange import point
 

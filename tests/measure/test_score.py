@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.measure.candidates import candidates
 from dash_export.measure.score import TextScore, score
 from dash_export.measure.texts import windows

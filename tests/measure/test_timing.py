@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError
 from dash_export.measure import timing
 from dash_export.measure.candidates import Candidate

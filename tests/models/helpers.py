@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dash_export.graphs.lower.ggml import BLOCKS
+from dash_export.graphs.portable.ggml import BLOCKS
 from dash_export.models import Checkpoint, row_blocks
 
 DIMENSIONS: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.policy_file import no_policy
-from dash_export.core.decision import Unit, layer_actions
+from dash_export.core.policy import no_policy
+from dash_export.core.units import Unit, layer_actions
 from dash_export.errors import PolicyError
 from dash_export.models.bypasses import pruned
 from dash_export.reference import Oracle

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Action, DecisionRule, decision_rule
+from dash_export.core.rule import DecisionRule, decision_rule
+from dash_export.core.units import Action
 from dash_export.models import Checkpoint
 from dash_export.reference import Oracle
 from tests.tiny import TINY_UNITS, random_actions, random_ids

@@ -10,7 +10,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.cache import KVCache
 from dash_export.core.divergence import DenseRows
-from dash_export.core.rules import DENSE
+from dash_export.core.rule import DENSE
 from dash_export.core.sampling import Sampler
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Response, Sampling

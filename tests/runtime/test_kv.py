@@ -9,8 +9,8 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime import decode
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.core.decision import unit_skips
-from dash_export.core.rules import ForcedRule
+from dash_export.core.rule import ForcedRule
+from dash_export.core.units import unit_skips
 from dash_export.runtime import Session
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions, random_ids

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.bundle.policy_file import SkipPolicy
-from dash_export.core.decision import DecisionRule, decision_rule, unit_skips
+from dash_export.core.policy import SkipPolicy
+from dash_export.core.rule import DecisionRule, decision_rule
+from dash_export.core.units import unit_skips
 from dash_export.files.resources import resource_folder
 from dash_export.reference import Oracle
 from tests.runtime.prompts import prompts

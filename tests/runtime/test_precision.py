@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import unit_skips
 from dash_export.core.divergence import DenseRows
+from dash_export.core.units import unit_skips
 from tests.conftest import DATA
 
 pytestmark = pytest.mark.model

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import PolicyError
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Request, Scheduler

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.measure.candidates import candidates
 from dash_export.measure.tasks import evaluate, matches
 from dash_export.serve.app import Server

@@ -10,8 +10,8 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.bundle.records import CostTable
-from dash_export.core.decision import Setting
+from dash_export.core.dial import CostTable
+from dash_export.core.kinds import Setting
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime.results import Response, Statistics
 from dash_export.runtime.session import Session

@@ -10,7 +10,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.cache import KVCache
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Response, Sampling
 from dash_export.runtime.results import Turn

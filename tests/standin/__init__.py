@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @contextmanager
 def installed(card: Card) -> Iterator[None]:
     """Whoever asks for a driver, CUDA or TensorRT gets the card's. The kernels are compiled to PTX, by NVRTC."""
-    from dash_export import manifest, targets
     from dash_export.backends.cuda import cuda_devices, kernels
     from dash_export.backends.tensorrt import trt_api
+    from dash_export.bundle import recipe, records
     from tests.standin.modules import Runtime, driver, libcuda
     from tests.standin.ptx import compile_ptx
     from tests.standin.trt import toolkit
 
-    def faults(recipe: Any, sound: Any = targets.recipe_faults) -> list[str]:
+    def faults(recipe: Any, sound: Any = recipe.recipe_faults) -> list[str]:
         return [fault for fault in sound(recipe) if "no fp32 attention" not in fault]  # ONNX Runtime has one
 
     def forget() -> None:
@@ -39,7 +39,7 @@ def installed(card: Card) -> Iterator[None]:
         patch.setattr(trt_api, "_logger", cache(trt_api._logger.__wrapped__))  # else it would keep the card for good
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
         patch.setattr(kernels, "compile_kernels", lambda _: compile_ptx(kernels.KERNELS))
-        for module in (manifest, targets):
+        for module in (records, recipe):
             patch.setattr(module, "recipe_faults", faults)
         forget()
         yield

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy
+from dash_export.core.policy import SkipPolicy
 from dash_export.train import TrainingSettings
 from dash_export.train.corpus import Batch
 from tests.tiny import random_ids

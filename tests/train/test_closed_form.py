@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.bundle.policy_file import no_policy, stored_columns
-from dash_export.core.decision import Unit
+from dash_export.core.policy import no_policy, stored_columns
+from dash_export.core.units import Unit
 from dash_export.models import Checkpoint
 from dash_export.reference import Oracle
 from dash_export.train.closed_form import RIDGE, Sums

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.bundle.policy_file import save_policy
-from dash_export.core.decision import parse_units
+from dash_export.core.units import parse_units
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
 from dash_export.train.stages import Run

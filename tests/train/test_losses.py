@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy, stored_columns
-from dash_export.core.decision import Unit, parse_units
+from dash_export.core.policy import SkipPolicy, stored_columns
+from dash_export.core.units import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.train import losses
 from dash_export.train.losses import (

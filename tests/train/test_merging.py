@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy, check_policy
-from dash_export.core.decision import Unit
+from dash_export.core.policy import SkipPolicy, check_policy
+from dash_export.core.units import Unit
 from dash_export.models import Checkpoint
 from dash_export.models.torch_model import bypass_input
 from dash_export.train.merging import merged

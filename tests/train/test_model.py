@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.bundle.policy_file import SkipPolicy
-from dash_export.core.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
+from dash_export.core.policy import SkipPolicy
+from dash_export.core.rule import DecisionRule
+from dash_export.core.units import DENSE_POSITIONS, Unit, parse_units, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.torch_model import logits_of

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from dash_export.core.decision import Unit, check_units, parse_units, units_text
+from dash_export.core.units import Unit, check_units, parse_units, units_text
 from dash_export.train.partition import (
     LAUNCH,
     Candidate,

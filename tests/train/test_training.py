@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dash_export.bundle.policy_file import check_replaceable, load_policy
-from dash_export.core.decision import parse_units, units_text
+from dash_export.core.units import parse_units, units_text
 from dash_export.errors import CheckpointError, OutputError, PolicyError, RequestError
 from dash_export.files import replacing
 from dash_export.files.outputs import MARK, work_folder

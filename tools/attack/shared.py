@@ -121,7 +121,8 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
 
     from dash_export.building import build, dial, pipeline
     from dash_export.building.exporting import export
-    from dash_export.bundle.policy_file import default_units, load_policy
+    from dash_export.bundle.policy_file import load_policy
+    from dash_export.core.policy import default_units
     from dash_export.models import open_checkpoint
     from dash_export.train import TrainingSettings
     from dash_export.train.training import train

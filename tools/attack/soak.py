@@ -33,7 +33,7 @@ import numpy as np
 
 from dash_export import DashRuntime
 from dash_export.commands.tables import print_table
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.errors import DashError, PolicyError
 from dash_export.files.resources import resource_folder
 from dash_export.runtime import Response, Sampling, Session

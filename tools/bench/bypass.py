@@ -20,8 +20,9 @@ from common import Times, held_out, in_fresh_processes, print_json, report, time
 
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.core.decision import Setting, unit_skips
-from dash_export.core.rules import DENSE, FixedRule, Rule
+from dash_export.core.kinds import Setting
+from dash_export.core.rule import DENSE, Rule, static_rule
+from dash_export.core.units import unit_skips
 from dash_export.measure.intervals import interval
 
 TOKENS = 24
@@ -74,7 +75,7 @@ def timed_once(bundle: Path, target: str, skipped: float, context: int, rounds: 
     mean = float(actions.sum(axis=1).mean())
     print(f"These tokens skip {mean:.2f} layers each (on the calibration text, {skipped:g}).")
     skips = unit_skips(actions, runtime.engines.units)
-    forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in skips.T]
+    forced: list[Rule] = [static_rule(np.flatnonzero(each).tolist()) for each in skips.T]
     runs = (passes([DENSE] * TOKENS), passes(forced), passes(forced, bypasses=False))
     return timed(dict(zip(VARIANTS, runs, strict=True)), rounds, block=2, settle=1)
 

@@ -22,17 +22,17 @@ import numpy.typing as npt
 
 from dash_export.backends.onnxruntime.decode import EngineSet
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.building.engine_graphs import EngineGraph, lower_graph, save_extending
+from dash_export.building.engine_graphs import EngineGraph, lower_graph
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build, EngineRecord, Segment
 from dash_export.commands.options import with_bounds
 from dash_export.commands.tables import print_table
-from dash_export.core.rules import DENSE, Rule
+from dash_export.core.rule import DENSE, Rule
 from dash_export.files.resources import resource_folder
+from dash_export.graphs.lower.surgery import save_extending
 from dash_export.measure.breakdown import this_machine
 from dash_export.measure.intervals import Interval, median_ratios
 from dash_export.measure.timing import in_turns
-from dash_export.runtime.runtime import engines
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
@@ -123,8 +123,7 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     loaded: dict[int, EngineSet] = {}
     for index in (0, 1) if number % 2 == 0 else (1, 0):
         own, build = builds[index]
-        found = engines(own, build, OrtBackend(build.recipe.runtime.threads), "sync")
-        assert isinstance(found, EngineSet)
+        found = OrtBackend(build.recipe.runtime.threads).load_build(own, build, "sync")
         loaded[index] = found
     return loaded[0], loaded[1]
 

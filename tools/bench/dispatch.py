@@ -16,7 +16,7 @@ from common import Times, in_fresh_processes, load_both, one_token, print_json, 
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
-from dash_export.core.decision import decision_rule
+from dash_export.core.rule import decision_rule
 
 
 @click.command()

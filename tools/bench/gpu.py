@@ -20,8 +20,8 @@ from dash_export import DashRuntime
 from dash_export.backends.cuda.cuda import MAIN
 from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.commands.tables import print_table
-from dash_export.core.decision import Setting
-from dash_export.core.rules import DENSE
+from dash_export.core.kinds import Setting
+from dash_export.core.rule import DENSE
 from dash_export.measure.candidates import label
 
 TOKENS = 32

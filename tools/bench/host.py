@@ -20,8 +20,7 @@ from common import print_json, timed
 from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.bundle.bundle import Bundle
 from dash_export.commands.tables import print_table
-from dash_export.core.decision import decision_rule
-from dash_export.core.rules import DENSE, FixedRule
+from dash_export.core.rule import DENSE, decision_rule, static_rule
 from dash_export.core.sampling import Sampler, Sampling
 
 
@@ -79,7 +78,7 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     counts: dict[str, int] = {}
     asked = decision_rule(units, [1.0 / len(units)] * len(units), 1.0)
     modes: dict[str, tuple[str, Any]] = {
-        "dense": ("device", DENSE), "static": ("device", FixedRule((0, 1))), "token, device": ("device", asked),
+        "dense": ("device", DENSE), "static": ("device", static_rule((0, 1))), "token, device": ("device", asked),
         "dense, ahead": ("device", DENSE), "token, device, ahead": ("device", asked),
         "token, overlapped": ("overlapped", asked), "token, sync": ("sync", asked),
     }  # fmt: skip

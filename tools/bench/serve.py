@@ -37,7 +37,7 @@ import numpy as np
 from common import held_out, print_json
 
 from dash_export.commands.tables import print_table
-from dash_export.core.decision import Setting
+from dash_export.core.kinds import Setting
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import Response
 from dash_export.serve.app import Server

@@ -100,7 +100,7 @@ class BoundEngines:
     def _bind(self, engine: DeviceEngine, memory: dict[str, CudaMemory]) -> Launch:
         memory = self._memory | memory
         shapes = {name: self._shapes.get(name, self._cache_shape) for name in engine.inputs}
-        # In the order of `building.gpu_backends`.
+        # In the order of `tensorrt.trt_maker`.
         profile = 0 if self.engines.recipe.profiles == 1 else 2 if self.batch > 1 else int(self.sequence > 1)
         return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 

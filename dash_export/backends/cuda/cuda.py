@@ -24,6 +24,8 @@ from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.cuda_graph import CudaGraph
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.bundle.bundle import Bundle
 
 logger = logging.getLogger(__name__)
 MAIN, BESIDE = "main", "beside"
@@ -129,6 +131,13 @@ class Cuda:
     def load(self, path: Path, stream: str) -> Any:
         """Load an engine of the backend. Raises BackendError when the backend refuses the file."""
         raise NotImplementedError
+
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> DeviceEngines:
+        """Load all engines of a build. Raises BackendError where they do not fit this device."""
+        from dash_export.backends.cuda.engines import DeviceEngines
+
+        self.accept(build, bundle.build_command(build.target))
+        return DeviceEngines(bundle, build, self, dispatch)
 
     # --- memory
 

@@ -11,7 +11,7 @@ from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.onnxruntime.cache import Sequences
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
-from dash_export.core.decision import Unit
+from dash_export.core.units import Unit
 from dash_export.errors import BundleError, ContextLengthError
 
 ALIGNED = 256
@@ -33,7 +33,7 @@ class DeviceEngines:
     its `sequences` bounds how many sequences decode together.
     """
 
-    mixes = takes_embeddings = gives_state = grows = False
+    mixes = takes_embeddings = gives_state = grows = shows_states = False
     mixed = ()
 
     def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:

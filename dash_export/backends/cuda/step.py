@@ -35,9 +35,9 @@ import numpy.typing as npt
 from dash_export.backends.cuda.bound import BoundEngines
 from dash_export.backends.cuda.cuda import BESIDE, MAIN
 from dash_export.backends.cuda.cuda_graph import CudaGraph
-from dash_export.core.decision import DecisionRule, Skips
-from dash_export.core.rules import DENSE, Rule
+from dash_export.core.rule import DENSE, DecisionRule, Rule
 from dash_export.core.sampling import Draw
+from dash_export.core.units import Skips
 from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class DeviceStep(BoundEngines):
             return None
         if not self._asks(rules):
             return self._agreed(rules)[:, 0].tobytes()
-        deciding = [rule for rule in rules if isinstance(rule, DecisionRule) and not rule.fewest]
+        deciding = [rule for rule in rules if isinstance(rule, DecisionRule) and rule.asks and not rule.fewest]
         if engines.dispatch != "device" or len(deciding) < len(rules):
             return None
         return tuple(rule.limits for rule in deciding)

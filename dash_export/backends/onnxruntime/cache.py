@@ -10,7 +10,7 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle.records import ModelFacts
+from dash_export.core.facts import ModelFacts
 
 TILE = 16
 """Rows in a tile. Some kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), others up to 16, and they

@@ -20,11 +20,10 @@ from dash_export.backends.onnxruntime.cache import KVCache
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import DAMAGED, MIXED, POLICY, Build, Segment
-from dash_export.core.decision import Skips, Unit
-from dash_export.core.own_policy import State
 from dash_export.core.rope import rope_tables
-from dash_export.core.rules import DENSE, Rule, skips_for
+from dash_export.core.rule import DENSE, Rule, State, skips_for
 from dash_export.core.sampling import Draw
+from dash_export.core.units import Skips, Unit
 from dash_export.errors import BundleError
 
 if TYPE_CHECKING:
@@ -48,6 +47,9 @@ class SegmentEngines:
 class EngineSet:
     """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
 
+    dispatch = "sync"
+    shows_states = True
+    """Whether a rule sees the state that enters the first unit, as policies of the user's need it."""
     grows = True
     """Whether a cache grows when more memory is needed."""
 

@@ -1,5 +1,7 @@
 """ONNX Runtime on a CPU. All engines share one thread pool: thirty sessions with a pool each are seven times slower."""
 
+from __future__ import annotations
+
 import logging
 import os
 import platform
@@ -10,7 +12,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The library reads this when it loads: no telemetry leaves the device.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -25,7 +27,14 @@ import onnxruntime as ort
 
 from dash_export.backends.base import Launch
 from dash_export.backends.onnxruntime.cpus import allowed_processors, usable_cores
-from dash_export.errors import BackendError
+from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory, on_huge_pages
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.records import Build
+from dash_export.errors import BackendError, PolicyError
+
+if TYPE_CHECKING:
+    from dash_export.backends.onnxruntime.decode import EngineSet
+
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +187,16 @@ class OrtBackend:
         if path not in self._engines:
             self._engines[path] = OrtEngine(path, self._options)
         return self._engines[path]
+
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet:
+        """Load all engines of a build. Raises PolicyError for a dispatch mode that needs streams."""
+        from dash_export.backends.onnxruntime.decode import EngineSet
+
+        if dispatch != "sync":
+            raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
+        keep_freed_memory()
+        with on_huge_pages(build.recipe.runtime.huge_pages):
+            return EngineSet(bundle, build, self)
 
 
 def create(_name: str, threads: int) -> OrtBackend:

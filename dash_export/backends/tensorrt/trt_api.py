@@ -40,7 +40,7 @@ class Toolkit:
         except ImportError as error:
             raise BackendError(
                 f"{backend} is not installed on this machine or does not load ({error}). "
-                f"Run: pip install 'dash-export[{BACKENDS[backend][2]}]'"
+                f"Run: pip install 'dash-export[{BACKENDS[backend].extra}]'"
             ) from error
         self.backend, self.is_rtx = backend, backend == "tensorrt_rtx"
         self.version = str(self.trt.__version__)

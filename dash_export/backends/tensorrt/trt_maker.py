@@ -1,7 +1,5 @@
-"""GPU backends: graphs for ONNX Runtime on CUDA, which any machine lowers, and engines that TensorRT compiles.
-
-TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time on any machine. The lowered ONNX file is
-not kept: `build --verify` makes it again. Engine files hold their weights themselves.
+"""Makers of TensorRT engines. TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time on any
+machine. The lowered ONNX file is not kept: `build --verify` makes it again. Engine files hold their weights themselves.
 """
 
 from __future__ import annotations
@@ -12,13 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_export import __version__
-from dash_export.backends.cuda.cuda import require_bindings
 from dash_export.backends.cuda.cuda_devices import cuda_devices
-from dash_export.backends.maker import Backend
+from dash_export.backends.cuda.cuda_maker import GpuBackend
 from dash_export.backends.tensorrt.trt_api import PORTABLE_SINCE, Shapes, load_toolkit
 from dash_export.bundle.layout import TIMING_CACHE
-from dash_export.bundle.recipe import EngineRecipe
 from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
@@ -27,56 +22,6 @@ if TYPE_CHECKING:
 Sizes = tuple[int, int]
 JETSONS = ("8.7", "11.0")
 """Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
-
-
-class GpuBackend(Backend):
-    """Base of all GPU backends: needs a device of the recipe's compute capabilities to run."""
-
-    revision = 10
-
-    @property
-    def engine(self) -> EngineRecipe:
-        """The recipe's [engine] table."""
-        assert self.recipe.engine is not None
-        return self.recipe.engine
-
-    def require_runtime(self) -> None:
-        if (reason := self.device_obstacle()) is not None:
-            raise BackendError(reason)
-        super().require_runtime()
-        require_bindings()
-
-    def device_obstacle(self) -> str | None:
-        """Return why this machine's first CUDA device does not fit the recipe; None where it does."""
-        wanted = ", ".join(self.engine.capabilities)
-        try:
-            device = cuda_devices()[0]
-        except BackendError as error:
-            return f"it needs a device of compute capability {wanted}. {error}"
-        if device.capability not in self.engine.capabilities:
-            return f"it needs compute capability {wanted}, and {device.name} has {device.capability}."
-        return None
-
-
-class CudaBackend(GpuBackend):
-    """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
-
-    def require_runtime(self) -> None:
-        super().require_runtime()
-        try:
-            from dash_export.backends.cuda.onnxruntime_cuda import require_cuda
-        except Exception as error:  # a broken install can raise anything
-            raise BackendError(f"The package onnxruntime cannot be imported ({error}).") from error
-        require_cuda()
-
-    def version(self) -> str:
-        return f"dash-export {__version__}"
-
-    def device(self) -> str:
-        return "any CUDA device"
-
-    def key(self) -> Any:
-        return self.recipe.dialect, asdict(self.engine)
 
 
 class RtxBackend(GpuBackend):

@@ -16,11 +16,11 @@ import onnx_ir as ir
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.recipe import BITS, QUANTISED, Recipe
 from dash_export.bundle.records import Manifest
-from dash_export.core.decision import Unit
+from dash_export.core.units import Unit
 from dash_export.errors import BackendError
-from dash_export.graphs.lower.ggml import BLOCKS, FOUR_BITS
 from dash_export.graphs.lower.ort_products import CONTRIB, ProductWriter
 from dash_export.graphs.lower.rounded import Roundings
+from dash_export.graphs.portable.ggml import BLOCKS, FOUR_BITS
 from dash_export.graphs.portable.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
 from dash_export.graphs.portable.stored import STORED
 from dash_export.models.spec import FINAL_NORM

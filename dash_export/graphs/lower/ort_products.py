@@ -10,8 +10,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from dash_export.bundle.recipe import BITS, QUANTISED, Recipe
 from dash_export.bundle.records import Manifest
+from dash_export.graphs.lower.grid import BLOCK, Grid, grid_from, grid_of, packed
 from dash_export.graphs.lower.rounded import Rounded, Roundings, weight_precision
-from dash_export.graphs.portable.grid import BLOCK, Grid, grid_from, grid_of, packed
 from dash_export.graphs.portable.stored import STORED, StoredWriter
 from dash_export.models.spec import Float32Array
 

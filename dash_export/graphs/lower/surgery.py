@@ -1,6 +1,7 @@
 """Read the graphs of a bundle, chain them, and edit them for lowerings."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from dash_export.bundle.records import DAMAGED
 from dash_export.errors import BAD_GRAPH, BundleError
 from dash_export.graphs.portable.stored import fold_conversions
-from dash_export.graphs.portable.writer import GraphWriter
+from dash_export.graphs.portable.writer import INLINE_BYTES, GraphWriter, external, save_graph
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -109,3 +110,22 @@ def drop_unused_inputs(graph: ir.Graph) -> None:
     for value in list(graph.inputs):
         if not value.uses() and value not in graph.outputs:
             graph.inputs.remove(value)
+
+
+def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
+    """Save a lowered graph. Large weights whose bytes the finished engines `extended` have stay in the files of those,
+    whatever their names and shapes are there.
+    """
+    graphs = [load_graph(other).graph for other in extended]
+    found = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    known = {_digest(tensor): tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)}
+    for value in lowered.graph.initializers.values() if known else ():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > INLINE_BYTES and (twin := known.get(_digest(tensor))):
+            shape, offset = tensor.shape.numpy(), twin.offset or 0
+            value.const_value = external(str(value.name), str(twin.location), tensor.dtype, shape, offset)
+    return save_graph(lowered, path, [f"{other.stem}.data" for other in extended])
+
+
+def _digest(tensor: ir.TensorProtocol) -> bytes:
+    return hashlib.sha256(tensor.tobytes()).digest()

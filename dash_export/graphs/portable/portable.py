@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import FINAL_STATE, past_names, present_names
-from dash_export.bundle.policy_file import SkipPolicy, Weights, key_value_size
-from dash_export.core.decision import Unit
+from dash_export.core.policy import SkipPolicy, Weights, key_value_size
+from dash_export.core.units import Unit
 from dash_export.graphs.portable.stored import StoredWriter, stored_tensors
 from dash_export.graphs.portable.writer import external_references
 from dash_export.models.bypasses import full_bypass

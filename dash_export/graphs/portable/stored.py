@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from dash_export.bundle.records import DAMAGED
 from dash_export.errors import BundleError
-from dash_export.graphs.lower.ggml import BLOCKS, DOMAIN, block_function, dequantized, split_blocks
+from dash_export.graphs.portable.ggml import BLOCKS, DOMAIN, block_function, dequantized, split_blocks
 from dash_export.graphs.portable.writer import GraphWriter, lazy_weight
 from dash_export.models.spec import Weight
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dash_export.bundle.records import Traits
+from dash_export.core.facts import Traits
 from dash_export.models.config import MAX_FACTOR, Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec
 

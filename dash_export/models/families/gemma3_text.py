@@ -1,6 +1,6 @@
 """Gemma 3 and its text models."""
 
-from dash_export.bundle.records import LARGEST
+from dash_export.core.facts import LARGEST
 from dash_export.errors import CheckpointError
 from dash_export.files.typed_json import shown
 from dash_export.models.config import FULL, SLIDING, Config, attention_windows, positive, rotary_embedding, section

@@ -1,6 +1,6 @@
 """Granite 3: Llama with four multipliers."""
 
-from dash_export.bundle.records import Traits
+from dash_export.core.facts import Traits
 from dash_export.models.config import MAX_FACTOR, Config, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec
 

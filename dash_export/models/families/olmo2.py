@@ -1,6 +1,6 @@
 """OLMo 2."""
 
-from dash_export.bundle.records import Traits
+from dash_export.core.facts import Traits
 from dash_export.models.config import Config, gated_decoder
 from dash_export.models.spec import DecoderSpec
 

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5."""
 
-from dash_export.bundle.records import LARGEST
+from dash_export.core.facts import LARGEST
 from dash_export.models.config import Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec
 

@@ -1,6 +1,6 @@
 """SmolLM3: Llama without rotary embedding in every fourth layer."""
 
-from dash_export.bundle.records import LARGEST, Traits
+from dash_export.core.facts import LARGEST, Traits
 from dash_export.errors import CheckpointError
 from dash_export.models.config import Config, attention_windows, gated_decoder, positive
 from dash_export.models.spec import DecoderSpec

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.bundle.records import LARGEST_CONTEXT
+from dash_export.core.facts import LARGEST_CONTEXT
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime, Sampling
-from dash_export.backends.tensorrt.trt_maker import GpuBackend
+from dash_export.backends.cuda.cuda_maker import GpuBackend
 from dash_export.building import build
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
-from dash_export.core.decision import DecisionRule, decision_rule
-from dash_export.core.rules import Rule
+from dash_export.core.rule import DecisionRule, Rule, decision_rule
 from tests.standin import installed
 from tests.standin.cuda import Card
 from tests.tiny import TINY_UNITS

@@ -14,7 +14,7 @@ from dash_export import Sampling
 from dash_export.backends.cuda.cuda import MAIN, Cuda
 from dash_export.backends.cuda.cuda_graph import CudaGraph
 from dash_export.backends.cuda.step import DeviceStep
-from dash_export.core.rules import FixedRule, Rule
+from dash_export.core.rule import Rule, static_rule
 from dash_export.core.sampling import Sampler
 from dash_export.errors import BackendError
 from dash_export.runtime.session import Session
@@ -24,8 +24,8 @@ from tests.standin.cuda import Call
 TOKENS = 14
 GREEDY = Sampler(Sampling()).draw
 RULES: dict[str, Callable[[Host], Rule]] = {
-    "dense": lambda _: FixedRule(()),
-    "static": lambda _: FixedRule((0,)),
+    "dense": lambda _: static_rule(()),
+    "static": lambda _: static_rule((0,)),
     "token": lambda host: host.rule,
 }
 TOKEN: list[Call] = [
@@ -95,8 +95,8 @@ def test_a_static_set_is_launched_ahead_in_every_mode(on_card: MakeOnCard, host:
     """And with a policy that the host decides by, nothing is."""
     for dispatch in ("sync", "overlapped"):
         made = on_card("trt10", dispatch)
-        session = made.runtime.session_under(FixedRule((1,)))
-        assert answer(session) == answer(host.runtime.session_under(FixedRule((1,))))
+        session = made.runtime.session_under(static_rule((1,)))
+        assert answer(session) == answer(host.runtime.session_under(static_rule((1,))))
         assert made.card.log[-4:] == TOKEN
         made.card.forget()
         assert answer(made.runtime.session_under(host.rule)) == answer(host.runtime.session_under(host.rule))
@@ -171,7 +171,7 @@ def another_rule(session: Session) -> Any:
     for _ in range(4):
         step.decode(token, session.rules.rule, GREEDY)
         token = int(step.logits[0, 0].argmax())
-    step.decode(token, FixedRule((0, 1)), GREEDY)
+    step.decode(token, static_rule((0, 1)), GREEDY)
     return step.logits[0, 0].copy()
 
 
@@ -209,7 +209,7 @@ def test_what_was_launched_in_vain(
     made = on_card("trt10")
     if fast:
         a_card_that_is_fast(made, monkeypatch)
-    live = [each.session_under(FixedRule((0,))) for each in (host.runtime, made.runtime)]
+    live = [each.session_under(static_rule((0,))) for each in (host.runtime, made.runtime)]
     expected, found = (done(session) for session in live)
     assert (MAIN, "record", "ended") in made.card.log
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
@@ -218,7 +218,7 @@ def test_what_was_launched_in_vain(
 def test_a_session_that_goes_in_a_recording(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for its step that was launched ahead, and not for a stream that is just recorded."""
     made, sound, errors = on_card("trt10", "device"), DeviceStep._record, list[Any]()
-    gone = [made.runtime.session_under(FixedRule((0,)))]
+    gone = [made.runtime.session_under(static_rule((0,)))]
     answer(gone[0])
     assert gone[0].bound(1)._ahead is not None  # type: ignore[union-attr]
 

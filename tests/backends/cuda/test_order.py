@@ -16,7 +16,7 @@ from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.tensorrt.tensorrt import TensorRT, TensorRTEngine
 from dash_export.backends.tensorrt.trt_api import Toolkit
 from dash_export.bundle.layout import past_names, present_names
-from dash_export.core.rules import DENSE, ForcedRule
+from dash_export.core.rule import DENSE, ForcedRule
 from tests.backends.cuda.conftest import BUILDS, IDS, Host, MakeOnCard, OnCard
 from tests.standin.cuda import Call
 

@@ -23,10 +23,12 @@ from dash_export.building import build, cost_table, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.policy_file import no_policy
 from dash_export.bundle.records import Segment
-from dash_export.core.decision import DialPoint, Setting, Unit, decision_rule, layer_actions
-from dash_export.core.rules import DENSE, FixedRule, ForcedRule
+from dash_export.core.dial import DialPoint
+from dash_export.core.kinds import Setting
+from dash_export.core.policy import no_policy
+from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule
+from dash_export.core.units import Unit, layer_actions
 from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError, RequestError
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
@@ -120,7 +122,7 @@ def test_known_actions_are_graphs_of_their_own(
         session.prefill(IDS[:20])
     recorded = []
     for token, places in zip(IDS[20:].tolist(), ((), (0,), (), (0, 1), (0,), (), ()), strict=False):
-        rule = FixedRule(places)
+        rule = static_rule(places)
         (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
         np.testing.assert_array_equal(taken, actions)
         assert np.abs(found - expected).max() < TOLERANCE

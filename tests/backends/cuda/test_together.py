@@ -10,7 +10,8 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.cuda.cuda import Cuda
 from dash_export.backends.onnxruntime.decode import BoundStep
-from dash_export.core.rules import DENSE, FixedRule, Rule, SessionRules, skips_for
+from dash_export.core.kinds import SessionRules
+from dash_export.core.rule import DENSE, Rule, skips_for, static_rule
 from dash_export.errors import BackendError
 from dash_export.runtime.results import Generation
 from dash_export.runtime.rows import Rows
@@ -55,9 +56,9 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
     both = [rows_of(runtime) for runtime in (host.runtime, made.runtime)]
     kinds: dict[str, list[Rule]] = {
         "token": [host.rule.scaled(factor) for factor in (1.0, 1.5, 2.0, 3.0)],
-        "static": [FixedRule((0,))] * 4,
+        "static": [static_rule((0,))] * 4,
         "one is dense": [host.rule, deepcopy(DENSE), host.rule, host.rule],
-        "one is fixed": [host.rule.scaled(2.0), FixedRule((1,)), host.rule.scaled(3.0), host.rule.scaled(2.0)],
+        "one is fixed": [host.rule.scaled(2.0), static_rule((1,)), host.rule.scaled(3.0), host.rule.scaled(2.0)],
     }
     for many in (4, 3, 1):
         taken = {kind: list[bool]() for kind in kinds}

@@ -13,8 +13,8 @@ from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.decode import BoundSegment, BoundStep
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.core.decision import DENSE_POSITIONS, Unit, decision_rule
-from dash_export.core.rules import DENSE, FixedRule, ForcedRule
+from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule
+from dash_export.core.units import DENSE_POSITIONS, Unit
 from dash_export.errors import PolicyError
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
@@ -140,7 +140,7 @@ def test_rows_that_agree_are_launched_as_one(how: str, runtime: DashRuntime) -> 
     step, launched = step_of(runtime, *{"one row": (1, 1), "teacher-forced": (3, 1), "batch": (1, 3)}[how])
     skipped = np.array([[True, True, True], [True, False, True]])
     if how == "one row":
-        step.decode(1, FixedRule([0]))
+        step.decode(1, static_rule([0]))
         assert launched == ["run 0", "run 1", "bypass 2", "run 3", "run 4"]
         return
     if how == "batch":

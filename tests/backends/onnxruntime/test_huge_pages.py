@@ -127,9 +127,10 @@ def test_what_is_freed_is_kept() -> None:
 
 def test_loading_a_runtime_does_both(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("dash_export.runtime.runtime.keep_freed_memory", lambda: calls.append("heap"))
+    monkeypatch.setattr("dash_export.backends.onnxruntime.ort_engine.keep_freed_memory", lambda: calls.append("heap"))
     monkeypatch.setattr(
-        "dash_export.runtime.runtime.on_huge_pages", lambda wanted: nullcontext(calls.append(f"pages {wanted}"))
+        "dash_export.backends.onnxruntime.ort_engine.on_huge_pages",
+        lambda wanted: nullcontext(calls.append(f"pages {wanted}")),
     )
     DashRuntime.load(tiny_root, "cpu-fp32")
     assert calls == ["heap", "pages True"]

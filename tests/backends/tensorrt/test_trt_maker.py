@@ -19,10 +19,10 @@ from dash_export.building.cost_table import NOT_MEASURED
 from dash_export.building.engine_graphs import engine_graphs, lower_graph
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.policy_file import no_policy
 from dash_export.bundle.recipe import EngineRecipe, Recipe, load_recipe
 from dash_export.bundle.records import Build
-from dash_export.core.decision import Unit
+from dash_export.core.policy import no_policy
+from dash_export.core.units import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.files.artifacts import ArtifactStore, no_progress
 from dash_export.graphs.lower import trt
@@ -272,7 +272,7 @@ def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:
 
 
 def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dash_export.bundle.recipe.RTX_CAPABILITIES", ("9.0",))
+    monkeypatch.setattr("dash_export.backends.tensorrt.trt_recipe.RTX_CAPABILITIES", ("9.0",))
     recipe = write_recipe(tmp_path / "odd.toml")
     Path(recipe).write_text(Path(recipe).read_text().replace("8.9", "9.0"))
     with pytest.raises(BackendError, match=r"does not compile for compute capability 9\.0"):

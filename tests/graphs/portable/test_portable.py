@@ -9,7 +9,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.bundle.bundle import Bundle
-from dash_export.core.decision import decision_rule
+from dash_export.core.rule import decision_rule
 from dash_export.models import open_checkpoint
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions, tiny_bundle

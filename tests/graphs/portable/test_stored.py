@@ -16,8 +16,8 @@ from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.building.graph_runs import graph_run
 from dash_export.errors import BackendError, BundleError
-from dash_export.graphs.lower import ggml
 from dash_export.graphs.lower.surgery import load_graph
+from dash_export.graphs.portable import ggml
 from dash_export.graphs.portable.stored import fold_conversions
 from dash_export.graphs.portable.writer import PAGE, GraphWriter, save_graph
 from dash_export.models import open_checkpoint

@@ -5,16 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.core.decision import (
-    DialPoint,
-    Setting,
+from dash_export.core.dial import DialPoint, recommended_budget
+from dash_export.core.kinds import Setting
+from dash_export.core.rule import decision_rule
+from dash_export.core.units import (
     Unit,
     check_units,
-    decision_rule,
     layer_actions,
     parse_layers,
     parse_units,
-    recommended_budget,
     unit_skips,
     units_of,
     units_text,

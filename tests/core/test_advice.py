@@ -8,17 +8,11 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.building.exporting import export
-from dash_export.bundle import advice
-from dash_export.bundle.advice import (
-    calibration_minutes,
-    if_without_policy,
-    policy_command,
-    quick_training,
-    suitable_target,
-    target_of_bits,
-)
 from dash_export.bundle.bundle import Bundle
-from dash_export.graphs.lower.ggml import BLOCKS
+from dash_export.bundle.suitable import calibration_minutes, suitable_target, target_of_bits
+from dash_export.core import advice
+from dash_export.core.advice import if_without_policy, policy_command, quick_training
+from dash_export.graphs.portable.ggml import BLOCKS
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import _BITS
 from tests.commands.helpers import done
@@ -58,13 +52,13 @@ def test_a_shipped_policy_is_better_than_training(runtime: DashRuntime) -> None:
 def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
     manifest = runtime.bundle.manifest
     bare = replace(manifest.policy, has_network=False, static_order=())
-    assert if_without_policy(replace(manifest, policy=bare)).startswith("No token policy: every token runs every layer")
+    assert if_without_policy(manifest.model, bare).startswith("No token policy: every token runs every layer")
     for policy in (
         manifest.policy,
         replace(bare, static_order=(1, 0)),  # trained, static
         replace(bare, units=()),  # pruned, or --units none
     ):
-        assert if_without_policy(replace(manifest, policy=policy)) == ""
+        assert if_without_policy(manifest.model, policy) == ""
 
 
 @pytest.mark.parametrize(

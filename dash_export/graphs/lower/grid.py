@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.graphs.lower.ggml import four_bits
 from dash_export.graphs.lower.rounded import Rounded
+from dash_export.graphs.portable.ggml import four_bits
 from dash_export.graphs.portable.stored import Stored
 from dash_export.models.spec import Float32Array
 

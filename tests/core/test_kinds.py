@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.bundle.records import CostTable, DialPoint
-from dash_export.core.decision import DecisionRule, Setting, decision_rule
-from dash_export.core.rules import HOLD_RANGE, SessionRules, session_rules, trade_off_for
+from dash_export.core.dial import CostTable, DialPoint, trade_off_for
+from dash_export.core.kinds import HOLD_RANGE, Served, SessionRules, Setting, kinds_of, session_rules
+from dash_export.core.rule import DecisionRule, decision_rule
 from dash_export.errors import PolicyError
 from tests.tiny import TINY_UNITS, random_ids
 
@@ -20,7 +20,9 @@ LoadRuntime = Callable[..., DashRuntime]
 def test_each_unit_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
     build = replace(runtime.build, cost=replace(runtime.cost, cost=(0.3, 0.02)))
     manifest = runtime.bundle.manifest
-    rule = session_rules(Setting("token", trade_off=2.0), manifest.model, manifest.policy, build).rule
+    rule = session_rules(
+        Setting("token", trade_off=2.0), Served(manifest.model, manifest.policy, build.cost, build.dial)
+    ).rule
     assert isinstance(rule, DecisionRule)
     assert rule.limits == pytest.approx((0.6, 0.04))
 
@@ -67,7 +69,7 @@ def test_without_a_network_and_an_order(runtime: DashRuntime, monkeypatch: pytes
     manifest = runtime.bundle.manifest
     bare = replace(manifest.policy, static_order=(), has_network=False)
     monkeypatch.setattr(runtime.bundle, "manifest", replace(manifest, policy=bare))
-    assert bare.kinds == ("dense", "static")
+    assert kinds_of(bare) == ("dense", "static")
     for amount in ({}, {"trade_off": 1.0}, {"budget": 7.0}):  # told at once: no amount would help
         with pytest.raises(
             PolicyError, match=r"needs a bundle with a policy network\. Train one .*dash-export train MODEL"

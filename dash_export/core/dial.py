@@ -1,0 +1,142 @@
+"""The dial: what skipping each unit saves, and which trade-off reaches a wanted amount (numpy only)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.core.units import Skips
+from dash_export.errors import PolicyError
+from dash_export.files.typed_json import NotNegative, Within
+
+RECOMMENDED_LOSS, WORTH = 0.02, 0.05
+"""Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
+QUIET = 0.2
+"""Processors that other work may take while costs are measured; above that the machine counts as busy."""
+_ROUNDING = 1e-9
+"""Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured on `device`: medians in microseconds at `context` cached tokens.
+
+    `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
+    skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
+    one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
+    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times.
+    """
+
+    context: Annotated[int, Within(0, 1 << 20)]
+    dense_us: NotNegative
+    segment_us: dict[str, float]
+    bypass_us: dict[str, float]
+    cost: tuple[Annotated[float, Within(0, 1)], ...]
+    device: str
+    others: NotNegative = 0.0
+    stolen: NotNegative = 0.0
+    asks: NotNegative = 0.0
+    dispatch: str = "sync"
+
+    def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
+        """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:
+        the policy was evaluated for them.
+        """
+        found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
+        return found
+
+    @property
+    def disturbed(self) -> str:
+        """Warning about a table that was measured beside other load; empty for a quiet machine."""
+        if self.others + self.stolen <= QUIET:
+            return ""
+        return (
+            f"Costs were measured while {self.others:.1f} processors worked for others and {self.stolen:.1f} were "
+            "withheld by the host: they and the dial may be wrong. Measure again when the machine is quiet (--measure)."
+        )
+
+
+@dataclass(frozen=True)
+class DialPoint:
+    """One calibrated setting. Per token of the calibration text, at this trade-off: mean layers run, mean decode time
+    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over that mode's.
+    """
+
+    trade_off: NotNegative
+    layers: NotNegative
+    time: NotNegative
+    kl: NotNegative
+    perplexity: NotNegative = 1.0
+
+
+def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
+    """Return the budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated;
+    None where that budget saves less than WORTH of the decode time.
+    """
+    points = sorted(dial, key=lambda point: -point.time)
+    after = next((index for index, point in enumerate(points) if point.perplexity > 1 + RECOMMENDED_LOSS), len(points))
+    if not after:
+        return None
+    budget = points[after - 1].time
+    if after < len(points):
+        low, high = points[after - 1], points[after]
+        share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
+        budget -= share * (low.time - high.time)
+    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
+
+
+def trade_off_for(
+    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> float:
+    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
+    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
+    when there is no table, or when the amount is beyond what the policy reaches.
+    """
+    if not dial:
+        raise PolicyError(
+            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
+            "`dash-export build` on the device; or give the trade-off itself."
+        )
+    points = sorted(dial, key=lambda point: point.trade_off)
+    if budget is not None:
+        wanted, amounts = 1 - budget, [1 - point.time for point in points]
+    elif skipped is not None:
+        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
+    else:
+        assert max_kl is not None
+        wanted, amounts = max_kl, [point.kl for point in points]
+    after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
+    if after is None:
+        raise out_of_reach(max(amounts), budget=budget, skipped=skipped, max_kl=max_kl)
+    before = max(0, after - 1)
+    rise = amounts[after] - amounts[before]
+    share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
+    high = points[after].trade_off
+    low = points[before].trade_off or high / 2
+    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
+    # dense on it begins at half the first one that skips: far below that nothing is skipped.
+    return low * (high / low) ** share if high else 0.0
+
+
+def out_of_reach(
+    most: float, *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> PolicyError:
+    """Return the error for the amount that is given, beyond what a policy reaches with all its units skipped: `most`,
+    of the time saved or of the amount. The limit that it tells is rounded so that it may be asked for.
+    """
+    if budget is not None:
+        asked, limit, end = f"A budget of {budget:g} is below", 1 - _floor(most, 3), "least"
+    elif skipped is not None:
+        asked, limit, end = f"Skipping {skipped:g} layers of a token is above", _floor(most, 2), "most"
+    else:
+        asked, limit, end = f"A KL of {max_kl:g} nats is above", _floor(most, 4), "most"
+    return PolicyError(
+        f"{asked} the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
+    )
+
+
+def _floor(amount: float, digits: int) -> float:
+    return floor(round(10.0**digits * amount, 6)) / 10.0**digits

@@ -56,4 +56,4 @@ def test_the_root_is_bare() -> None:
 
 
 def test_the_registry_knows_names_only() -> None:
-    assert imported(PACKAGE / "backends" / "base.py") == {"backends"}  # types
+    assert imported(PACKAGE / "backends" / "base.py") == {"backends", "bundle"}  # types

@@ -13,13 +13,15 @@ from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
-    from dash_export.backends.cuda.cuda import Cuda
-    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.host.decode import EngineSet
+    from dash_export.bundle.bundle import Bundle
+    from dash_export.bundle.records import Build
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -67,6 +69,16 @@ enqueued (CUDA).
 """
 
 
+class Started(Protocol):
+    """A started backend."""
+
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | DeviceEngines:
+        """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
+        that this kind of backend has not.
+        """
+        ...
+
+
 def require_backend(name: str) -> None:
     """Raise BackendError that names the extra to install when the backend's package is not installed."""
     if name not in BACKENDS:
@@ -77,7 +89,7 @@ def require_backend(name: str) -> None:
         raise BackendError(f"The backend {name!r} is not installed on this machine. Run: {install}")
 
 
-def load_backend(name: str, threads: int) -> OrtBackend | Cuda:
+def load_backend(name: str, threads: int) -> Started:
     """Import and start a backend; for GPU targets it is a Cuda. Raises BackendError that names the missing package or
     device.
     """

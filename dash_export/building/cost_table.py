@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -20,14 +19,13 @@ from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build, Manifest
 from dash_export.core.dial import CostTable
-from dash_export.core.rule import DENSE, DecisionRule, Rule, static_rule
+from dash_export.core.rule import DENSE, Rule, static_rule
 from dash_export.core.units import Unit
 
 if TYPE_CHECKING:
-    from dash_export.backends.cuda.cuda import Cuda
+    from dash_export.backends.base import Started
     from dash_export.backends.cuda.engines import DeviceCache
     from dash_export.backends.cuda.step import DeviceStep
-    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
@@ -40,7 +38,7 @@ def uniform_cost(manifest: Manifest) -> CostTable:
     return CostTable(0, 0.0, {}, {}, cost, NOT_MEASURED)
 
 
-def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> CostTable:
+def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     """Run tokens at the recipe's context, and time every segment and bypass in its place in the token.
 
     On a device engines run later than they are launched, and a token may be one graph. There whole tokens are timed,
@@ -96,13 +94,9 @@ def _whole_tokens(
 ) -> tuple[float, float, list[float]]:
     """Return microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone."""
     context = cache.length
-    sizes = tuple(len(unit.layers) for unit in units)
 
     def rule(*places: int) -> Rule:
-        # The least and the largest number that make a device ask the policy: its answer changes nothing.
-        never, always = math.ulp(0.0), sys.float_info.max
-        limits = tuple(always if place in places else never for place in range(len(units)))
-        return DecisionRule(limits, sizes) if asks else static_rule(places)
+        return replace(static_rule(places), asks=asks)
 
     dense, asking, saved = [], [], []
     for place in range(max(1, len(units))):

@@ -24,8 +24,7 @@ from dash_export.text.chats import DIAL_ANSWERS, Continuation, continuation, par
 from dash_export.text.text_files import MAX_TEXT_BYTES, bounded_text
 
 if TYPE_CHECKING:
-    from dash_export.backends.cuda.cuda import Cuda
-    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
+    from dash_export.backends.base import Started
 
 WINDOWS = 16
 TOKENS = 128
@@ -38,7 +37,7 @@ LEAST = 1e-3
 
 
 def calibrate_dial(
-    bundle: Bundle, build: Build, backend: OrtBackend | Cuda, progress: Progress = no_progress
+    bundle: Bundle, build: Build, backend: Started, progress: Progress = no_progress
 ) -> tuple[DialPoint, ...]:
     """Return the points of the dial, from dense to everything skipped. Each trade-off is run under its own decisions.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import inf
 from typing import Protocol
 
@@ -57,30 +56,28 @@ class Rule(Protocol):
 class DecisionRule:
     """Rule that skips a unit where damage is below the unit's limit (trade_off * cost, nats); damage is never negative,
     so a limit of 0 never skips, and one of infinity always does. Units after the last limit are never skipped. `sizes`:
-    layers of each unit; `fewest`: layers that every token skips at least.
+    layers of each unit; `fewest`: layers that every token skips at least; `asks` as in `Rule`.
     """
 
     limits: tuple[float, ...] = ()
     sizes: tuple[int, ...] = ()
     fewest: int = 0
-
-    @cached_property
-    def asks(self) -> bool:
-        """Whether the actions depend on damage."""
-        return bool(self.fewest) or any(0 < limit < inf for limit in self.limits)
+    asks: bool = True
 
     def scaled(self, factor: float) -> DecisionRule:
         """Return the rule with `factor` times this rule's trade-off."""
         return replace(self, limits=tuple(factor * limit for limit in self.limits))
+
+    def limits_of(self, units: int) -> tuple[float, ...]:
+        """Return the limit of each of so many units."""
+        return (*self.limits, *(0.0,) * (units - len(self.limits)))
 
     def skips(self, damage: Damages) -> Skips:
         """Return skipped [units, tokens] for damage [units, tokens]. Where `fewest` asks a token to skip more than the
         limits do, it also skips the units that do least damage per layer.
         """
         exact = damage.astype(np.float64)
-        limits = np.zeros((len(damage), 1))
-        limits[: len(self.limits), 0] = self.limits
-        below: Skips = exact < limits
+        below: Skips = exact < np.array(self.limits_of(len(damage)))[:, None]
         if not self.fewest:
             return below
         sizes = np.array(self.sizes)[:, None]
@@ -106,13 +103,14 @@ def decision_rule(
     return DecisionRule(tuple(trade_off * own for own in cost), tuple(len(unit.layers) for unit in units), fewest)
 
 
-DENSE = DecisionRule()
+DENSE = DecisionRule(asks=False)
 
 
 def static_rule(places: Iterable[int]) -> DecisionRule:
     """Return the rule that skips the units at these places for every token."""
     skipped = set(places)
-    return DecisionRule(tuple(inf if place in skipped else 0.0 for place in range(max(skipped, default=-1) + 1)))
+    limits = tuple(inf if place in skipped else 0.0 for place in range(max(skipped, default=-1) + 1))
+    return DecisionRule(limits, asks=False)
 
 
 def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.core.rule import skips_for
 from dash_export.core.sampling import Sampler, Sampling, TokenIds
 from dash_export.core.units import layer_actions

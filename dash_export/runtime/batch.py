@@ -17,7 +17,7 @@ from dash_export.runtime.session import Session
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
-    from dash_export.backends.onnxruntime.decode import EngineSet
+    from dash_export.backends.host.decode import EngineSet
 
 PAUSE = 1e-3
 """Seconds to wait before a generator of prompts is asked again, where there is no other work."""

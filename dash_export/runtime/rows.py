@@ -26,7 +26,7 @@ from dash_export.runtime.session import Session
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.cuda.step import DeviceStep
-    from dash_export.backends.onnxruntime.decode import BoundStep, EngineSet
+    from dash_export.backends.host.decode import BoundStep, EngineSet
 
 NO_MEMORY = "The memory is not enough for this answer beside the others: ask again later, or for less."
 

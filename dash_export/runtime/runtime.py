@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dash_export.backends.base import load_backend
-from dash_export.backends.onnxruntime.decode import MAX_SEQUENCES
+from dash_export.backends.host.decode import MAX_SEQUENCES
 from dash_export.bundle import hub, signing
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import is_hub_id
@@ -28,8 +28,7 @@ from dash_export.runtime.session import Session
 from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
-    from dash_export.backends.cuda.cuda import Cuda
-    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
+    from dash_export.backends.base import Started
 
 DISPATCH_MODES = get_args(Dispatch)
 
@@ -37,7 +36,7 @@ DISPATCH_MODES = get_args(Dispatch)
 class DashRuntime:
     """Loaded build that serves many sessions. Engines are shared; a session has its own cache, policy and budget."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: OrtBackend | Cuda, dispatch: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, build: Build, backend: Started, dispatch: str | None = None) -> None:
         """Load all engines; most callers want `load`. Raises PolicyError for a dispatch mode that this build lacks."""
         self.bundle, self.build = bundle, build
         self.recipe = build.recipe

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dash_export.backends.onnxruntime.cache import pass_length
+from dash_export.backends.host.cache import pass_length
 from dash_export.core.divergence import nll
 from dash_export.core.rule import DENSE, ForcedRule
 from dash_export.core.sampling import TokenIds
@@ -16,7 +16,7 @@ from dash_export.runtime.results import Score, check_room
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.step import DeviceStep
-    from dash_export.backends.onnxruntime.decode import BoundStep
+    from dash_export.backends.host.decode import BoundStep
     from dash_export.runtime.session import Session
 
 ROWS = 128

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.onnxruntime.cache import KVCache, pass_length, whole_tiles
+from dash_export.backends.host.cache import KVCache, pass_length, whole_tiles
 from dash_export.core.arguments import Prompt, check_arguments
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule
@@ -35,7 +35,7 @@ from dash_export.text.tokenizer import Text
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.cuda.step import DeviceStep
-    from dash_export.backends.onnxruntime.decode import BoundStep, EngineSet
+    from dash_export.backends.host.decode import BoundStep, EngineSet
 
 Floats = npt.NDArray[np.float32]
 _CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."

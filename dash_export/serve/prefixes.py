@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from dash_export.backends.onnxruntime.cache import KVCache, whole_tiles
+from dash_export.backends.host.cache import KVCache, whole_tiles
 from dash_export.core.sampling import TokenIds
 from dash_export.runtime.session import Session
 

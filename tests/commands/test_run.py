@@ -26,7 +26,7 @@ from tests.forged import rehash, replace_text
 SLOW_RUN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 decode = BoundStep.decode
 def slow(*arguments):
     time.sleep(0.02)

@@ -81,7 +81,7 @@ def test_answers_that_do_not_end_in_time(tiny_root: Path) -> None:
 SLOW = """
 import time
 from dash_export.cli import main
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 sound = BoundStep.decode_batch
 BoundStep.decode_batch = lambda *arguments: (time.sleep(0.05), sound(*arguments))
 main()

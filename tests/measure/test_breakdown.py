@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import Setting
 from dash_export.measure.breakdown import conditions, lane_profile, shares, spread, this_machine, token_parts
 from dash_export.measure.candidates import candidates

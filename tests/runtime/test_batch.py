@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.cache import KVCache
+from dash_export.backends.host.cache import KVCache
 from dash_export.core.divergence import DenseRows
 from dash_export.core.rule import DENSE
 from dash_export.core.sampling import Sampler

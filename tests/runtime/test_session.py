@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.cache import TILE
+from dash_export.backends.host.cache import TILE
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Sampling, Session
 from dash_export.serve.prefixes import Prefixes

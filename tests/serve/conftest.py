@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening

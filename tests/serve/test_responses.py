@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.errors import BackendError
 from dash_export.serve import responses
 from dash_export.serve.responses import ResponsesRequest

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.cache import KVCache
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.cache import KVCache
+from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Response, Sampling

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.cache import KVCache
+from dash_export.backends.host.cache import KVCache
 from dash_export.commands.serve import raise_open_file_limit
 from dash_export.errors import BackendError, BundleError
 from dash_export.runtime.rows import NO_MEMORY, Rows

@@ -19,7 +19,7 @@ import numpy as np
 from common import Times, held_out, in_fresh_processes, print_json, report, timed
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import Setting
 from dash_export.core.rule import DENSE, Rule, static_rule
 from dash_export.core.units import unit_skips

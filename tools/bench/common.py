@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.onnxruntime.decode import EngineSet
+from dash_export.backends.host.decode import EngineSet
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 from dash_export.building.engine_graphs import EngineGraph, lower_graph
 from dash_export.bundle.bundle import Bundle

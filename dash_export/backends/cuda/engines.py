@@ -8,7 +8,7 @@ from math import prod
 
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.backends.cuda.step import DeviceStep
-from dash_export.backends.onnxruntime.cache import Sequences
+from dash_export.backends.host.cache import Sequences
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
 from dash_export.core.units import Unit

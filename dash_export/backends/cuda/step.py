@@ -224,7 +224,7 @@ class DeviceStep(BoundEngines):
         deciding = [rule for rule in rules if isinstance(rule, DecisionRule) and rule.asks and not rule.fewest]
         if engines.dispatch != "device" or len(deciding) < len(rules):
             return None
-        return tuple(rule.limits for rule in deciding)
+        return tuple(rule.limits_of(len(engines.units)) for rule in deciding)
 
     def _graph(self, actions: Actions, side: int, ahead: bool = False) -> CudaGraph | None:
         """Return the recorded step, which leaves its results on `side`, and fill in its limits. Return None where that

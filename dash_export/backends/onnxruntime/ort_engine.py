@@ -33,7 +33,7 @@ from dash_export.bundle.records import Build
 from dash_export.errors import BackendError, PolicyError
 
 if TYPE_CHECKING:
-    from dash_export.backends.onnxruntime.decode import EngineSet
+    from dash_export.backends.host.decode import EngineSet
 
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class OrtBackend:
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet:
         """Load all engines of a build. Raises PolicyError for a dispatch mode that needs streams."""
-        from dash_export.backends.onnxruntime.decode import EngineSet
+        from dash_export.backends.host.decode import EngineSet
 
         if dispatch != "sync":
             raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")

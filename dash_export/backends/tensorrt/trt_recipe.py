@@ -13,14 +13,15 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 def faults(recipe: Recipe) -> Iterator[str]:
     """Yield what does not go together."""
+    engine = recipe.engine
+    if engine is not None and engine.activations == "fp32":
+        yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
     yield from device_faults(recipe)
-    if (engine := recipe.engine) is None:
+    if engine is None:
         return
     foreign = sorted(set(engine.capabilities) - set(RTX_CAPABILITIES))
     if recipe.backend == "tensorrt_rtx" and foreign:
         yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
-    if engine.activations == "fp32":
-        yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
     if "fp8" in recipe.precisions.values():
         if old := [item for item in engine.capabilities if float(item) < FP8_SINCE]:
             yield f"'fp8' needs compute capability {FP8_SINCE} or newer: take {', '.join(old)} out of `capabilities`."

@@ -9,7 +9,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.cuda.cuda import Cuda
-from dash_export.backends.onnxruntime.decode import BoundStep
+from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule, skips_for, static_rule
 from dash_export.errors import BackendError

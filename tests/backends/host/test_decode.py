@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime.decode import BoundSegment, BoundStep
+from dash_export.backends.host.decode import BoundSegment, BoundStep
 from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule

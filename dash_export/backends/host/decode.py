@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.onnxruntime.cache import KVCache
+from dash_export.backends.host.cache import KVCache
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import DAMAGED, MIXED, POLICY, Build, Segment
@@ -26,13 +27,29 @@ from dash_export.core.sampling import Draw
 from dash_export.core.units import Skips, Unit
 from dash_export.errors import BundleError
 
-if TYPE_CHECKING:
-    from dash_export.backends.onnxruntime.ort_engine import OrtBackend, OrtEngine
-
 Floats = npt.NDArray[np.float32]
 MAX_SEQUENCES = 1024
 SCORES = 32 << 20
 """Most bytes of attention scores in one pass: a larger buffer is mapped and cleared anew by glibc for every layer."""
+
+
+class HostEngine(Protocol):
+    """An engine in host memory, shared between sessions."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
+        """Fix the addresses of all inputs and outputs. An output may share its input's memory (KV cache)."""
+        ...
+
+
+class HostBackend(Protocol):
+    """A backend whose engines run in host memory, one after the other."""
+
+    def load(self, path: Path) -> HostEngine:
+        """Load an engine file. Raises BackendError where the backend refuses it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,8 @@ class SegmentEngines:
     """Engines of one segment. `run`: (name, engine), in the order they run. `bypass`: the engine that skips a unit."""
 
     segment: Segment
-    run: Sequence[tuple[str, OrtEngine]]
-    bypass: OrtEngine | None = None
+    run: Sequence[tuple[str, HostEngine]]
+    bypass: HostEngine | None = None
 
 
 class EngineSet:
@@ -53,7 +70,7 @@ class EngineSet:
     grows = True
     """Whether a cache grows when more memory is needed."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: OrtBackend) -> None:
+    def __init__(self, bundle: Bundle, build: Build, backend: HostBackend) -> None:
         """Load all engines but the mixed ones. Raises BundleError where that of the policy is missing."""
         self._bundle, self._backend, self.build = bundle, backend, build
         self._seal = bundle.verify(build.files, hashes=False)
@@ -80,11 +97,11 @@ class EngineSet:
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
 
-    def _load(self, name: str) -> OrtEngine:
+    def _load(self, name: str) -> HostEngine:
         return self._backend.load(self._bundle.path(self.build.engines[name].file))
 
     @cached_property
-    def mixed(self) -> Sequence[OrtEngine]:
+    def mixed(self) -> Sequence[HostEngine]:
         """Mixed engines, one per unit, for steps whose rows skip differently. They hold the units' weights once more,
         so they are loaded when first needed. Raises BundleError where a file of the build was replaced since the other
         engines were loaded.
@@ -253,7 +270,7 @@ class BoundStep:
 
     # --- binding
 
-    def _bound(self, engines: EngineSet, mixed: Sequence[OrtEngine]) -> Iterator[BoundSegment]:
+    def _bound(self, engines: EngineSet, mixed: Sequence[HostEngine]) -> Iterator[BoundSegment]:
         """Bind every segment. `mixed`: one engine per unit where rows may differ, else none."""
         hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
@@ -276,11 +293,11 @@ class BoundStep:
             unit += 1
 
     def _bind(
-        self, engine: OrtEngine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
+        self, engine: HostEngine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
     ) -> Launch:
         return engine.bind({**self._arrays, "hidden": before}, {**self._arrays, **(outputs or {}), "hidden_out": after})
 
-    def _bind_run(self, engines: Sequence[tuple[str, OrtEngine]], before: Floats, after: Floats) -> Launch:
+    def _bind_run(self, engines: Sequence[tuple[str, HostEngine]], before: Floats, after: Floats) -> Launch:
         """Bind engines that run in a row (portable graphs are several); the policy reads the next engine's input."""
         launches, state = [], before
         for name, engine in engines:
@@ -296,7 +313,7 @@ class BoundStep:
 
         return launch_all
 
-    def _bind_bypass(self, engine: OrtEngine, layers: range, before: Floats, after: Floats) -> Launch:
+    def _bind_bypass(self, engine: HostEngine, layers: range, before: Floats, after: Floats) -> Launch:
         """Bind a unit's bypass. Its launch also writes the unit's K and V where the engine leaves that to the host."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.host import decode
 from dash_export.backends.host.decode import BoundStep
-from dash_export.backends.onnxruntime import decode
 from dash_export.core.rule import ForcedRule
 from dash_export.core.units import unit_skips
 from dash_export.runtime import Session

@@ -13,7 +13,7 @@ import pytest
 import dash_export
 from dash_export import DashRuntime
 from dash_export.building import build, calibrate
-from dash_export.bundle.bundle import BUILD
+from dash_export.bundle.layout import BUILD
 from dash_export.errors import BackendError, BundleError, DashError
 from dash_export.graphs.lower.surgery import load_graph
 from tests.forged import edit, rehash

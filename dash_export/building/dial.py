@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle.bundle import ANSWERS, Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.records import Build
 from dash_export.core.dial import DialPoint
 from dash_export.core.divergence import DenseRows

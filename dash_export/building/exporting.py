@@ -12,8 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dash_export import __version__
-from dash_export.bundle.bundle import ANSWERS, TEXT_FILES, Bundle, to_json
-from dash_export.bundle.layout import MANIFEST, SIGNATURE, check_outside_bundles, is_bundle
+from dash_export.bundle.bundle import Bundle, to_json
+from dash_export.bundle.layout import ANSWERS, MANIFEST, SIGNATURE, TEXT_FILES, check_outside_bundles, is_bundle
 from dash_export.bundle.records import SCHEMA, Manifest, sealed
 from dash_export.core.arguments import check_arguments
 from dash_export.core.facts import ModelFacts

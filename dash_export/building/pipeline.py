@@ -12,8 +12,8 @@ from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
-from dash_export.bundle.bundle import BUILD, Bundle, Seal
-from dash_export.bundle.layout import CALIBRATION, SIGNATURE
+from dash_export.bundle.bundle import Bundle, Seal
+from dash_export.bundle.layout import BUILD, CALIBRATION, SIGNATURE
 from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import SCHEMA, Build, EngineRecord, Segment
 from dash_export.bundle.signing import check_trusted

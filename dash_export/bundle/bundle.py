@@ -1,11 +1,4 @@
-"""The bundle on disk: layout, manifest, build record, verification. Nothing loaded from it is trusted unchecked.
-
-smollm2.dash/
-  manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
-  config.json tokenizer.json .. as a Hugging Face folder has them
-  onnx/*.onnx, *.data           the portable graphs
-  engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
-"""
+"""The bundle on disk: manifest, build record, verification. Nothing loaded from it is trusted unchecked."""
 
 from __future__ import annotations
 
@@ -21,10 +14,13 @@ from shlex import quote
 from typing import TypeVar
 
 from dash_export.bundle.layout import (
+    ANSWERS,
+    BUILD,
     DEFAULT_TARGET,
     MANIFEST,
     ROUNDINGS,
     SIGNATURE,
+    TEXT_FILES,
     TIMING_CACHE,
     is_bundle,
     is_hub_id,
@@ -44,11 +40,6 @@ from dash_export.files.artifacts import (
 from dash_export.files.outputs import MARK, folder_locked, holder, lock_file
 from dash_export.files.typed_json import WrongFieldError, typed
 
-BUILD = "build.json"
-TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-ANSWERS = "answers.jsonl"
-"""Held-out answers of the model, on which a policy is judged; not in every bundle."""
-"""Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
 _UNREAD = re.compile(

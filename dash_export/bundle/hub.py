@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dash_export import __version__
-from dash_export.bundle.bundle import ANSWERS, BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
-from dash_export.bundle.layout import MANIFEST, NO_HUB_ID, SIGNATURE, cache_folder
+from dash_export.bundle.bundle import LARGEST_RECORD, Bundle, parsed
+from dash_export.bundle.layout import ANSWERS, BUILD, MANIFEST, NO_HUB_ID, SIGNATURE, TEXT_FILES, cache_folder
 from dash_export.bundle.records import Build, Manifest
 from dash_export.core.dial import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError

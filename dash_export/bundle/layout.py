@@ -1,4 +1,12 @@
-"""Names of inputs, outputs and files that graphs, builds and the runtime agree on."""
+"""The layout of a bundle, and the names that graphs, builds and the runtime agree on.
+
+smollm2.dash/
+  manifest.json, .sig           what the model is, its graphs, its policy, SHA-256 of every file; the owner's signature
+  config.json tokenizer.json .. as a Hugging Face folder has them; answers.jsonl: held-out answers, for the dial
+  onnx/*.onnx, *.data           the portable graphs
+  engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
+  engines/<target>/*            engines; roundings.npz, timing.cache, calibration/: what `build` makes them from again
+"""
 
 import os
 from contextlib import suppress
@@ -19,6 +27,11 @@ FINAL_STATE = "final_state"
 """Output of the head: the normed state of the tokens that get logits."""
 MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
 """Files of a bundle: the manifest, and the owner's signature."""
+BUILD = "build.json"
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Config, tokenizer and template files that the runtime reads, where the bundle has them."""
+ANSWERS = "answers.jsonl"
+"""Held-out answers of the model, on which a policy is judged; not in every bundle."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""
 ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"

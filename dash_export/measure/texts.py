@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dash_export.bundle.bundle import ANSWERS
+from dash_export.bundle.layout import ANSWERS
 from dash_export.core.sampling import TokenIds
 from dash_export.core.units import DENSE_POSITIONS
 from dash_export.errors import RequestError

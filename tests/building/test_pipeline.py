@@ -17,7 +17,8 @@ from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 from dash_export.building import build, cost_table, dial, pipeline
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
 from dash_export.building.exporting import export
-from dash_export.bundle.bundle import ANSWERS, Bundle
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import ANSWERS
 from dash_export.core.dial import DialPoint
 from dash_export.core.policy import narrowed
 from dash_export.errors import BackendError, BundleError, PolicyError

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export import DashRuntime
-from dash_export.bundle.bundle import BUILD, Bundle, to_json
-from dash_export.bundle.layout import MANIFEST, safe_path
+from dash_export.bundle.bundle import Bundle, to_json
+from dash_export.bundle.layout import BUILD, MANIFEST, safe_path
 from dash_export.errors import BundleError, DashError
 from dash_export.files.outputs import MARK
 from dash_export.files.typed_json import typed

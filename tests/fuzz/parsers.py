@@ -17,8 +17,8 @@ from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_optio
 from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.building.graph_runs import graph_run
-from dash_export.bundle.bundle import BUILD, Bundle
-from dash_export.bundle.layout import MANIFEST
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import BUILD, MANIFEST
 from dash_export.bundle.policy_file import load_policy
 from dash_export.bundle.recipe import load_recipe
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.bundle.bundle import ANSWERS
+from dash_export.bundle.layout import ANSWERS
 from dash_export.errors import RequestError
 from dash_export.measure.texts import judged_text, windows
 from dash_export.text.chats import DIAL_ANSWERS

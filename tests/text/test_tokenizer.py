@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from dash_export import DashRuntime
-from dash_export.bundle.bundle import TEXT_FILES
+from dash_export.bundle.layout import TEXT_FILES
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime import results
 from dash_export.serve.scheduler import Scheduler

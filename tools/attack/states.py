@@ -122,8 +122,8 @@ def picture_state(folder: Path, expected: dict[str, str]) -> str | Fault:
 
 def leftovers(folder: Path) -> list[Fault]:
     """What no run should leave: temporary names, locks, unfinished folders, files that no record lists."""
-    from dash_export.bundle.bundle import BUILD, Bundle
-    from dash_export.bundle.layout import MANIFEST
+    from dash_export.bundle.bundle import Bundle
+    from dash_export.bundle.layout import BUILD, MANIFEST
     from dash_export.errors import DashError
 
     known = {MANIFEST}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.bundle.bundle import TEXT_FILES
 from dash_export.bundle.hub import download
+from dash_export.bundle.layout import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from dash_export.bundle.bundle import TEXT_FILES
+from dash_export.bundle.layout import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from dash_export.models.config import decoder_spec

@@ -58,7 +58,7 @@ def merged(
 
 
 def _chained(model: GatedModel, modules: SkipModules, places: Sequence[int], entering: torch.Tensor) -> torch.Tensor:
-    """Return the columns of a bypass (`policy.py`) that does what those of these units do one after the other."""
+    """Return the columns of a bypass (`core/policy.py`) that does what those of these units do one after the other."""
     hidden, total, rows = entering, torch.zeros_like(entering, dtype=torch.float32), list[torch.Tensor]()
     for place in places:
         if place != places[0]:

@@ -61,7 +61,7 @@ class SkipModules(nn.Module):
         return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
-        """Return the columns of the bypass of unit `place`, as `policy.py` orders them, [..., columns] in the dtype of
+        """Return the columns of the bypass of unit `place`, as `core/policy.py` orders them, [..., columns] in the dtype of
         `state` (`bypass_input`).
         """
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))

@@ -62,7 +62,8 @@ async def tokenize(server: Server, http: HttpRequest) -> Response:
             if chat is not None:
                 ids = chat_ids(chat, scheduler)
             else:
-                ids = text.encode(request.prompt or "", special=request.add_special_tokens)
+                most = scheduler.runtime.engines.model.max_positions
+                ids = text.encode(request.prompt or "", special=request.add_special_tokens, limit=most)
             pieces = [text.tokenizer.id_to_token(one) for one in ids] if request.return_token_strs else None
             told = {"count": len(ids), "max_model_len": scheduler.context, "tokens": ids, "token_strs": pieces}
             return JSONResponse(told)  # here, for a million tokens take a while

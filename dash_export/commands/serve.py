@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import resource
 import signal
 import socket
@@ -16,6 +17,7 @@ from dash_export.commands.options import TARGET, TRUSTED, count_option, load_run
 from dash_export.core.kinds import Setting
 from dash_export.errors import OutputError, RequestError
 from dash_export.serve.scheduler import ROWS, WAITING
+from dash_export.text.text_files import read_text
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -88,6 +90,8 @@ def command(
     if ssl_keyfile is not None and ssl_certfile is None:
         raise RequestError("--ssl-keyfile is of no use alone: give the --ssl-certfile that it belongs to.")
     keys = known_keys(keys, api_key_file)
+    if wrong := [one for one in cors if not re.fullmatch(r"\*|https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?", one)]:
+        raise RequestError(f"--cors {wrong[0]} is no web page's origin, which is like https://models.example.")
     if names and len(names) != len(bundles):
         raise RequestError(f"{len(bundles)} bundles have {len(names)} names: give a --served-model-name for each.")
     if write_triton is None and host not in LOCAL and not (keys or no_key):
@@ -145,10 +149,7 @@ def command(
 def known_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Return all keys, those of a file's lines too. Raises RequestError for one that is empty, or cannot be sent."""
     if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"--api-key-file {file} cannot be read: {error}") from None
+        lines = read_text(file, pipe=True).splitlines()
         keys += tuple(line.strip() for line in lines if line.strip()) or ("",)
     if not all(key and key == key.strip() for key in keys):
         raise RequestError("An API key is empty, or begins or ends with a space: give one that clients can send.")

@@ -6,6 +6,7 @@ bounds the bytes, but parses in Python: one connection can keep it busy for seco
 
 import asyncio
 import json
+import socket
 from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,10 @@ HELD_BYTES, SMALL_BYTES = 32 << 20, 1 << 12
 READ_BYTES, LINGER = 1 << 14, 1.0
 """Bytes that are read from a connection at a time, so that others have their turn; seconds that a client has to read an
 answer which came before its request was whole.
+"""
+TAKE_SECONDS = 60.0
+"""Seconds after which a client that takes nothing of its answer is given up: asyncio would hold the answer for good, of
+a closed connection, too.
 """
 
 
@@ -56,6 +61,8 @@ class Door(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's transport reads so much at a time
+        if connection := transport.get_extra_info("socket"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * TAKE_SECONDS))
         self._address = self.client[0] if self.client else ""
         self._heads.connections[self._address] += 1
         most = self._heads.most

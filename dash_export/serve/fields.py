@@ -10,6 +10,16 @@ from typing_extensions import LiteralString
 MOST = 1 << 20
 Few = Field(max_length=1024, fail_fast=True)
 """Limit of a list, read up to its first mistake: each mistake would cost as much as 1000 correct entries."""
+
+
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > 1024:
+        raise ValueError("more than 1024 entries")
+    return given
+
+
+FewEntries = BeforeValidator(_few)
+"""The same limit of an object, before any entry is read: pydantic reads all of them, mistakes or not."""
 UNKNOWN: Final = "unknown_parameter"
 UNSUPPORTED: Final = "unsupported_parameter"
 """OpenAI's codes of these errors."""

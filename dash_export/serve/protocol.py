@@ -23,7 +23,7 @@ from dash_export.core.kinds import Setting
 from dash_export.core.sampling import Sampling
 from dash_export.core.units import parse_layers
 from dash_export.errors import RequestError
-from dash_export.serve.fields import MOST, Few, Fields, Number, Whole, refuse
+from dash_export.serve.fields import MOST, Few, FewEntries, Fields, Number, Whole, refuse
 from dash_export.serve.messages import Message, check_few
 from dash_export.serve.tickets import Reading
 from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
@@ -144,7 +144,7 @@ class Generation(Body):
     repetition_penalty: Number | None = Field(None, gt=0)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[int, Number], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[int, Number], Field(max_length=1024), FewEntries] | None = None
     seed: Whole | None = None
     stop: str | Annotated[list[str], Few] | None = None
     n: Whole | None = Field(1, ge=1, le=16)

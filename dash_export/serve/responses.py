@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
-from dash_export.serve.fields import MOST, Few, Fields, Whole
+from dash_export.serve.fields import MOST, Few, FewEntries, Fields, Whole
 from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.messages import ContentPart
 from dash_export.serve.protocol import Body, ChatRequest
@@ -100,7 +100,7 @@ class ResponsesRequest(Body):
     tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
     parallel_tool_calls: bool = True
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), FewEntries] | None = None
 
     def chat(self) -> ChatRequest:
         """Return the request as one of /v1/chat/completions. Raises RequestError, and ValidationError (pydantic's)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from dash_export.errors import RequestError
 from dash_export.runtime.results import checked_tokens
 from dash_export.serve.fields import Few, refuse
 from dash_export.serve.messages import Message
@@ -57,30 +58,34 @@ async def tokenize(server: Server, http: HttpRequest) -> Response:
         _, scheduler = server.scheduler(request.model.partition("@")[0])
         text, chat = scheduler.runtime.text, request.chat()
 
-        def work() -> dict[str, Any]:
+        def work() -> Response:
             if chat is not None:
                 ids = chat_ids(chat, scheduler)
             else:
-                ids = text.encode(request.prompt or "", special=request.add_special_tokens)
+                most = scheduler.runtime.engines.model.max_positions
+                ids = text.encode(request.prompt or "", special=request.add_special_tokens, limit=most)
             pieces = [text.tokenizer.id_to_token(one) for one in ids] if request.return_token_strs else None
-            return {"count": len(ids), "max_model_len": scheduler.context, "tokens": ids, "token_strs": pieces}
+            told = {"count": len(ids), "max_model_len": scheduler.context, "tokens": ids, "token_strs": pieces}
+            return JSONResponse(told)  # here, for a million tokens take a while
 
-        return JSONResponse(await in_thread(server, arrival, work))
+        return await in_thread(server, arrival, work)
 
 
 async def detokenize(server: Server, http: HttpRequest) -> Response:
     async with parsed_request(server, DetokenizeRequest, http) as (request, arrival):
         _, scheduler = server.scheduler(request.model.partition("@")[0])
         runtime, ids = scheduler.runtime, request.tokens
+        if len(ids) > (most := runtime.engines.model.max_positions):  # a token may be a hundred letters
+            raise RequestError(f"tokens: {len(ids)} are more than the {most} that the model reads: send parts of them.")
 
-        def work() -> dict[str, Any]:
+        def work() -> Response:
             if ids:
                 checked_tokens(ids, runtime.engines.model.vocab_size)
             decode = runtime.text.tokenizer.decode
             written = call_tokenizer("cannot write these tokens", lambda: decode(ids, skip_special_tokens=False))
-            return {"prompt": written}
+            return JSONResponse({"prompt": written})
 
-        return JSONResponse(await in_thread(server, arrival, work))
+        return await in_thread(server, arrival, work)
 
 
 async def tokenizer_info(server: Server, http: HttpRequest) -> Response:

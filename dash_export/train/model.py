@@ -61,8 +61,8 @@ class SkipModules(nn.Module):
         return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
-        """Return the columns of the bypass of unit `place`, as `core/policy.py` orders them, [..., columns] in the dtype of
-        `state` (`bypass_input`).
+        """Return the columns [..., columns] of unit `place`'s bypass, in the order of `core/policy.py` and the dtype
+        of `state` (`bypass_input`).
         """
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
         return state @ weight + bias

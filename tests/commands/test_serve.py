@@ -155,7 +155,10 @@ def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
         said = refused("serve", tiny_root, *FP32, "--port", taken.getsockname()[1])
         assert "cannot be listened to: address already in use" in said
     keys = tmp_path / "keys"
-    assert "cannot be read" in refused("serve", tiny_root, *FP32, "--api-key-file", keys)
+    assert "There is no text file" in refused("serve", tiny_root, *FP32, "--api-key-file", keys)
+    assert "it is not a regular file" in refused("serve", tiny_root, *FP32, "--api-key-file", "/dev/zero")
+    for origin in ("http://[", "models.example", "https://models.example/page"):
+        assert f"--cors {origin} is no web page's origin" in refused("serve", tiny_root, *FP32, "--cors", origin)
     keys.write_text("\n")
     assert "An API key is empty" in refused("serve", tiny_root, *FP32, "--api-key-file", keys)
     assert "1 bundles have 2 names" in refused("serve", tiny_root, *FP32, *("--served-model-name", "a") * 2)

@@ -148,6 +148,25 @@ def test_what_is_sent_after_an_answer_is_not_read(address: str) -> None:
         assert sent < 1 << 28
 
 
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_an_answer_that_is_not_taken(more: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not held for good, nor is its connection. Who reads slowly gets all of it."""
+    monkeypatch.setattr(door, "TAKE_SECONDS", 0.5)
+    size = 16 << 20
+    with listening(PlainTextResponse("x" * size)) as address:
+        for pause, each, whole in ((2.0, 0, False), (0.1, 1 << 20, True)):
+            with connected(address) as client:
+                client.sendall(GET + more + b"\r\n")
+                time.sleep(pause)
+                got = 0
+                with suppress(ConnectionError):
+                    while got < size and (piece := client.recv(1 << 16)):
+                        got += len(piece)
+                        if each and got % each < len(piece):
+                            time.sleep(pause)
+                assert (got >= size) is whole, got
+
+
 def test_connections_of_an_address() -> None:
     with listening(PlainTextResponse("done"), most=3) as address, ExitStack() as stack:
         url = httpx.URL(address)
@@ -200,9 +219,14 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "HEAD_SECONDS", 1.0)
     cert, key = certificate(tmp_path)
     context = ssl.create_default_context(cafile=str(cert))
-    with listening(PlainTextResponse("done"), certificate=cert, key=key) as plain:
+    monkeypatch.setattr(door, "TAKE_SECONDS", 0.5)
+    with listening(PlainTextResponse("done" * (4 << 20)), certificate=cert, key=key) as plain:
         port = httpx.URL(plain).port
-        assert httpx.get(f"https://localhost:{port}", verify=context).text == "done"
+        assert len(httpx.get(f"https://localhost:{port}", verify=context).content) == 16 << 20
+        with context.wrap_socket(connected(plain), server_hostname="localhost") as client:
+            client.sendall(GET + b"\r\n")
+            time.sleep(2)
+            assert len(until(b"", client)) < 16 << 20, "nobody took it"
         with connected(plain) as client:
             began = time.monotonic()
             assert not client.recv(100), "a handshake that does not begin"

@@ -36,6 +36,8 @@ def test_what_is_no_request(http: httpx.Client) -> None:
         ("detokenize", {"tokens": [5, 300]}, "from 0 to 299"),
         ("detokenize", {"tokens": ["x"]}, "tokens: expected token ids"),
         ("detokenize", {"tokens": [True]}, "tokens: expected token ids"),
+        ("detokenize", {"tokens": [5] * 513}, "513 are more than the 512"),
+        ("tokenize", {"prompt": "a b" * 10_000}, "30000 letters are far over the 512 tokens"),
     ):
         reply = http.post(f"/{path}", json=body)
         assert reply.status_code in (400, 404)

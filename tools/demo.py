@@ -41,8 +41,8 @@ PROMPTS = (
     "Why is it useful to skip work that changes nothing?",
 )
 MAX_TOKENS = 48
-FASTER, FIXED = Setting("token", budget=0.85, hold=False), Setting("static", skipped=4.0)
-ANSWERS = 24
+FASTER, FIXED = Setting("token", budget=0.95, hold=False), Setting("static", skipped=4.0)
+ANSWERS = 20
 """Number of the model's held-out answers that judge each setting."""
 ROUNDS, TOKENS = 6, 64
 """Processes that time each setting, and what they decode."""
@@ -162,8 +162,8 @@ def _print_next(bundle: Bundle, seconds: float) -> None:
     where = os.path.relpath(bundle.root)
     command = ".venv/bin/dash-export"
     console.print(f"The bundle lies in [bold]{where}[/]. All of this took {seconds:.0f} s. Next:", soft_wrap=True)
-    story = f'run {where} "Tell me a story" --budget 0.85 --show-skips'
-    for line in (f"run {where} --chat", story, f"inspect {where}", f"profile {where} --budget 0.85"):
+    story = f'run {where} "Tell me a story" --budget 0.95 --show-skips'
+    for line in (f"run {where} --chat", story, f"inspect {where}", f"profile {where} --budget 0.95"):
         console.print(f"  {command} {line}", soft_wrap=True, markup=False)
 
 

@@ -5,6 +5,7 @@ bounds the bytes, but parses in Python: one connection can keep it busy for seco
 """
 
 import asyncio
+import gc
 import json
 import socket
 from asyncio.sslproto import SSLProtocol
@@ -36,12 +37,32 @@ a closed connection, too.
 """
 
 
+CROWD = 500
+"""Connections, beyond which Python's collector leaves out what is alive: with 10,000 it would stop all answers for a
+third of a second at a time.
+"""
+
+
 class Heads:
     """What all connections share: how many each address has, and the bytes of heads that are not whole."""
 
     def __init__(self, most: int | None = None) -> None:
         """`most`: connections that an address may have."""
         self.most, self.connections, self.held = most, Counter[str](), 0
+
+    def enter(self, address: str) -> bool:
+        """Count a connection; return whether its address has too many."""
+        self.connections[address] += 1
+        if self.connections.total() % CROWD == 0:
+            gc.freeze()
+        return self.most is not None and self.connections[address] > self.most
+
+    def leave(self, address: str) -> None:
+        self.connections[address] -= 1
+        if not self.connections[address]:
+            del self.connections[address]
+        if self.connections.total() == CROWD - 1:
+            gc.unfreeze()
 
 
 class Door(HttpToolsProtocol):
@@ -64,10 +85,8 @@ class Door(HttpToolsProtocol):
         if connection := transport.get_extra_info("socket"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * TAKE_SECONDS))
         self._address = self.client[0] if self.client else ""
-        self._heads.connections[self._address] += 1
-        most = self._heads.most
-        if most is not None and self._heads.connections[self._address] > most:
-            self._refuse(HttpError(429, f"More than {most} connections of one address: close some."))
+        if self._heads.enter(self._address):
+            self._refuse(HttpError(429, f"More than {self._heads.most} connections of one address: close some."))
             self.transport.close()  # at once: it must not count for longer
         else:
             self._late = self.loop.call_later(HEAD_SECONDS, self._too_late)
@@ -76,9 +95,7 @@ class Door(HttpToolsProtocol):
         super().connection_lost(exc)
         self._hold(0)
         self._stop_waiting()
-        self._heads.connections[self._address] -= 1
-        if not self._heads.connections[self._address]:
-            del self._heads.connections[self._address]
+        self._heads.leave(self._address)
 
     def data_received(self, data: bytes) -> None:
         if self._leaving:

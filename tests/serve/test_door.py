@@ -1,5 +1,6 @@
 """What clients may pile up before their requests are whole."""
 
+import gc
 import json
 import socket
 import ssl
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.responses import PlainTextResponse
 
 from dash_export.serve import door
+from dash_export.serve.door import CROWD, Heads
 from dash_export.serve.running import BODY_BYTES
 from tests.listening import listening
 
@@ -235,3 +237,16 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             with context.wrap_socket(connected(plain), server_hostname="localhost") as client:
                 client.sendall(sent)
                 assert said in answer(client)[1]
+
+
+def test_a_crowd_is_left_out_of_collections() -> None:
+    heads = Heads()
+    try:
+        for place in range(CROWD):
+            assert gc.get_freeze_count() == 0, place
+            heads.enter("10.0.0.1")
+        assert gc.get_freeze_count() > 0
+        heads.leave("10.0.0.1")
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.unfreeze()

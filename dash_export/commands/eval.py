@@ -42,8 +42,8 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
              {"context", "target"}          generated answers, like LAMBADA's last word
 
     Without either, the model's held-out answers that came with the policy, or else the calibration text. Settings are
-    budgets by default (0.9 and 0.8): the kinds then take equal time on what the dial was calibrated on, predicted from
-    the build's cost table; `time` says what they take on this one.
+    budgets by default (0.9 and 0.8). The column `time` is the decode time on this text, as a fraction of dense,
+    predicted from the build's cost table.
     """
     from dash_export.measure.tasks import evaluate
 

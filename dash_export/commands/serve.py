@@ -26,8 +26,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @TARGET
 @TRUSTED
-@click.option("--host", default=LOCAL[0], show_default=True, help="Where to listen; another than this machine's own "
-              "needs an --api-key, or --no-key.")  # fmt: skip
+@click.option("--host", default=LOCAL[0], show_default=True, help="Address to listen on. One that other "
+              "machines reach needs --api-key, or --no-key.")  # fmt: skip
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
     "--rows",
@@ -36,11 +36,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 )
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
-              help="For requests that do not say it, alone; by default what the bundle recommends.")  # fmt: skip
+              help="Of a request that gives none and decodes alone; by default what the bundle recommends.")  # fmt: skip
 @click.option("--pace", type=click.FloatRange(0.1, 60_000), metavar="MS", help="Milliseconds that a token may take: "
               "requests that do not say how much they skip, skip what that needs.")  # fmt: skip
 @click.option("--least", default=0.85, show_default=True, type=click.FloatRange(0.01, 1),
-              help="With --pace: the lowest budget that is granted.")  # fmt: skip
+              help="With --pace: no answer gets a budget below this.")  # fmt: skip
 @click.option("--served-model-name", "names", multiple=True, metavar="NAME",
               help="Instead of the folder's name; once for each bundle, in their order.")  # fmt: skip
 @click.option("--ctx-size", type=click.IntRange(min=1), metavar="N",

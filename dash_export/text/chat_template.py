@@ -1,8 +1,8 @@
 """Chat templates, each rendered in a child process of its own (template_child.py) that is kept for the next turn.
 
 A template is a program written by whoever made the model. jinja2's sandbox keeps it from Python's own attributes, the
-operating system bounds its memory, and a timer its time. A template that does harm all the same does it to a process
-that has nothing to lose.
+operating system bounds its memory, and a timer its time. A template that gets past these can
+only harm this child process.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Chat templates: as transformers renders them, and those that mean no good, in a process with nothing to lose."""
+"""Chat templates: as transformers renders them, and those that mean no good, in a child process."""
 
 import gc
 import os

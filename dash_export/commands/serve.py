@@ -36,7 +36,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 )
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
-              help="Of a request that gives none and decodes alone; by default what the bundle recommends.")  # fmt: skip
+              help="Of a request that gives none and decodes alone; by default the recommended one.")  # fmt: skip
 @click.option("--pace", type=click.FloatRange(0.1, 60_000), metavar="MS", help="Milliseconds that a token may take: "
               "requests that do not say how much they skip, skip what that needs.")  # fmt: skip
 @click.option("--least", default=0.85, show_default=True, type=click.FloatRange(0.01, 1),

@@ -9,11 +9,18 @@ at least `least` and at most 1.
 from collections.abc import Sequence
 
 from dash_export.core.dial import CostTable
-from dash_export.core.kinds import SessionRules
+from dash_export.core.kinds import SessionRules, Setting
 from dash_export.core.rule import static_rule
 from dash_export.errors import RequestError
+from dash_export.runtime import DashRuntime
 
 WEIGHT = 0.2
+
+
+def paced(runtime: DashRuntime, least: float) -> Setting:
+    """Return the setting of requests that have none, under a pace: its budget gives way to what the pace grants."""
+    reached = [point.time for point in runtime.build.dial]
+    return Setting("token", budget=max(least, min(reached))) if len(reached) > 1 else runtime.recommended
 
 
 class Pace:

@@ -21,7 +21,7 @@ from dash_export.errors import BackendError, ContextLengthError, DashError, Poli
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
-from dash_export.serve.pace import WEIGHT, Pace
+from dash_export.serve.pace import WEIGHT, Pace, paced
 from dash_export.serve.prefixes import Prefixes
 from dash_export.serve.reading import begin, next_part, prefill
 from dash_export.serve.tickets import GUIDED, MISTAKE, BusyServerError, DeadlineError, Request, Ticket
@@ -74,7 +74,8 @@ class Scheduler:
                 cache.reserve(1)  # caches that do not grow: take all memory now
         self.short = self.context < most
         self._prefixes = Prefixes(prefix_bytes)
-        self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
+        alone = alone or (runtime.recommended if pace is None else paced(runtime, least))
+        self._alone, self._together = map(runtime.rules, (alone, Setting()))
         self.pace: Pace | None = None
         if pace is not None:
             policy, model = runtime.bundle.manifest.policy, engines.model

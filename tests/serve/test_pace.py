@@ -127,3 +127,12 @@ def test_a_prompt_that_nobody_waits_for_is_in_no_pace(
 def test_it_needs_a_policy(runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match=r"A pace needs a trained policy, .* here\. Give a --budget\."):
         Scheduler(runtime, pace=0.01, alone=Setting("dense"))
+
+
+def test_a_policy_whose_recommended_setting_is_dense_will_do(
+    scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DashRuntime, "recommended", Setting("dense"))
+    made = scheduler(rows=2, pace=1e-6, least=0.7)
+    *_, last = made.stream(Request(random_ids(8, seed=1), 30))
+    assert last.statistics.layers_per_token < 6

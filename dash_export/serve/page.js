@@ -6,7 +6,7 @@ const $ = id => document.getElementById(id), log = $("log"), draft = $("prompt")
 let store = {getItem: () => null, setItem() {}, removeItem() {}};
 try { store = localStorage; } catch { /* This browser keeps nothing. */ }
 
-const read = name => JSON.parse(store.getItem(name));
+const read = name => { try { return JSON.parse(store.getItem(name)); } catch { return null; } };  // null: damaged
 const settings = {model: "", budget: "", system: "", temperature: "0.3", length: "512", ...read(SETTINGS)};
 let key = settings.key ?? "";
 let chat = null;  // {id, turns}; a turn is {text, seed, answer, dense}, the last with all layers, if asked for
@@ -16,10 +16,10 @@ const updates = new Map();  // answer that is shown -> function that brings its 
 // ---- What is kept: the settings, and a record for each conversation.
 
 const chatIds = () => Object.keys(store).filter(name => name.startsWith(CHAT))
-  .map(name => Number(name.slice(CHAT.length))).sort((one, other) => other - one);
+  .map(name => Number(name.slice(CHAT.length))).filter(id => kept(id).turns.length).sort((one, other) => other - one);
 
 const fresh = () => ({id: Date.now(), turns: []});
-const kept = id => ({id, turns: read(CHAT + id)});
+const kept = id => ({id, turns: [read(CHAT + id) ?? []].flat().filter(turn => typeof turn?.text === "string")});
 
 function keep(name, record) {
   try { store.setItem(name, JSON.stringify(record)); } catch {  // The browser's store is full.

@@ -228,6 +228,17 @@ def test_conversations_and_settings_stay(page: Any) -> None:
     assert page.locator(".bubble").all_inner_texts() == ["another"]
 
 
+def test_damaged_records_are_no_conversations(page: Any) -> None:
+    for name, text in {"settings": "{", "chat.5": "{", "chat.6": "[]", "chat.x": "[]", "chat.7": "[null, 3]"}.items():
+        page.evaluate("([name, text]) => { localStorage[`dash-export.${name}`] = text }", [name, text])
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    assert page.locator("#chats li").count() == 0
+    page.click("text=Settings")
+    assert page.input_value("#length") == "512"
+    assert page.told == []
+
+
 def test_text_of_a_model_is_text(page: Any) -> None:
     chunk = {"model": "tiny", "choices": [{"delta": {"content": HOSTILE}}], "dash": {"skipped_layers": [], "layers": 6}}
     body = f"data: {json.dumps(chunk)}\n\n"

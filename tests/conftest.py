@@ -88,7 +88,7 @@ def quick_builds() -> Iterator[None]:
     process that has loaded much.
     """
     from dash_export.backends.onnxruntime import ort_engine
-    from dash_export.building import cost_table, dial, pipeline
+    from dash_export.building import cost_table, dial_table, pipeline
 
     def given_cost(bundle: Bundle, *given: Any) -> CostTable:
         manifest = bundle.manifest
@@ -99,8 +99,8 @@ def quick_builds() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure_cost", given_cost)
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
-        patch.setattr(dial, "WINDOWS", 2)
-        patch.setattr(dial, "TOKENS", 64)
+        patch.setattr(dial_table, "WINDOWS", 2)
+        patch.setattr(dial_table, "TOKENS", 64)
         patch.setattr(ort_engine, "on_huge_pages", lambda _wanted: nullcontext())
         yield
 
@@ -167,7 +167,7 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
     `portable`, built on first use, with a dial of few points.
     """
     from dash_export import DashRuntime
-    from dash_export.building import build, dial, pipeline
+    from dash_export.building import build, dial_table, pipeline
 
     @cache
     def runtime(target: str) -> DashRuntime:
@@ -175,9 +175,9 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
             tested = target in ("cpu", "cpu-nearest")  # the others only need a dial
             if target in ("portable", "cpu-int8"):  # which are only compared: no dial is read
                 patch.setattr(pipeline, "_with_measurements", as_drafted)
-            patch.setattr(dial, "WINDOWS", 3 if tested else 1)
-            patch.setattr(dial, "TOKENS", 128 if tested else 64)
-            patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
+            patch.setattr(dial_table, "WINDOWS", 3 if tested else 1)
+            patch.setattr(dial_table, "TOKENS", 128 if tested else 64)
+            patch.setattr(dial_table, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
             recipe, _, changed = target.partition("-")
             build(smollm2_bundle, recipe, **{"rounding" if changed == "nearest" else "weights": changed or None})
         return DashRuntime.load(smollm2_bundle, target)
@@ -196,12 +196,12 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it."""
-    from dash_export.building import dial
+    from dash_export.building import dial_table
     from tests.tiny import tiny_bundle
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dial, "WINDOWS", 8)
-        patch.setattr(dial, "TOKENS", 128)
+        patch.setattr(dial_table, "WINDOWS", 8)
+        patch.setattr(dial_table, "TOKENS", 128)
         return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dash_export.backends.base import load_backend
 from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
-from dash_export.building.dial import calibrate_dial
+from dash_export.building.dial_table import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
 from dash_export.bundle.bundle import Bundle, Seal
 from dash_export.bundle.layout import BUILD, CALIBRATION, SIGNATURE

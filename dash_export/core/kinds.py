@@ -59,7 +59,7 @@ class SessionRules:
 
 @dataclass(frozen=True)
 class Served:
-    """What a setting is applied to: a model, the facts of its policy, and the costs and the dial of a build."""
+    """Subject of a setting: a model, the facts of its policy, and the costs and the dial of a build."""
 
     model: ModelFacts
     policy: PolicyFacts

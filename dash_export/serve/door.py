@@ -44,16 +44,18 @@ third of a second at a time.
 
 
 class Heads:
-    """What all connections share: how many each address has, and the bytes of heads that are not whole."""
+    """State that all connections share: how many each address has, and the bytes of heads that are not whole."""
 
     def __init__(self, most: int | None = None) -> None:
         """`most`: connections that an address may have."""
         self.most, self.connections, self.held = most, Counter[str](), 0
+        self._total = 0
 
     def enter(self, address: str) -> bool:
         """Count a connection; return whether its address has too many."""
         self.connections[address] += 1
-        if self.connections.total() % CROWD == 0:
+        self._total += 1
+        if self._total % CROWD == 0:
             gc.freeze()
         return self.most is not None and self.connections[address] > self.most
 
@@ -61,7 +63,8 @@ class Heads:
         self.connections[address] -= 1
         if not self.connections[address]:
             del self.connections[address]
-        if self.connections.total() == CROWD - 1:
+        self._total -= 1
+        if self._total == CROWD - 1:
             gc.unfreeze()
 
 

@@ -14,7 +14,7 @@ from dash_export import DashRuntime
 from dash_export.backends.base import Launch
 from dash_export.backends.cuda.cuda_maker import CudaBackend
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.building import build, cost_table, dial, pipeline
+from dash_export.building import build, cost_table, dial_table, pipeline
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
@@ -144,10 +144,10 @@ def test_a_dial_of_an_earlier_measuring_is_not_kept(bundle: Bundle, monkeypatch:
 
 def test_a_unit_that_saves_nothing_takes_no_point_of_the_dial(tiny_runtime: Callable[..., DashRuntime]) -> None:
     runtime = tiny_runtime()
-    items = dial._calibration_items(runtime)[:2]
+    items = dial_table._calibration_items(runtime)[:2]
 
     def points(*cost: float) -> list[float]:
-        return dial._trade_offs(Mock(wraps=runtime, cost=replace(runtime.cost, cost=cost)), items)
+        return dial_table._trade_offs(Mock(wraps=runtime, cost=replace(runtime.cost, cost=cost)), items)
 
     assert max(points(0.25, 0.0)) < 1e4
     assert len(points(0.0, 0.0)) > 2
@@ -245,12 +245,12 @@ def test_cost_and_budget_tables(bundle: Bundle) -> None:
 
 def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """One setting, decoded token by token: layers, time, and KL from dense written out in float64."""
-    monkeypatch.setattr(dial, "WINDOWS", 2)
-    monkeypatch.setattr(dial, "TOKENS", 48)
-    monkeypatch.setattr(dial, "SHARES", (0.5,))
+    monkeypatch.setattr(dial_table, "WINDOWS", 2)
+    monkeypatch.setattr(dial_table, "TOKENS", 48)
+    monkeypatch.setattr(dial_table, "SHARES", (0.5,))
     made = build(bundle, "cpu", weights="int8")
     runtime = DashRuntime.load(bundle.root, made.target)
-    items = dial._calibration_items(runtime)
+    items = dial_table._calibration_items(runtime)
     assert [(len(ids), prefix) for ids, prefix in items] == [(48, 24), (48, 24)]
     point = made.dial[1]
     taken, divergence = [], []
@@ -281,7 +281,7 @@ def test_the_dial_is_of_the_answers_that_came_with_the_policy(bundle: Bundle, ti
     assert ANSWERS in {record.name for record in own.manifest.files}
     built = build(own, "cpu-fp32")
     runtime = DashRuntime.load(own.root, "cpu-fp32")
-    items = dial._calibration_items(runtime)
+    items = dial_table._calibration_items(runtime)
     prompt = runtime.text.chat(messages)
     assert len(items) == 16
     assert all(item.prefix == len(prompt) and item.ids[: len(prompt)].tolist() == prompt for item in items)

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SI
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ModuleType]:
     """What the attacks share; they set how small a build's dial is, for the whole process."""
-    from dash_export.building import dial, pipeline
+    from dash_export.building import dial_table, pipeline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ATTACK))
-        for module, name in ((dial, "WINDOWS"), (dial, "SHARES"), (pipeline, "TRIALS")):
+        for module, name in ((dial_table, "WINDOWS"), (dial_table, "SHARES"), (pipeline, "TRIALS")):
             patch.setattr(module, name, getattr(module, name))
         yield importlib.import_module("shared")
 

@@ -119,7 +119,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     """
     import torch
 
-    from dash_export.building import build, dial, pipeline
+    from dash_export.building import build, dial_table, pipeline
     from dash_export.building.exporting import export
     from dash_export.bundle.policy_file import load_policy
     from dash_export.core.policy import default_units
@@ -128,7 +128,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     from dash_export.train.training import train
 
     torch.set_num_threads(1)  # whose sums are the same everywhere
-    vars(dial).update(WINDOWS=1, SHARES=(0.5,))
+    vars(dial_table).update(WINDOWS=1, SHARES=(0.5,))
     pipeline.TRIALS = 1  # whatever else runs
     if command.kind == "export":
         checkpoint = open_checkpoint(stage.model)

@@ -19,7 +19,7 @@ from dash_export.backends.cuda import step
 from dash_export.backends.cuda.cuda import Cuda
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.tensorrt.tensorrt import TensorRT
-from dash_export.building import build, cost_table, dial
+from dash_export.building import build, cost_table, dial_table
 from dash_export.building.cost_table import measure_cost
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
@@ -246,15 +246,15 @@ def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
 
 @pytest.mark.usefixtures("card")
 def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial, "WINDOWS", 1)
-    monkeypatch.setattr(dial, "TOKENS", 40)
+    monkeypatch.setattr(dial_table, "WINDOWS", 1)
+    monkeypatch.setattr(dial_table, "TOKENS", 40)
     made = device_bundle.load_build("trt10")
     cost = measure_cost(device_bundle, made, TensorRT("tensorrt"))
     assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)
     assert cost.device == "a card (compute capability 12.0)"
     cost = replace(cost, cost=(0.2, 0.1), asks=0.05)
     made = replace(made, cost=cost)
-    points = dial.calibrate_dial(device_bundle, made, TensorRT("tensorrt"))
+    points = dial_table.calibrate_dial(device_bundle, made, TensorRT("tensorrt"))
     assert [points[0].layers, points[-1].layers] == [6, 3]
     assert points[0].time == 1.05, "the policy is asked although nothing is skipped"
     assert abs(points[-1].time - (1.05 - cost.token_time(np.zeros((2, 1)))[0] + 0.7)) < 1e-4

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dash_export import __version__
 from dash_export.bundle.bundle import Bundle, to_json
-from dash_export.bundle.layout import ANSWERS, MANIFEST, SIGNATURE, TEXT_FILES, check_outside_bundles, is_bundle
+from dash_export.bundle.layout import ANSWERS, EXPORT, EXPORTED, MANIFEST, check_outside_bundles, is_bundle
 from dash_export.bundle.records import SCHEMA, Manifest, sealed
 from dash_export.core.arguments import check_arguments
 from dash_export.core.facts import ModelFacts
@@ -41,8 +41,6 @@ from dash_export.models.bypasses import check_model
 
 GRAPH_REVISION = 8
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
-OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
-"""Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
 
 @check_arguments
@@ -68,8 +66,8 @@ def export(
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, ANSWERS: policy.answers})
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
-    with outputs.locked(output, "export"), ExitStack() as held:
-        recover(output, OURS, MANIFEST, "export")
+    with outputs.locked(output, EXPORT), ExitStack() as held:
+        recover(output, EXPORTED, EXPORT)
         refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
@@ -77,15 +75,15 @@ def export(
                 return known
             builds = (output / "engines").glob(outputs.lock_file(Path("*")).name)
             held.enter_context(outputs.folder_locked(output, builds, shared=False))
-        check_movable(output, OURS)  # before hours of work, not after
-        unfinished = outputs.work_folder(output, "export")
+        check_movable(output, EXPORTED)  # before hours of work, not after
+        unfinished = outputs.work_folder(output, EXPORT)
         with outputs.removed_on_error(unfinished):
             outputs.own_folder(unfinished / "onnx")
             checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
         # Outside `removed_on_error`: what has appeared at `output` meanwhile stays, and so does the work of hours.
         refuse_foreign(output)
-        check_movable(output, OURS)
+        check_movable(output, EXPORTED)
         with outputs.removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
     return Bundle.open(output)
@@ -105,7 +103,7 @@ def checked_output(output: str | Path) -> Path:
 
 def check_inputs(inputs: Iterable[Path], output: Path) -> None:
     """Raise OutputError where an input lies in what an export to `output` replaces."""
-    refuse_inputs(inputs, [outputs.work_of(output), *(output / name for name in OURS)])
+    refuse_inputs(inputs, [outputs.work_of(output), *(output / name for name in EXPORTED)])
 
 
 def refuse_foreign(output: Path) -> None:
@@ -113,7 +111,7 @@ def refuse_foreign(output: Path) -> None:
     a link.
     """
     outputs.refuse_link(output)
-    if not outputs.is_free(output) and not is_bundle(output) and not outputs.bears_mark(output, "export"):
+    if not outputs.is_free(output) and not is_bundle(output):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )
@@ -211,4 +209,4 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     Bundle.open(unfinished)  # a bundle that cannot be opened replaces nothing
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
-    put_in_place(unfinished, output, OURS, MANIFEST, "export")
+    put_in_place(unfinished, output, EXPORTED)

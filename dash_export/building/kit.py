@@ -17,10 +17,10 @@ from dash_export import __version__
 from dash_export.backends.maker import backend_of
 from dash_export.building import kit_script
 from dash_export.building.calibrate import calibration_key, rounding_artifact
-from dash_export.building.exporting import OURS, refuse_foreign
+from dash_export.building.exporting import refuse_foreign
 from dash_export.building.verify import verify_engines
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import CALIBRATION, MANIFEST, ROUNDINGS, check_outside_bundles
+from dash_export.bundle.layout import CALIBRATION, EXPORTED, MANIFEST, ROUNDINGS, check_outside_bundles
 from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import Verification
 from dash_export.errors import BackendError, BundleError
@@ -64,7 +64,7 @@ def write_kit(
     if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, outputs.MARK, ".venv", "report.json"):
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
     # Only the entries in `ours` are replaced: engines compiled in the kit, and files of others, stay.
-    inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
+    inside = [f"{root.name}/{name}" for name in (*EXPORTED, f"engines/{recipe.name}/{ROUNDINGS}")]
     recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
     ours = (
         SCRIPT,
@@ -78,7 +78,7 @@ def write_kit(
     with outputs.locked(folder, "build --kit"), outputs.folder_locked(root, [outputs.lock_file(root)], shared=True):
         replaced = [outputs.work_of(folder), *(folder / name for name in ours)]
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], replaced)
-        recover(folder, ours, RECORD, "build --kit")
+        recover(folder, ours, "build --kit")
         _refuse_foreign(folder, root.name, recipe_file)
         check_movable(folder, ours)
         outputs.remove_own(outputs.work_folder(folder, "build --kit"))  # a kit is not resumed
@@ -119,7 +119,7 @@ def write_kit(
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
             _refuse_foreign(folder, root.name, recipe_file)  # something may have appeared meanwhile
-            put_in_place(unfinished, folder, ours, RECORD, "build --kit")
+            put_in_place(unfinished, folder, ours)
     return folder
 
 
@@ -137,10 +137,9 @@ def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
     """Raise BundleError where the kit, its bundle or its recipe would replace what this program did not write."""
     outputs.refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
-    if not outputs.is_free(folder) and not is_kit and not outputs.bears_mark(folder, "build --kit"):
+    if not outputs.is_free(folder) and not is_kit:
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
-    if not outputs.bears_mark(folder, "build --kit"):  # with the mark: a kill left the bundle half replaced
-        refuse_foreign(folder / bundle)
+    refuse_foreign(folder / bundle)
     for recipe in recipes:
         _refuse_recipe(folder / RECIPES / recipe.name, recipe, folder / RECORD)
 

@@ -17,6 +17,8 @@ from dash_export.bundle.layout import (
     ANSWERS,
     BUILD,
     DEFAULT_TARGET,
+    EXPORT,
+    EXPORTED,
     MANIFEST,
     ROUNDINGS,
     SIGNATURE,
@@ -38,6 +40,7 @@ from dash_export.files.artifacts import (
     write_atomic,
 )
 from dash_export.files.outputs import MARK, folder_locked, holder, lock_file
+from dash_export.files.replacing import recover_missing
 from dash_export.files.typed_json import WrongFieldError, typed
 
 LARGEST_RECORD = 4 << 20
@@ -295,6 +298,8 @@ def _contents(root: Path, name: str) -> bytes:
     try:
         return read_bounded(path, LARGEST_RECORD)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if recover_missing(root, EXPORTED, EXPORT):
+            return _contents(root, name)
         raise BundleError(_no_bundle(root)) from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}). {DAMAGED}") from error

@@ -32,6 +32,8 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 """Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 ANSWERS = "answers.jsonl"
 """Held-out answers of the model, on which a policy is judged; not in every bundle."""
+EXPORT, EXPORTED = "export", (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
+"""The command that writes a bundle, and the entries that it replaces; all others, engines among them, stay."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""
 ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"

@@ -23,8 +23,8 @@ from dash_export.files.artifacts import read_bounded, sync
 
 MARK = ".dash-export"
 """A file in every folder that this program may empty: written first, removed last."""
-PLAN = ".plan"
-"""File in a finished work folder while this replaces an output: the names of the entries that move, a line each."""
+REPLACED = ".replaced"
+"""Folder in a finished work folder that takes the name of an output: the old one, until it is removed."""
 _OURS = b"dash-export "
 _LONGEST = 4096
 _TRIALS, _PAUSE = 3, 0.005
@@ -249,35 +249,33 @@ def work_folder(output: Path, command: str) -> Path:
     """
     folder = own_folder(work_of(output))
     _check_ours(folder)
-    begun = mark(folder, command)
+    with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
+        begun = _command(file.read(_LONGEST))
+        if command.startswith(begun):  # new, or a loss of power has left a part of it, or zeros
+            file.seek(0)
+            file.write(command.encode())
+            begun = command
+    sync(folder)
     if begun != command:
         advice = "run that again, remove it, or choose another output."
         raise OutputError(f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: {advice}")
     return folder
 
 
-def mark(folder: Path, command: str = "") -> str:
-    """Write the mark of `command` where there is none, and return the command that the mark names."""
-    with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
-        begun = file.read(_LONGEST).decode(errors="replace").strip("\0")
-        if command.startswith(begun):  # new, or a loss of power has left a part of it, or zeros
-            file.seek(0)
-            file.write(command.encode())
-            begun = command
-    sync(folder)
-    return begun
+def _command(mark: bytes) -> str:
+    return mark.decode(errors="replace").strip("\0")
 
 
 def bears_mark(folder: Path, command: str) -> bool:
     """Return whether a folder bears the mark of `command`, or a mark that a loss of power left empty or cut short."""
     try:
-        return command.startswith(read_bounded(folder / MARK, _LONGEST).decode(errors="replace").strip("\0"))
-    except (OSError, ValueError):
+        return command.startswith(_command(read_bounded(folder / MARK, _LONGEST)))
+    except OSError:
         return False
 
 
 def unmark(output: Path) -> None:
-    """Remove the mark from a finished output: a kill may have left it there."""
+    """Remove the mark from a folder, where it bears one."""
     if os.path.lexists(output / MARK):  # a read-only file system refuses even to remove a missing file
         (output / MARK).unlink()
 
@@ -294,11 +292,10 @@ def remove_own(folder: Path) -> None:
     """
     _check_ours(folder)
     for path in folder.iterdir():
-        if path.name not in (PLAN, MARK):
+        if path.name != MARK:
             remove(path)
-    for name in (PLAN, MARK):  # each only after the earlier removals are on the disk
-        sync(folder)
-        (folder / name).unlink(missing_ok=True)
+    sync(folder)
+    unmark(folder)
     folder.rmdir()
 
 
@@ -312,12 +309,12 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the work folder on an error or Ctrl-C, unless the output is being replaced (PLAN exists). The next run
-    resumes from a folder that stays, as it does after a kill.
+    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it already: the next run then finishes
+    the replacement, as it does after a kill.
     """
     try:
         yield
     except BaseException:
-        if folder.exists() and not (folder / PLAN).exists():
+        if folder.exists() and not (folder / REPLACED).exists():
             remove_own(folder)
         raise

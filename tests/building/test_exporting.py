@@ -156,7 +156,7 @@ def test_an_empty_folder_is_filled(tiny_model: Checkpoint, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dash_export.files.replacing.recover", kill)  # all is planned, nothing has moved
+        patch.setattr("dash_export.files.replacing._finish", kill)  # the old one is set aside
         with pytest.raises(KeyboardInterrupt):
             export(tiny_model, output)
     made = export(tiny_model, output)

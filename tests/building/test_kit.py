@@ -139,19 +139,12 @@ def test_a_kit_left_half_replaced(own_bundle: Path, tmp_path: Path, monkeypatch:
     kit = write_kit(Bundle.open(own_bundle), "h100", {}, "", tmp_path / "kit")
     (kit / own_bundle.name / "engines/h100").mkdir(parents=True)
     (kit / own_bundle.name / "engines/h100/mine").write_text("mine")
-    remove = replacing.remove
-
-    def killed(path: Path) -> None:
-        if path.name == "onnx":
-            (path / "embed.onnx").unlink()
-            raise KeyboardInterrupt
-        remove(path)
-
-    monkeypatch.setattr(replacing, "remove", killed)
+    finish = replacing._finish
+    monkeypatch.setattr(replacing, "_finish", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_kit(Bundle.open(own_bundle), "l4", {}, "", kit)
-    monkeypatch.setattr(replacing, "remove", remove)
-    assert not (kit / "kit.json").exists()
+    monkeypatch.setattr(replacing, "_finish", finish)
+    assert not kit.exists()
     write_kit(Bundle.open(own_bundle), "h100", {}, "", kit)
     assert (kit / own_bundle.name / "engines/h100/mine").read_text() == "mine"
     Bundle.open(kit / own_bundle.name).verify(Bundle.open(own_bundle).manifest.files)

@@ -17,22 +17,27 @@ from dash_export.bundle.policy_file import check_replaceable, save_policy
 from dash_export.errors import BundleError, OutputError, PolicyError
 from dash_export.files import replacing
 from dash_export.files.artifacts import write_atomic
-from dash_export.files.outputs import MARK, PLAN, mark, remove_own, work_folder
-from dash_export.files.replacing import put_in_place, recover
+from dash_export.files.outputs import MARK, REPLACED, locked, remove_own, removed_on_error, unmark, work_folder
+from dash_export.files.replacing import put_in_place, recover, recover_missing
 from dash_export.models import Checkpoint
 from tests.forged import folder_of, tree
 from tests.tiny import tiny_policy
 
-OURS = ("graphs", "old", "record")
+OURS = ("graphs", "old", "record", "inner/graphs")
+OLD = ("graphs/1", "old", "record", "notes", "engines/cpu/1", "inner/graphs/1", "inner/notes")
+NEW = ("graphs/2", "record", "inner/graphs/2")
+KILLS = 20
+STAYS = {"notes", "engines/cpu/1", "inner/notes"}
 
 
-@pytest.mark.parametrize("killed_before", range(14))
-def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever operation is the last one, the old or the new output is there in the end, and all that is not ours."""
-    output = folder_of(tmp_path / "a", "graphs/1", "old", "record", "notes", "engines/cpu/1")
-    new, mine = {"graphs/2", "record"}, {"notes": b"a notes", "engines/cpu/1": b"a engines/cpu/1"}
-    work = folder_of(work_folder(output, "export"), *new)
-    steps = iter(range(killed_before))
+@pytest.mark.parametrize("operation", range(KILLS + 1))
+def test_a_kill_at_any_moment(operation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old or the new output is there, whole and with all that is not ours; if neither is, whoever opens or writes
+    it next puts the new one there.
+    """
+    output, old = folder_of(tmp_path / "a", *OLD), {name: f"a {name}".encode() for name in OLD}
+    new = {name: f"a.unfinished {name}".encode() for name in NEW} | {name: old[name] for name in STAYS}
+    work, steps = folder_of(work_folder(output, "export"), *NEW), iter(range(operation))
 
     def dying(sound: Callable[..., object]) -> Callable[..., object]:
         def step(*given: object, **named: object) -> object:
@@ -43,49 +48,63 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
         return step
 
     with monkeypatch.context() as patch:
-        for where, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "rmdir"), (os, "unlink")):
+        for where, name in ((Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (os, "rmdir"), (os, "unlink")):
             patch.setattr(where, name, dying(getattr(where, name)))
-        with suppress(KeyboardInterrupt):
-            put_in_place(work, output, OURS, "record", "export")
+        with suppress(KeyboardInterrupt), removed_on_error(work):
+            put_in_place(work, output, OURS)
     left = tree(tmp_path)
-    recover(output, OURS, "record", "build --kit")  # another command's: it is not that one's to go on from
+    recover(output, OURS, "build --kit")  # another command's: it is not that one's to go on from
     assert tree(tmp_path) == left
-    recover(output, OURS, "record", "export")
+    missing = not output.exists()
+    with locked(output, "export"):
+        assert not recover_missing(output, OURS, "export"), "somebody writes it"
+    assert recover_missing(output, OURS, "export") == missing
+    assert whole(output) in (old, new)
+    recover(output, OURS, "export")
     if work.exists():
         remove_own(work)
-        (output / MARK).unlink(missing_ok=True)
-    changed = {name: text for name, text in tree(output).items() if name not in mine}
-    assert changed in (
-        {name: f"a.unfinished {name}".encode() for name in new},
-        {name: f"a {name}".encode() for name in ("graphs/1", "old", "record")},
-    )
-    assert {name: text for name, text in tree(output).items() if name in mine} == mine
+    unmark(output)  # as an export does with a whole one
+    assert tree(output) in (old, new)
+    assert operation < KILLS or next(steps, None) is not None, "more operations than are tried"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("locked_folder", ["graphs", "locked"])
+def whole(output: Path) -> dict[str, bytes]:
+    """What a reader sees of an output: all but what is about to be removed."""
+    return {name: text for name, text in tree(output).items() if not name.startswith((".replaced/", MARK))}
+
+
+def test_a_folder_of_a_stranger_is_not_put_in_place(tmp_path: Path) -> None:
+    """With a link where the old output would lie: what that leads to stays where it is."""
+    docs, output = folder_of(tmp_path / "docs", "cv.txt"), tmp_path / "a"
+    (work_folder(output, "export") / REPLACED).symlink_to(docs)
+    recover_missing(output, OURS, "export")
+    assert tree(docs) == {"cv.txt": b"docs cv.txt"}
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("locked_folder", ["a", "graphs", "locked"])
 def test_a_read_only_part_is_told_before(locked_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any depth: not by the removal that it would end."""
     output = folder_of(tmp_path / "a", "graphs/1", "graphs/locked/2", "record")
     before = tree(output)
     monkeypatch.setattr(replacing.os, "access", lambda path, _: path.name != locked_folder)
     with pytest.raises(OutputError, match=f"{locked_folder} may not be written: nothing of"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record", "export")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS)
     assert tree(output) == before
 
 
-@pytest.mark.parametrize("mounted", [".", "graphs", "graphs/deep", "record", "a kit's", "a kit's/graphs"])
+@pytest.mark.parametrize("mounted", [".", "graphs/deep", "mine"])
 def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "a kit's/graphs/3", "mine/4")
-    before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
+    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "mine/4")
+    before, work = tree(output), folder_of(work_folder(output, "export"), "graphs/2", "record")
     monkeypatch.setattr(replacing, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
     with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record", "export")
+        put_in_place(work, output, OURS)
     assert tree(output) == before
-    monkeypatch.setattr(replacing, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})
-    put_in_place(work_folder(output, "export"), output, ours, "record", "export")
-    assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
     monkeypatch.undo()
+    put_in_place(work, output, OURS)
+    assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
     assert Path("/proc") in replacing._mount_points()
 
 
@@ -153,22 +172,26 @@ def test_a_policy_replaces_policies_only(tiny_model: Checkpoint, tmp_path: Path)
         check_replaceable(path)
 
 
-def test_an_export_that_was_ended_while_it_replaced_a_bundle(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    """It says so, and the next one goes on from there. What is not the bundle's stays: engines, a user's notes."""
+@pytest.mark.parametrize("ended", ["sync", "remove"])
+def test_an_export_that_was_ended_while_it_replaced_a_bundle(ended: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """Whoever opens it finds the new one, and the next export cleans up. What is not the bundle's stays."""
     output = tmp_path / "a.dash"
     build(export(tiny_model, output), "portable")
     folder_of(output, "notes/a.txt")
     kept = tree(output / "notes"), tree(output / "engines")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replacing, "remove", Mock(side_effect=KeyboardInterrupt))
+        effects = iter([None, KeyboardInterrupt] if ended == "sync" else [KeyboardInterrupt])
+        patch.setattr(replacing, ended, Mock(side_effect=effects))
         with pytest.raises(KeyboardInterrupt):
             export(tiny_model, output, tiny_policy(tiny_model))
-    with pytest.raises(BundleError, match="not a finished bundle"):
-        Bundle.open(output)
-    made = export(tiny_model, output, tiny_policy(tiny_model))
+    assert output.exists() == (ended == "remove")
+    made = Bundle.open(output)
+    made.verify(made.manifest.files)
     assert made.manifest.policy.has_network
-    assert made.manifest.builds.keys() == {"portable"}
+    assert made.targets() == ["portable"]
+    assert export(tiny_model, output, tiny_policy(tiny_model)).manifest == made.manifest
     assert {path.name for path in tmp_path.iterdir()} == {"a.dash"}
+    assert not {*output.glob(".*")}
     assert (tree(output / "notes"), tree(output / "engines")) == kept
 
 
@@ -181,14 +204,3 @@ def test_folders_of_others_are_no_bundles(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="would lie inside the bundle"):
         check_outside_bundles(tmp_path / "public" / "my.dash")
 
-
-def test_a_plan_of_another_version(tmp_path: Path) -> None:
-    """Of what is not today's nothing is replaced: the command makes it anew."""
-    output = folder_of(tmp_path / "a", "lib/one", "record")
-    work = folder_of(work_folder(output, "export"), "lib/two", "record")
-    mark(output, "export")
-    (work / PLAN).write_text("lib\nrecord")
-    before = tree(output)
-    recover(output, ("lib/one", "record"), "record", "export")
-    assert tree(output) | {MARK: before[MARK]} == before
-    assert not work.exists()

@@ -309,7 +309,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it already: the next run then finishes
+    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it already: the next run finishes
     the replacement, as it does after a kill.
     """
     try:

@@ -173,7 +173,7 @@ def test_a_policy_replaces_policies_only(tiny_model: Checkpoint, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ended", ["sync", "remove"])
-def test_an_export_that_was_ended_while_it_replaced_a_bundle(ended: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
+def test_an_export_ended_while_it_replaces_a_bundle(ended: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
     """Whoever opens it finds the new one, and the next export cleans up. What is not the bundle's stays."""
     output = tmp_path / "a.dash"
     build(export(tiny_model, output), "portable")

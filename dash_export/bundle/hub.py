@@ -7,7 +7,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import import_module
@@ -18,7 +18,7 @@ from urllib.parse import quote
 from dash_export import __version__
 from dash_export.bundle.bundle import LARGEST_RECORD, Bundle, parsed
 from dash_export.bundle.layout import ANSWERS, BUILD, MANIFEST, NO_HUB_ID, SIGNATURE, TEXT_FILES, cache_folder
-from dash_export.bundle.records import Build, Manifest
+from dash_export.bundle.records import Manifest
 from dash_export.core.dial import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.files.artifacts import identity, read_bounded, write_atomic
@@ -26,10 +26,9 @@ from dash_export.files.outputs import folder_locked, lock_while_alive, remove
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-_BEGIN, _END = "<!-- dash-export: measured -->", "<!-- dash-export: end -->"
 _FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, ANSWERS, f"engines/*/{BUILD}"]
 """Files to fetch first: they tell which other files a run needs."""
-_SECONDS, _LONGEST_CARD = 10, 1 << 20
+_SECONDS = 10
 
 _T = TypeVar("_T")
 _Trusted = Callable[[Bundle], None] | None
@@ -160,7 +159,8 @@ def _forget_damaged(root: Path, target: str | None) -> None:
 
 
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
-    """Publish a bundle with its builds as `org/name`, in one commit, and return the address.
+    """Publish a bundle with its builds as `org/name`, in one commit, and return the address. A repository that has no
+    card gets one.
 
     Files of an earlier bundle that this one lacks are deleted; all other files in the repository stay. Raises
     BundleError for a damaged bundle, a repository that holds something but no bundle, and when the hub refuses.
@@ -179,36 +179,43 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
     names += [SIGNATURE] if bundle.path(SIGNATURE).is_file() else []
     seal |= {item: identity(bundle.path(item)) for item in names if item not in seal}
 
-    def commit(hub: Any) -> str:
+    def publish(hub: Any) -> str:
         api = hub.HfApi(library_name="dash-export", library_version=__version__)
         api.create_repo(name, private=private, exist_ok=True)
         there = set(api.list_repo_files(name))
         old = _pushed(name, there, lambda file: Path(hub.hf_hub_download(name, file)))
-        adds = [hub.CommitOperationAdd(item, str(bundle.path(item))) for item in names]
-        card = Path(hub.hf_hub_download(name, CARD)) if CARD in there else None
-        text = _card(hub, bundle, builds, name, base_model, license_id, card)
-        adds += [] if text is None else [hub.CommitOperationAdd(CARD, text.encode())]
-        gone = [hub.CommitOperationDelete(item) for item in sorted(old - set(names))]
-        if SIGNATURE in old - set(names):
+        if SIGNATURE in there - set(names):
             logger.warning("%s was signed, and this bundle is not: sign it, and push again.", name)
-        done = api.create_commit(name, [*adds, *gone], commit_message=f"dash-export {__version__}")
+        done = api.upload_folder(
+            repo_id=name, folder_path=bundle.root, allow_patterns=list(map(escape, names)), delete_patterns=old,
+            commit_message=f"dash-export {__version__}",
+        )  # fmt: skip
         try:
             bundle.check_same(seal)
         except BundleError as error:
             raise BundleError(
                 f"{name} was published, but of files that changed meanwhile: push again. {error}"
             ) from error
+        if CARD not in there:
+            data = hub.ModelCardData(
+                library_name="dash-export", pipeline_tag="text-generation", tags=["onnx", "layer-skipping"],
+                base_model=base_model, license=license_id,
+            )  # fmt: skip
+            facts = {"name": name, "version": __version__, "manifest": bundle.manifest, "builds": builds}
+            card = hub.ModelCard.from_template(data, template_str=_CARD, recommended=recommended_budget, **facts)
+            api.upload_file(repo_id=name, path_in_repo=CARD, path_or_fileobj=str(card).encode())
         return str(done.repo_url)
 
-    return str(_call_hub(name, BundleError, commit, "was not published", "log in with `hf auth login`, and push again"))
+    advice = "log in with `hf auth login`, and push again"
+    return str(_call_hub(name, BundleError, publish, "was not published", advice))
 
 
-def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]:
-    """Return the files of the bundle in a repository with the files `there`; `read` downloads one of them. Raises
-    BundleError where the repository holds something, but no bundle.
+def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> list[str]:
+    """Return patterns of the bundle's files in a repository with the files `there`; `read` downloads one of them.
+    Raises BundleError where the repository holds something, but no bundle.
     """
     if not there - {CARD, ".gitattributes"}:
-        return set()
+        return []
     try:
         if MANIFEST not in there:
             raise BundleError(f"there is no {MANIFEST}")
@@ -216,63 +223,43 @@ def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]
     except BundleError as error:
         other = f"{name} on the hub holds something else than a bundle of this version: push to a name of its own."
         raise BundleError(other) from error
-    listed = {MANIFEST, SIGNATURE, *(record.name for record in old.files)}
-    folders = tuple(f"engines/{target}/" for target in old.builds)  # folders wholly of the bundle
-    return {file for file in there if file in listed or file.startswith(folders)}
+    listed = map(escape, (MANIFEST, SIGNATURE, *(record.name for record in old.files)))
+    return [*listed, *(f"engines/{escape(target)}/*" for target in old.builds)]  # folders wholly of the bundle
 
 
-def _card(
-    hub: Any, bundle: Bundle, builds: Sequence[Build], name: str, base_model: str | None, license_id: str | None,
-    old: Path | None
-) -> str | None:  # fmt: skip
-    """Return the model card: what the bundle is, how to run it, and what its builds measured. In a card that exists,
-    `old`, only the measured part is replaced; None where that card has no place for it.
-    """
-    model, policy = bundle.manifest.model, bundle.manifest.policy
-    measured = "\n".join(_measured(build) for build in builds) or "Not built yet."
-    measured = f"{_BEGIN}\n{measured}\n{_END}"
-    if old is not None:
-        text = read_bounded(old, _LONGEST_CARD).decode("utf-8", "replace")
-        before, begin, rest = text.partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        return f"{before}{measured}{after}" if begin and end else None
-    data = hub.ModelCardData(
-        library_name="dash-export", pipeline_tag="text-generation", tags=["onnx", "layer-skipping"],
-        base_model=base_model, license=license_id,
-    )  # fmt: skip
-    skips = f"Layers are skipped by {policy.origin}." if policy.has_network else "It has no policy of its own."
-    return f"""---
-{data.to_yaml()}
+_CARD = """---
+{{ card_data }}
 ---
-# {name.partition("/")[2]}
+# {{ name.partition("/")[2] }}
 
-{model.name} ({model.model_type}, {model.parameters / 1e6:.0f} M parameters, {model.num_layers} layers) as a bundle of
-dash-export {__version__}: engines that skip layers, token by token. {skips}
+{% set model, policy = manifest.model, manifest.policy -%}
+{{ model.name }} ({{ model.model_type }}, {{ "%.0f" | format(model.parameters / 1e6) }} M parameters,
+{{ model.num_layers }} layers) as a bundle of dash-export {{ version }}: engines that skip layers, token by token.
+{{ "Layers are skipped by " ~ policy.origin if policy.has_network else "It has no policy of its own" }}.
 
 ```bash
-dash-export run {name} "Why is the sky blue?"
-dash-export serve {name}
+dash-export run {{ name }} "Why is the sky blue?"
+dash-export serve {{ name }}
 ```
 
 ## Measured by its builds
 
 Time is that of a decoded token, of dense; KL and perplexity are on the calibration text, against dense.
-
-{measured}
-"""
-
-
-def _measured(build: Build) -> str:
-    """Return one build's figures as Markdown: its dial, or the dense token's time."""
-    cost = build.cost
-    lines = [f"`{build.target}`: dense takes {cost.dense_us / 1000:.2f} ms a token on {build.device}.", ""]
-    lines = lines if cost.segment_us else [f"`{build.target}`: not measured.", ""]
-    if build.dial:
-        budget = recommended_budget(build.dial)
-        lines += ["| time | layers | KL, nats | perplexity |", "|---|---|---|---|"]
-        lines += [f"| {at.time:.3f} | {at.layers:.1f} | {at.kl:.3f} | {at.perplexity:.3f} |" for at in build.dial]
-        lines += ["", f"Recommended budget: {budget:g}." if budget else "Recommended: dense.", ""]
-    return "\n".join(lines)
+{% for build in builds %}{% set ms = build.cost.dense_us / 1000 %}
+`{{ build.target }}`:
+{{ "dense takes %.2f ms a token on %s." | format(ms, build.device) if build.cost.segment_us else "not measured." }}
+{% if build.dial %}
+| time | layers | KL, nats | perplexity |
+|---|---|---|---|
+{% for at in build.dial -%}
+| {{ "%.3f | %.1f | %.3f | %.3f" | format(at.time, at.layers, at.kl, at.perplexity) }} |
+{% endfor %}
+Recommended: {{ recommended(build.dial) or "dense" }}.
+{% endif %}
+{%- else %}
+Not built yet.
+{% endfor %}"""
+"""Template of the card that a new repository gets; an existing card is the owner's."""
 
 
 def _call_hub(

@@ -12,10 +12,10 @@ from dash_export.bundle.bundle import Bundle
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("name", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Where the repository is new: only for you.")
-@click.option("--base-model", metavar="ORG/NAME", help="The hub's model that it was made of, for the card.")
-@click.option("--license", "license_id", metavar="ID", help="The model's licence, for the card, like apache-2.0.")
+@click.option("--base-model", metavar="ORG/NAME", help="The hub's model that it was made of, for a new card.")
+@click.option("--license", "license_id", metavar="ID", help="The model's licence, for a new card, like apache-2.0.")
 def command(bundle: Path, name: str, private: bool, base_model: str | None, license_id: str | None) -> None:
-    """Publish BUNDLE with its builds and a card of their figures; `run` and `serve` take ORG/NAME from there.
+    """Publish BUNDLE with its builds; `run` and `serve` take ORG/NAME from there. A repository without a card gets one.
 
     Log in first: hf auth login.
     """

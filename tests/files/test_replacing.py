@@ -203,4 +203,3 @@ def test_folders_of_others_are_no_bundles(tmp_path: Path) -> None:
     (tmp_path / "onnx" / "layer_00.onnx").write_text("")
     with pytest.raises(OutputError, match="would lie inside the bundle"):
         check_outside_bundles(tmp_path / "public" / "my.dash")
-

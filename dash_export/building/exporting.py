@@ -15,7 +15,6 @@ from dash_export import __version__
 from dash_export.bundle.bundle import Bundle, to_json
 from dash_export.bundle.layout import ANSWERS, EXPORT, EXPORTED, MANIFEST, check_outside_bundles, is_bundle
 from dash_export.bundle.records import SCHEMA, Manifest, sealed
-from dash_export.core.arguments import check_arguments
 from dash_export.core.facts import ModelFacts
 from dash_export.core.policy import PolicyFacts, SkipPolicy, no_policy
 from dash_export.errors import BundleError, NewerBundleError
@@ -43,7 +42,6 @@ GRAPH_REVISION = 8
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
 
 
-@check_arguments
 def export(
     model: str | Path | Checkpoint,
     output: str | Path,

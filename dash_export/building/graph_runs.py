@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import short_name
-from dash_export.core.facts import ModelFacts
-from dash_export.core.rope import rope_tables
+from dash_export.core.facts import ModelFacts, rope_tables
 from dash_export.files.resources import resource_folder
 from dash_export.text.tokenizer import Text
 

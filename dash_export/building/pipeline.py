@@ -17,7 +17,6 @@ from dash_export.bundle.layout import BUILD, CALIBRATION, SIGNATURE
 from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import SCHEMA, Build, EngineRecord, Segment
 from dash_export.bundle.signing import check_trusted
-from dash_export.core.arguments import check_arguments
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
 from dash_export.files.artifacts import ArtifactStore, FileRecord, Progress, no_progress
 from dash_export.files.outputs import (
@@ -38,7 +37,6 @@ MEASURING_REVISION = 3
 logger = logging.getLogger(__name__)
 
 
-@check_arguments
 def build(
     bundle: str | Path | Bundle,
     target: str | Path = "cpu",

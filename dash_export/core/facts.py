@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from dash_export.files.typed_json import NotNegative, Within
 
 LARGEST_CONTEXT = 1 << 20
@@ -85,3 +88,17 @@ class ModelFacts:
     def attention_scale(self) -> float:
         """Factor of the product of query and key."""
         return self.traits.attention_scale or self.head_dim**-0.5
+
+
+def rope_tables(model: ModelFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return `rope.cos` and `rope.sin`, float32 [rows, rotary_dim / 2], for the positions from 0 on; and
+    `rope.window.cos` and `rope.window.sin` where layers with a window have others. Every layer's graph takes them as
+    inputs: on a disk they would be a quarter of a small model with a long context.
+    """
+    kinds = {"rope": (model.rope_frequencies, model.rope_scale), "rope.window": (model.window_frequencies, 1.0)}
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for name, (frequencies, scale) in kinds.items():
+        if frequencies:
+            angles = np.outer(np.arange(rows), np.array(frequencies))
+            found |= {f"{name}.{turn.__name__}": (turn(angles) * scale).astype(np.float32) for turn in (np.cos, np.sin)}
+    return found

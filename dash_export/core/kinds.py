@@ -12,7 +12,6 @@ from math import exp, log
 from typing import Protocol
 
 from dash_export.core.advice import policy_command
-from dash_export.core.arguments import check_fields
 from dash_export.core.dial import CostTable, DialPoint, out_of_reach, trade_off_for
 from dash_export.core.facts import ModelFacts
 from dash_export.core.own_policy import OwnRule, load_policy
@@ -20,6 +19,7 @@ from dash_export.core.policy import PolicyFacts
 from dash_export.core.rule import DENSE, DecisionRule, Rule, check_max_layers, decision_rule, static_rule
 from dash_export.core.units import Skips, units_of
 from dash_export.errors import PolicyError
+from dash_export.files.typed_json import check_fields
 
 HOLD_GAIN = 0.5
 """Change of the trade-off's logarithm when a token takes one dense token time too much: a few per cent per token."""

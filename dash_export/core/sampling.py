@@ -3,18 +3,19 @@ applies them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.arguments import check_fields
 from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
-from dash_export.files.typed_json import shown
+from dash_export.files.typed_json import FreeText, check_fields, shown
 
 TokenIds = npt.NDArray[np.int64]
+Prompt = str | Sequence[int] | TokenIds
+"""Text or token ids [n]."""
 Logits = npt.NDArray[np.float32]
 MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 20, 16, 256
 
@@ -36,15 +37,15 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
     logprobs: int | None = None
     seed: int | None = None
-    stop: Sequence[str] = ()
-    grammar: str | None = None
+    stop: tuple[FreeText, ...] = ()
+    grammar: FreeText | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, RequestError)
         greedy, penalty = self.temperature == 0.0, self.repetition_penalty
         for name, valid, expected in (
             ("temperature", greedy or 1e-3 <= self.temperature <= 100.0, "0 (greedy) or between 0.001 and 100"),
@@ -142,7 +143,7 @@ def with_repetition_penalty(logits: Logits, context: Sequence[int], penalty: flo
     return logits
 
 
-def with_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
+def with_bias(logits: Logits, bias: dict[int, float]) -> Logits:
     """Return logits with each token's bias added. Raises RequestError for a token that is not in the vocabulary."""
     tokens = np.array([*bias], np.int64)
     if tokens.max() >= logits.size:

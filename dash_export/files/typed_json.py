@@ -1,4 +1,6 @@
-"""JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named."""
+"""JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named.
+The fields of a dataclass that a caller made are checked in the same way (`check_fields`).
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -30,6 +32,8 @@ class Within(NamedTuple):
 Bytes = Annotated[int, Within(0, 1 << 50)]
 """Size of a file in bytes: an absurd size fails where it is read, not where memory is taken."""
 NotNegative = Annotated[float, Within(0)]
+FreeText = Annotated[str, "free"]
+"""Text that may hold any characters, line ends too."""
 
 
 def shown(value: object) -> str:
@@ -40,12 +44,32 @@ def shown(value: object) -> str:
         return f"a {'huge ' * isinstance(value, int)}{type(value).__name__}"
 
 
-MOST_ITEMS, MOST_DEPTH = 1 << 16, 8
+MOST_ITEMS, MOST_DEPTH, MOST_BITS = 1 << 16, 8, 128
 
 
 def typed(kind: type[_T], data: Any, where: str) -> _T:
     """Make a `kind` of `data`. Raises WrongFieldError, which names `where`; the caller adds what to do about it."""
     return _convert(kind, data, where)  # type: ignore[no-any-return]
+
+
+def check_fields(item: Any, error: type[Exception]) -> None:
+    """Convert the fields of a dataclass to their type hints, in place, or raise `error`. numpy's numbers and arrays
+    count as Python's.
+    """
+    for name, hint in _hints(type(item)).items():
+        try:
+            vars(item)[name] = _convert(hint, _plain(vars(item)[name]), name)
+        except WrongFieldError as wrong:
+            raise error(str(wrong)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists for tuples and arrays and Python's numbers for numpy's."""
+    if hasattr(type(value), "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
 
 
 def _convert(kind: Any, data: Any, where: str) -> Any:
@@ -56,7 +80,9 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         return data
     if is_dataclass(kind):
         return _record(kind, data, where)
-    if origin is Annotated:
+    if kind == FreeText and isinstance(data, str):
+        return data
+    if origin is Annotated and kind != FreeText:
         value, (low, high) = _convert(args[0], data, where), args[1]
         if not low <= value <= high:
             raise WrongFieldError(f"{where} = {shown(value)} is outside {low} to {high}.")
@@ -66,18 +92,18 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     if origin is dict and isinstance(data, dict):
-        return {_convert(str, key, f"a key of {where}"): _convert(args[1], data[key], f"{where}.{key}") for key in data}
+        keys = [_convert(args[0], key, f"a key of {where}") for key in data]
+        return {key: _convert(args[1], data[key], f"{where}.{key}") for key in keys}
     if origin is Literal:
         if not any(type(data) is type(value) and data == value for value in args):
             raise WrongFieldError(f"{where} = {shown(data)} is not one of {', '.join(map(repr, args))}.")
         return data
     if origin in (Union, UnionType):
         return None if data is None and NoneType in args else _convert(args[0], data, where)
-    if kind is float and type(data) is int:
-        try:
-            return float(data)
-        except OverflowError as error:
-            raise WrongFieldError(f"{where} is too large a number.") from error
+    if kind in (int, float) and type(data) is int:
+        if data.bit_length() > MOST_BITS:
+            raise WrongFieldError(f"{where} is too large a number.")
+        return kind(data)
     if kind is str and isinstance(data, str) and _CONTROL.search(data):
         raise WrongFieldError(f"{where} is not printable text: {shown(data)}.")
     if isinstance(kind, type) and type(data) is kind and (not isinstance(data, float) or isfinite(data)):

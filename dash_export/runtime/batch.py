@@ -8,8 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dash_export.core.arguments import Prompt, check_arguments
-from dash_export.core.sampling import Sampling, TokenIds
+from dash_export.core.sampling import Prompt, Sampling, TokenIds
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length
 from dash_export.runtime.rows import Rows
@@ -39,7 +38,6 @@ class Batch:
         """Its sequences, their cache, and counts of steps."""
         self._stream_now: object = None
 
-    @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
         """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError where the prompt and
         `max_tokens` do not fit together.
@@ -48,7 +46,6 @@ class Batch:
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids
 
-    @check_arguments
     def stream(
         self,
         prompts: Iterable[Prompt | None],
@@ -68,6 +65,7 @@ class Batch:
         where a policy of the user's does, and RequestError where this stream is continued after another stream of this
         batch has begun.
         """
+        refuse_one_text(prompts)
         if max_tokens is not None:  # refuse a bad value once, for all prompts
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
@@ -119,3 +117,9 @@ class Batch:
             return self.rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
         except (DashError, MemoryError) as error:
             return self.rows.failed(error)
+
+
+def refuse_one_text(prompts: object) -> None:
+    """Raise RequestError for a text in place of a list: each letter would be answered."""
+    if isinstance(prompts, str):
+        raise RequestError("prompts must be a list of prompts, not one text.")

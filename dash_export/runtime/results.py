@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,7 @@ def answer_length(prompt: int, max_tokens: int | None, free: int, most: int = MA
     """
     if max_tokens is None:
         max_tokens = max(1, min(most, free - prompt))
+    max_tokens = index(max_tokens)
     if max_tokens < 1:
         raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
     check_room(prompt, max_tokens, free)
@@ -122,7 +124,10 @@ def answer_length(prompt: int, max_tokens: int | None, free: int, most: int = MA
 
 def checked_tokens(ids: Sequence[int] | TokenIds, vocab: int) -> TokenIds:
     """Return token ids int64 [n], n at least 1. Raises RequestError."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        raise RequestError(f"Token ids must be one list of integers ({error!s:.100}).") from error
     if array.size == 0:
         raise RequestError("The prompt is empty: give at least one token.")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -135,9 +140,10 @@ def checked_tokens(ids: Sequence[int] | TokenIds, vocab: int) -> TokenIds:
 def checked_embeddings(embeddings: npt.NDArray[np.float32], hidden: int) -> npt.NDArray[np.float32]:
     """Return embeddings [n, hidden], n at least 1, of finite numbers. Raises RequestError."""
     array = np.asarray(embeddings)
-    if array.ndim != 2 or not len(array) or array.shape[1] != hidden or not np.isfinite(array).all():
+    fits = array.ndim == 2 and len(array) and array.shape[1] == hidden and array.dtype.kind in "fiu"
+    if not fits or not np.isfinite(array).all():
         raise RequestError(f"Embeddings must be finite numbers [n, {hidden}], n at least 1; got {list(array.shape)}.")
-    return array
+    return array.astype(np.float32, copy=False)
 
 
 def check_room(tokens: int, more: int, free: int) -> None:

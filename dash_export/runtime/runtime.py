@@ -14,15 +14,14 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import is_hub_id
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.bundle.records import Build
-from dash_export.core.arguments import Prompt, check_arguments
 from dash_export.core.dial import CostTable, recommended_budget
 from dash_export.core.kinds import Served, SessionRules, Setting, session_rules
 from dash_export.core.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
 from dash_export.core.rule import Rule
-from dash_export.core.sampling import Sampling
+from dash_export.core.sampling import Prompt, Sampling
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.files.artifacts import FileRecord
-from dash_export.runtime.batch import Batch
+from dash_export.runtime.batch import Batch, refuse_one_text
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.session import Session
 from dash_export.text.tokenizer import Text
@@ -47,7 +46,6 @@ class DashRuntime:
         self.engines = backend.load_build(bundle, build, dispatch)
 
     @classmethod
-    @check_arguments
     def load(
         cls,
         bundle: str | Path,
@@ -121,7 +119,6 @@ class DashRuntime:
         """
         return self.session_with(Setting(policy, **amounts))
 
-    @check_arguments
     def session_with(self, setting: Setting) -> Session:
         """Begin a new conversation, as `session` does, with the arguments in one object."""
         return self.session_under(self.rules(setting))
@@ -159,7 +156,6 @@ class DashRuntime:
         """
         return self.batch_with(Setting(policy, **amounts), size)
 
-    @check_arguments
     def batch_with(self, setting: Setting, size: int = 8) -> Batch:
         """Make a batch, as `batch` does, with the arguments in one object."""
         if not 1 <= size <= MAX_SEQUENCES:
@@ -193,7 +189,6 @@ class DashRuntime:
         """Return `session(**session).score(...)`."""
         return self.session(**session).score(ids, prefix)
 
-    @check_arguments
     def generate_batch(
         self,
         prompts: Iterable[Prompt],
@@ -205,6 +200,7 @@ class DashRuntime:
         """Generate an answer to each prompt, with up to `size` prompts decoded together. Raises what `Batch.checked`
         raises before any answer begins, and the error of an answer that fails.
         """
+        refuse_one_text(prompts)
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
         responses: list[list[Response]] = [[] for _ in checked]

@@ -29,9 +29,11 @@ def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | No
     if prefix < 1:
         raise RequestError(f"prefix must be at least 1, not {prefix}.")
     shape = (len(tokens), session.engines.model.num_layers)
-    if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
-        raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-    forced = None if actions is None else unit_skips(actions, session.engines.units)
+    forced = None
+    if actions is not None:
+        if np.shape(actions) != shape or not np.isin(actions, (0, 1)).all():
+            raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
+        forced = unit_skips(np.asarray(actions, np.int8), session.engines.units)
     check_room(len(tokens), 0, session.engines.model.max_positions)
     session.reset()
     session.reserve(len(tokens))

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.host.cache import KVCache, pass_length, whole_tiles
-from dash_export.core.arguments import Prompt, check_arguments
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule
-from dash_export.core.sampling import Draw, Logits, Sampling, TokenIds
+from dash_export.core.sampling import Draw, Logits, Prompt, Sampling, TokenIds
 from dash_export.core.units import DENSE_POSITIONS, Actions, layer_actions
 from dash_export.errors import RequestError
 from dash_export.runtime.results import (
@@ -97,7 +96,6 @@ class Session:
         """Return the whole answer of `stream`. `prompt` is text or token ids."""
         return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
-    @check_arguments
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -113,7 +111,6 @@ class Session:
         self.rewind_to(ids)
         return self._begin(ids[len(self.tokens) :], max_tokens, sampling, continues=False)
 
-    @check_arguments
     def stream(
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[Response]:
@@ -159,7 +156,6 @@ class Session:
 
     # --- known tokens
 
-    @check_arguments
     def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
         """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely after the cached tokens.
         Return the logits [vocab] after the last one.
@@ -174,7 +170,6 @@ class Session:
             self._prefill(pending, len(given))
         return np.asarray(self._prefill(given, 0).copy())
 
-    @check_arguments
     def embed(self, ids: Prompt) -> Floats:
         """Return the embeddings [n, hidden] of tokens, as they enter the first layer; the conversation is unchanged."""
         tokens = self.checked_ids(ids)
@@ -191,7 +186,6 @@ class Session:
             raise RequestError("There is no state yet: prefill first.")
         return np.array(self._hidden)
 
-    @check_arguments
     def restart(self, ids: Prompt) -> Logits:
         """Return the logits [vocab] after `ids` as a conversation of its own. Cached tokens that `ids` begins with stay
         as they are: those of an answer keep the K and V of their skips.
@@ -212,7 +206,6 @@ class Session:
         logits, actions = self._advance(token, rule)
         return logits.copy(), actions
 
-    @check_arguments
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
         """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
         differ (CPU), else token by token. This ends the conversation of the session.
@@ -329,7 +322,6 @@ class Session:
 
     # --- checks
 
-    @check_arguments
     def checked_ids(self, prompt: Prompt, fresh: bool = False) -> TokenIds:
         """Return the token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached."""
         special = fresh or not self.tokens

@@ -14,9 +14,8 @@ from queue import SimpleQueue
 
 from dash_export.backends.onnxruntime.cpus import available_memory
 from dash_export.core.advice import policy_command
-from dash_export.core.arguments import Prompt, check_arguments
 from dash_export.core.kinds import Setting
-from dash_export.core.sampling import Logits, TokenIds
+from dash_export.core.sampling import Logits, Prompt, TokenIds
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length, checked_tokens
@@ -107,7 +106,6 @@ class Scheduler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    @check_arguments
     def ids(self, prompt: Prompt) -> TokenIds:
         """Return the token ids of a prompt, slowly for a long text. Raises RequestError and ContextLengthError."""
         ids = self.runtime.text.encode(prompt, limit=self.context) if isinstance(prompt, str) else prompt

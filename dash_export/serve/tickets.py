@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dash_export.core.arguments import Prompt
 from dash_export.core.kinds import SessionRules, Setting
-from dash_export.core.sampling import Sampling, TokenIds
+from dash_export.core.sampling import Prompt, Sampling, TokenIds
 from dash_export.errors import RequestError
 from dash_export.runtime.results import Response, Turn
 from dash_export.text.guidance import Guide

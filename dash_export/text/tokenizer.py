@@ -127,6 +127,8 @@ class Text:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
+        if isinstance(messages, str):
+            raise RequestError("messages must be a list of messages {role, content}, not one text.")
         said = [value for message in messages for value in message.values()]
         letters = sum(len(value if isinstance(value, str) else repr(value)) for value in (*said, *tools))
         _check_letters(letters, limit)

@@ -35,43 +35,49 @@ def test_records_come_back(tiny_root: Path) -> None:
         assert typed(type(record), json.loads(to_json(record)), "a record") == record
 
 
-def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
-    """And which command makes it one."""
-    (tmp_path / "half.dash").mkdir()
-    (tmp_path / "file.dash").write_text("text")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    for model, made in ((tmp_path / "a.b.gguf", "a.b.dash"), (tmp_path / "model", "model.dash"), ("org/x", "x.dash")):
-        with pytest.raises(BundleError, match=rf"is a model.*\. Make .* build {model} --target cpu -o {made}$"):
-            Bundle.open(model)
-    for name in ("manifest.json", "model.safetensors"):  # another program's, beside weights
-        (tmp_path / "model" / name).write_text('{"name": "an app"}')
-    with pytest.raises(BundleError, match="model is a model"):
-        Bundle.open(tmp_path / "model")
+def laid_out(folder: Path) -> None:
+    """What somebody may take for a bundle."""
+    for name, text in {
+        "file.txt": "text", "model/config.json": "{}", "app/config.json": "{}", "app/manifest.json": "{}",
+        "app/model.safetensors": "", "half.dash/onnx/x": "", "killed/config.json": "{}", f"killed/{MARK}": "export",
+        "several/a.dash/manifest.json": "{}", "several/a.dash/onnx/layer_00.onnx": "", "folder/x": "",
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+NO_BUNDLES = {
+    "a.b.gguf": r"is a model.*\. Make .* build \S*a\.b\.gguf --target cpu -o a\.b\.dash$",
+    "org/x": r"is a model, or a bundle on the hub.*\. Make .* build org/x --target cpu -o x\.dash$",
+    "model": r"is a model\. Make .* build \S*model --target cpu -o model\.dash$",
+    "app": "app is a model",
+    "nothing.dash": r"There is no bundle at .* dash-export build MODEL -o \S*nothing\.dash$",
+    "no model.dash": r"dash-export build MODEL -o '.*no model\.dash'$",
+    "half.dash": r"not a finished bundle.* export MODEL -o .*half\.dash$",
+    "killed": "is not a finished bundle",
+    "folder": r"folder is a folder that is no bundle\. Make one of a model: .* build MODEL -o NAME\.dash$",
+    "file.txt": r"file\.txt is a file that is no bundle\. Make one of a model: .* build MODEL -o NAME\.dash$",
+    "several": r"several is no bundle\. In it are a\.dash: give one of them\.$",
+}
+
+
+@pytest.mark.parametrize("name", NO_BUNDLES)
+def test_what_is_no_bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And which command makes it one. Nobody is told to write a bundle over a file or a folder of his own."""
+    laid_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match=NO_BUNDLES[name]):
+        Bundle.open(name)
+
+
+def test_a_link_inside_is_told(bundle: Path, tmp_path: Path) -> None:
     (bundle / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (bundle / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     with pytest.raises(BundleError, match=r"leaves the bundle\. It is a link: copy the bundle whole"):
         Bundle.open(bundle)
-    (tmp_path / "tokenizer.json").replace(bundle / "tokenizer.json")
-    with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export build MODEL -o .*/nothing\.dash$"):
-        Bundle.open(tmp_path / "nothing.dash")
-    (tmp_path / "half.dash" / "onnx").mkdir()
-    with pytest.raises(BundleError, match=r"not a finished bundle.* export MODEL -o .*/half\.dash$"):
-        Bundle.open(tmp_path / "half.dash")
 
 
-def test_what_is_something_else(bundle: Path, tmp_path: Path) -> None:
-    """Nobody is told to write a bundle over a file or a folder of his own; of a folder, the bundles in it are named."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file.txt").write_text("text")
-    for place, kind in ((tmp_path / "folder", "a folder"), (tmp_path / "file.txt", "a file")):
-        said = rf"{place} is {kind} that is no bundle\. Make one of a model: dash-export build MODEL -o NAME\.dash$"
-        with pytest.raises(BundleError, match=said):
-            Bundle.open(place)
-    for name in ("a.dash", "b.dash"):
-        shutil.copytree(bundle, tmp_path / "folder" / name)
-    with pytest.raises(BundleError, match=r"folder is no bundle\. In it are a\.dash, b\.dash: give one of them\.$"):
-        Bundle.open(tmp_path / "folder")
+def test_targets_that_are_not_built(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"'cpu' does not exist \(built: cpu-fp32, portable\).*dash-export build"):
         DashRuntime.load(bundle, "cpu")
     (bundle / BUILD_JSON).unlink()
@@ -88,8 +94,6 @@ def test_a_build_to_be_made(bundle: Path) -> None:
     moved = bundle.rename(bundle.with_name("my model.dash"))
     with pytest.raises(BundleError, match=r"dash-export build '.*/my model\.dash' --target rtx$"):
         DashRuntime.load(moved, "rtx")
-    with pytest.raises(BundleError, match=r"dash-export build MODEL -o '.*/no model\.dash'$"):
-        Bundle.open(moved.with_name("no model.dash"))
     with pytest.raises(BundleError, match=r"unfinished: trt\)\. Run: .* --target trt$"):
         DashRuntime.load(moved, "cpu")
 
@@ -150,16 +154,6 @@ def test_safe_path_stays_inside(name: str) -> None:
     assert path.resolve().is_relative_to(root)
 
 
-NO_MANIFESTS = [b"", b"{", b"[]", b"3", b"[" * 100_000, b'{"schema": 1}', b'{"schema": "1"}', b"\xff\0\xfe"]
-
-
-@pytest.mark.parametrize("contents", NO_MANIFESTS)
-def test_damaged_manifest(contents: bytes, bundle: Path) -> None:
-    (bundle / MANIFEST).write_bytes(contents)
-    with pytest.raises(BundleError):
-        Bundle.open(bundle)
-
-
 @pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
 def test_one_digit_of_a_record(name: str, bundle: Path) -> None:
     """A cost, a norm's epsilon: whatever a run believes is hashed."""
@@ -175,15 +169,10 @@ def test_one_digit_of_a_record(name: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
 def test_a_record_that_is_no_small_file(name: str, bundle: Path) -> None:
-    """A FIFO would hang its reader, a sparse file would fill the memory."""
+    """A FIFO would hang its reader."""
     (bundle / name).unlink()
     os.mkfifo(bundle / name)
     with pytest.raises(BundleError, match=r"not a regular file|is unfinished"):
-        Bundle.open(bundle).load_build("cpu-fp32")
-    (bundle / name).unlink()
-    with (bundle / name).open("wb") as file:
-        file.truncate(3 << 30)
-    with pytest.raises(BundleError, match=r"at most .* are read"):
         Bundle.open(bundle).load_build("cpu-fp32")
 
 
@@ -262,21 +251,16 @@ FORGED_MANIFESTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a graph that is not listed": (without("onnx/layer_03.onnx"), "is not among the files"),
     "empty files": (emptied, "is not among the files"),
     "a number too large": (lambda data: data["model"].update(rms_norm_eps=10**400), "too large a number"),
-    "too many parameters": (lambda data: data["model"].update(parameters=10**400), "parameters = 1000.* is outside"),
-    "a size too large": (lambda data: data["files"][0].update(bytes=10**400), "bytes = 1000.* is outside 0 to"),
+    "a size too large": (lambda data: data["files"][0].update(bytes=1 << 60), "bytes = 1152.* is outside 0 to"),
     "a name for the terminal": (lambda data: data["model"].update(name="\x1b]0;x\x07"), "model.name is not printable"),
-    "half a character": (lambda data: data["policy"].update(origin="by \ud800"), "policy.origin is not printable"),
     "a key for the terminal": (lambda data: data.update({"\x1b[2J": 1}), r"unknown '\\x1b"),
     "a graph for the terminal": (lambda data: data["graphs"].update({"\x1b[2J": 1}), "a key of .*graphs is not"),
     **{f"read {read}": (lambda data, read=read: data["policy"].update(read=read), LATE) for read in (2, 5, -1, 99)},
     "a layer in two units": (units((2, 3), (3, 4)), ORDER),
-    "units out of order": (units((4, 4), (2, 3)), ORDER),
     "a unit backwards": (units((3, 2)), ORDER),
     "a unit beyond the model": (units((4, 9)), ORDER),
-    "a unit before the model": (units((-1, 2)), ORDER),
     "the first layer in a unit": (units((0, 1)), LATE),
     "a graph too many": (lambda data: data["graphs"].update(more="onnx/embed.onnx"), "'more', which nobody needs"),
-    "too many tools": (lambda data: data["tools"].update({f"t{i}": "1" for i in range(2000)}), "files and tools"),
     "a unit without a bypass": (units((5, 5)), "there is no graph bypass_05-05"),
     **{
         f"static order {order}": (lambda data, order=order: data["policy"].update(static_order=order), "static order")
@@ -334,14 +318,3 @@ def test_a_bundle_has_a_name(path: str, tiny_root: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tiny_root if path == "." else tiny_root / "onnx")
     assert Bundle.open(path).root.resolve() == tiny_root.resolve()
     assert Bundle.open(path).root.name == tiny_root.name
-
-
-def test_one_that_a_kill_left_without_graphs(own_bundle: Path) -> None:
-    """It has the files of a model, and is told to be finished, not to be made another bundle of."""
-    (own_bundle / MANIFEST).unlink()
-    shutil.rmtree(own_bundle / "onnx")
-    for marked, said in ((False, "is a model"), (True, "is not a finished bundle")):
-        if marked:
-            (own_bundle / MARK).write_text("export")
-        with pytest.raises(BundleError, match=said):
-            Bundle.open(own_bundle)

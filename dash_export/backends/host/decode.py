@@ -21,7 +21,7 @@ from dash_export.backends.host.cache import KVCache
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import DAMAGED, MIXED, POLICY, Build, Segment
-from dash_export.core.rope import rope_tables
+from dash_export.core.facts import rope_tables
 from dash_export.core.rule import DENSE, Rule, State, skips_for
 from dash_export.core.sampling import Draw
 from dash_export.core.units import Skips, Unit

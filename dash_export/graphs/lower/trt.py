@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dash_export.bundle.layout import FINAL_STATE
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import Manifest
-from dash_export.core.rope import rope_tables
+from dash_export.core.facts import rope_tables
 from dash_export.errors import BackendError
 from dash_export.graphs.lower.rounded import Roundings, to_nearest
 from dash_export.graphs.lower.surgery import constant_value, drop_unused_inputs

@@ -1,12 +1,11 @@
-"""RoPE tables."""
+"""Facts of a model: the tables of its positions."""
 
 from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from dash_export.core.facts import ModelFacts
-from dash_export.core.rope import rope_tables
+from dash_export.core.facts import ModelFacts, rope_tables
 from dash_export.models import Checkpoint
 
 

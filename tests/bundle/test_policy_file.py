@@ -138,25 +138,18 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "inf": (lambda t, _: number(t, KV, float("inf")), f"{KV} holds NaN or infinity"),
     "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[32, 1\]; \[32, 2\]"),
     "no-second-layer": (lambda t, _: {**t, KV: t[KV][:, :HIDDEN].copy()}, r"\[32, 32\]; \[32, 64\]"),
-    "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, r"has shape \[\]"),
     "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
     "missing": (lambda t, _: {name: t[name] for name in t if name != "network.bias"}, "lacks network.bias"),
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
-    "unknown-unit": (lambda t, _: {**t, "bypass.05-05.weight": t["network.bias"]}, "bypass.05-05.weight"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
     "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final_norm has shape"),
-    "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
     "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
-    "missing-key": (lambda _, f: f.pop("units") and None, "missing units"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
-    "no-unit": (lambda _, f: f.update(units=[3]), "units"),
     "newer": (lambda _, f: f.update(schema=9, new=1), "of schema 9.* pip install -U"),
     "older": (lambda _, f: f.update(schema=1), "of schema 1.*train it anew"),
     "reads-itself": (lambda _, f: f.update(read=2), "must be one before the first unit"),
     "order": (lambda _, f: f.update(static_order=[1, 2]), "static order"),
-    "order-twice": (lambda _, f: f.update(static_order=[1, 1]), "static order"),
     "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
-    "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
     "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),
     "other-size": (lambda _, f: f.update(hidden_size=64), "hidden size 64"),
 }
@@ -175,7 +168,7 @@ def test_damage_is_named(name: str, saved: Path) -> None:
 
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
-    **{f"cut at {keep}": lambda data, keep=keep: data[:keep] for keep in (0, 4, 40, 600, -1)},
+    **{f"cut at {keep}": lambda data, keep=keep: data[:keep] for keep in (0, 40, -1)},
     "a long header": lambda data: (1 << 21).to_bytes(8, "little") + b" " * (1 << 21) + data,
     **{name: change for name, change in SAFETENSORS_LAYOUTS.items() if name != "twice"},  # the only reader takes one
 }

@@ -120,21 +120,28 @@ def test_a_link_among_what_an_export_replaces(name: str, tiny_model: Checkpoint,
     assert (tree(tmp_path), calls) == (before, [])
 
 
-def test_what_appears_at_the_output_during_an_export_is_kept(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    output, calls = tmp_path / "a.dash", []
+@pytest.mark.parametrize("what", ["a folder", "a link to a bundle", "a link to nowhere"])
+def test_what_appears_at_the_output_is_kept(
+    what: str, tiny_model: Checkpoint, own_bundle: Path, tmp_path: Path
+) -> None:
+    """And so is the work."""
+    output, bundle = tmp_path / "a.dash", tree(own_bundle)
 
     def appear(name: str, *_: object) -> None:
-        calls.append(name)
-        if name == "head":
+        if name == "head" and what == "a folder":
             folder_of(output, "manifest.json", "config.json", "onnx/mine")
+        elif name == "head":
+            output.symlink_to(own_bundle if what.endswith("bundle") else "nowhere")
 
-    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
+    with pytest.raises((BundleError, OutputError), match=r"is not a bundle: it will not be|has become a link"):
         export(tiny_model, output, progress=appear)
-    assert tree(output).keys() == {"manifest.json", "config.json", "onnx/mine"}
+    if what == "a folder":
+        assert tree(output).keys() == {"manifest.json", "config.json", "onnx/mine"}
     output.rename(tmp_path / "mine")
-    made = export(tiny_model, output)  # of the work that was kept
+    assert (tmp_path / "a.dash.unfinished").is_dir()
+    made = export(tiny_model, output)
     made.verify(made.manifest.files)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.dash", "mine"}
+    assert tree(own_bundle) == bundle
 
 
 @pytest.mark.parametrize("where", ["a.dash/onnx/model", "a.dash.unfinished/model"])

@@ -6,129 +6,90 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from types import ModuleType
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 ATTACK = Path(__file__).parents[2] / "tools" / "attack"
-DRAWN, LAST = 11, 6
+DRAWN, LAST = 8, 5
 """Operations before which a command is killed: by seed, and the last ones."""
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[ModuleType]:
-    """What the attacks share; they set how small a build's dial is, for the whole process."""
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """Make the attacks importable; they set how small a build's dial is, for the whole process."""
     from dash_export.building import dial_table, pipeline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ATTACK))
         for module, name in ((dial_table, "WINDOWS"), (dial_table, "SHARES"), (pipeline, "TRIALS")):
             patch.setattr(module, name, getattr(module, name))
-        yield importlib.import_module("shared")
+        yield
 
 
 @pytest.fixture(scope="module")
-def stage(shared: ModuleType) -> Iterator[Any]:
-    with shared.staged() as made:
+def stage(scripts: None) -> Iterator[Path]:  # noqa: ARG001
+    with importlib.import_module("stage").staged() as made:
         yield made
 
 
-def test_writers(shared: ModuleType, stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Today's faults, if any, are not this test's: they are counted, and the folder is gone."""
-    writers = importlib.import_module("writers")
-    report = shared.Report("writers")
-    for name in ("build + build, two targets", "train + build"):
-        writers.attempt(name, 0, stage, report)
-    assert not (stage.folder / "trial").exists()
-    with suppress(SystemExit):  # on faults
-        report.finish()
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert all(counts["started"] and counts["succeeded"] for counts in line["tried"].values())
-
-
-def test_writers_see_what_is_not_whole(stage: Any, tmp_path: Path) -> None:
-    states = importlib.import_module("states")
-    folder = tmp_path / "a"
-    shutil.copytree(stage.folder / "a", folder)
-    assert states.bundle_state(stage, folder) == states.policy_state(stage, folder) == "a"
-    assert states.build_state(stage, folder, "fp32") == "whole"
-    assert not states.leftovers(folder)
-    shutil.copy(stage.folder / "b" / "p.json", folder)
-    assert states.policy_state(stage, folder).kind == "a policy with the card of another"
-    (folder / "m.dash.unfinished").mkdir()
-    (folder / "m.dash" / ".tmp-1-x").touch()
-    assert {fault.kind for fault in states.leftovers(folder)} == {
-        "left behind: an unfinished folder",
-        "left behind: a temporary name",
-    }
-    (folder / "m.dash" / "onnx" / "head.data").write_bytes(b"")
-    assert states.bundle_state(stage, folder).kind == "a bundle that is damaged"
+@pytest.fixture
+def power() -> ModuleType:
+    return importlib.import_module("power")
 
 
 @pytest.mark.parametrize("name", ["export", "export over a bundle", "build"])
-def test_kills(name: str, shared: ModuleType, stage: Any) -> None:
+def test_kills(name: str, power: ModuleType, stage: Path) -> None:
     """What is there is usable or says that it is not finished, and the next run completes it: the same files, and
-    engines that give the same tokens. Killed once by time, else before an operation, the last ones among them.
+    engines that give the same tokens. Killed before operations that are drawn, and before the last ones.
     """
-    kills, scenes = importlib.import_module("kills"), importlib.import_module("scenes")
-    report = shared.Report("kills")
-    scene = scenes.SCENES[name].rehearsed(stage, name, scenes.killable)
+    scene = importlib.import_module("stage").Scene.rehearsed(stage, name, power.powered)
     late = scene.operations - LAST + 1
-    moments = [None, *sorted(Random(0).sample(range(1, late), DRAWN)), *range(late, scene.operations + 1)]
-    for moment in moments:
-        kills.attempt(name, scene, 0, stage, report, moment)
-    assert report.trials[name] == len(moments)
-    assert report.notes[name]["killed"] >= DRAWN
-    assert not report.faults[name]
+    for number, moment in enumerate([*sorted(Random(0).sample(range(1, late), DRAWN)), *range(late, late + LAST)]):
+        assert power.attempt(name, scene, number, 2 * (number % DRAWN == 0), moment) == []
 
 
-def test_power(shared: ModuleType, stage: Any) -> None:
-    power, scenes = importlib.import_module("power"), importlib.import_module("scenes")
-    report = shared.Report("power")
-    scene = scenes.SCENES["train"].rehearsed(stage, "trained", power.powered)
-    power.attempt("trained", scene, 0, 2, stage, report)
-    assert report.trials.keys() == {"trained, names in order", "trained, names by folder"}
+def test_what_an_attack_would_find(stage: Path, tmp_path: Path) -> None:
+    """Damage, other bytes and leftovers."""
+    of_stage = importlib.import_module("stage")
+    folder = Path(shutil.copytree(stage / "a", tmp_path / "a"))
+    scene = of_stage.Scene(stage, "build", (), folder, 0, frozenset(of_stage._names(folder)))
+    assert scene.finished(folder) == []
+    (folder / "m.dash.unfinished").mkdir()
+    (folder / "m.dash" / ".tmp-1-x").touch()
+    assert scene.finished(folder) == [f"left behind: {name}" for name in ("m.dash.unfinished", "m.dash/.tmp-1-x")]
+    (folder / "m.dash" / "engines" / "cpu-fp32" / "layer_00.data").unlink(missing_ok=True)
+    next((folder / "m.dash" / "engines" / "cpu-fp32").glob("*.data")).write_bytes(b"")
+    with pytest.raises(of_stage.FaultError, match="a build that is damaged"):
+        scene.finished(folder)
+    (folder / "m.dash" / "onnx" / "head.data").write_bytes(b"")
+    assert "a bundle that is damaged" in scene.survived(folder)[0]
 
 
-def test_soak(shared: ModuleType, tiny_root: Path) -> None:  # noqa: ARG001  makes it importable
-    arguments = [str(tiny_root), "--minutes", "0.05", "--threads", "3", "--tasks", "20", "--every", "0.5"]
-    result = CliRunner().invoke(importlib.import_module("soak").main, arguments)
-    line = json.loads(result.stdout.splitlines()[-1])
-    assert line["faults"] == 0
-    assert line["done"]
-
-
-@pytest.mark.usefixtures("shared")
-def test_streams(tiny_root: Path) -> None:
-    result = CliRunner().invoke(
-        importlib.import_module("streams").main, [str(tiny_root), "--minutes", "0.05"], catch_exceptions=False
-    )
-    line = json.loads(result.stdout.splitlines()[-1])
-    assert line["faults"] == 0
-    assert any("answered" in kind for kind in line["done"])
-
-
-@pytest.mark.usefixtures("shared")
-def test_bodies(tiny_root: Path) -> None:
-    arguments = [str(tiny_root), "--target", "cpu-fp32", "--bodies", "60"]
-    result = CliRunner().invoke(importlib.import_module("bodies").main, arguments)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("soak", ["--minutes", "0.05", "--threads", "3", "--tasks", "20", "--every", "0.5"]),
+        ("streams", ["--minutes", "0.05"]),
+        ("bodies", ["--target", "cpu-fp32", "--bodies", "60"]),
+    ],
+)
+def test_attacks_of_readers(name: str, options: list[str], tiny_root: Path) -> None:
+    """They find nothing, and have tried something."""
+    result = CliRunner().invoke(importlib.import_module(name).main, [str(tiny_root), *options], catch_exceptions=False)
     line = json.loads(result.stdout.splitlines()[-1])
     assert (result.exit_code, line["faults"]) == (0, 0), result.stdout
-    assert line["done"].keys() >= {"200", "400"}
+    assert line["done"].keys() & {"answered", "200", "batch"}
 
 
 @pytest.mark.parametrize("order", ["in order", "by folder"])
-@pytest.mark.usefixtures("shared")
-def test_a_crash_loses_what_was_not_synced(tmp_path: Path, order: str) -> None:
+def test_a_crash_loses_what_was_not_synced(order: str, power: ModuleType, tmp_path: Path) -> None:
     """A file that was synced, and its name, survive; what was not is there, in part or in whole, or not."""
-    power = importlib.import_module("power")
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").write_text("as it was")

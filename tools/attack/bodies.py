@@ -15,9 +15,8 @@ from typing import Any
 
 import click
 import httpx
-from shared import serving
+from shared import finish, serving
 
-from dash_export.commands.tables import print_table
 from tests.fuzz.mutators import damaged, in_json
 
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
@@ -100,10 +99,7 @@ def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
         process.wait(PATIENCE)
         told.seek(0)
         faults += [line for line in told.read().splitlines() if "Traceback" in line]
-    print_table(f"{bodies} damaged bodies", ("status",), ("",), sorted(statuses.items()))
-    print(*faults[:10], sep="\n")
-    print(json.dumps({"attack": "bodies", "done": dict(statuses), "faults": len(faults)}))
-    raise SystemExit(bool(faults))
+    finish("bodies", faults, done=statuses)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ connection (`ulimit -n`).
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import cycle
 from multiprocessing import get_context
@@ -22,11 +22,9 @@ from pathlib import Path
 import click
 import httpx
 import numpy as np
-from shared import serving
-from soak import resident
+from shared import finish, resident, serving
 
 from dash_export.commands.serve import raise_open_file_limit
-from dash_export.commands.tables import print_table
 
 LIMIT = 0.5
 """Seconds that an answer of `/health` may take."""
@@ -40,20 +38,19 @@ GREEDY = (
     POST + b"Content-Length: 9999999999\r\n\r\n" + b"y" * 1_000_000,
     (POST + b"\r\n") * 20_000,
 )
-KINDS = ("silent", "slow", "slow", "slow", "greedy")
 
 
-async def one(port: int, kind: str, number: int, seconds: float) -> None:
+async def one(port: int, kind: Callable[..., Awaitable[None]], number: int, seconds: float) -> None:
     """Be a client of the crowd for `seconds`."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         with suppress(OSError, asyncio.TimeoutError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
-                await asyncio.wait_for(KIND[kind](reader, writer, number), left)
+                await asyncio.wait_for(kind(reader, writer, number), left)
             finally:
                 writer.transport.abort()
-        await asyncio.sleep(PAUSE if kind == "greedy" else 0)
+        await asyncio.sleep(PAUSE if kind is greedy else 0)
 
 
 async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter, _number: int) -> None:
@@ -76,7 +73,7 @@ async def greedy(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, nu
         await writer.drain()
 
 
-KIND = {"silent": silent, "slow": slow, "greedy": greedy}
+KINDS = (silent, slow, slow, slow, greedy)
 
 
 def crowd(port: int, count: int, rate: int, seconds: float) -> None:
@@ -128,10 +125,7 @@ def main(bundle: Path, target: str, connections: int, rate: int, seconds: float)
         "connections": held, "health_median_s": round(float(np.median(waits)), 3),
         "health_worst_s": round(max(waits), 3), "memory_mb": round(most - before),
     }  # fmt: skip
-    print_table("A crowd", [*figures], (), [tuple(figures.values())])
-    print(*faults[:10], sep="\n")
-    print(json.dumps({"attack": "crowd", **figures, "answers": len(waits), "faults": len(faults)}))
-    raise SystemExit(bool(faults))
+    finish("crowd", faults, **figures, answers=len(waits))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""Loss of power at random moments of export, build and train: after a crash what a manifest, a build record or a policy
-file says is whole is whole, or it says that it is unfinished; the next run completes it.
+"""Kills and loss of power at random moments of export and build: after it what a manifest or a build record says is
+whole is whole, or it says that it is unfinished; the next run completes it.
 
     python tools/attack/power.py --trials 50
 
-Simulated inside the victim, so that no file system, mount or privilege is needed. Before each operation that changes
-what lies in the folder (open for writing, rename, unlink, mkdir, rmdir: an audit hook sees them, and what native code
-did between two of them is found then too) all names there are read and the changes noted; each file is kept open, so
-that an unlinked one can come back; at each fsync or fdatasync the file's content is copied, as what is durable of it.
-Before one of these operations, or after the command is done, the victim copies what is in all files and kills itself,
-and of the notes several disks are made that the crash may have left:
+The victim kills itself before an operation that changes what lies in the folder (an audit hook sees them), or when it
+is done. That is a `kill -9`: everything that was written is there. Loss of power is simulated: before each operation
+all names are read and their changes noted; each file is kept open, so that an unlinked one can come back; at each fsync
+the file's content is copied, as what is durable of it. Of that several disks are made that the crash may have left:
 
-- content: what was written after a file's last fsync is there, cut somewhere, pages of zeros in parts, or not at all
-  (the content at the last fsync, or a file of zero length), for each file by itself.
-- names `in order`: as ext4 and XFS journal them: all changes up to some moment, which is not before the last fsync of
-  anything, are there, and none after it. Names may be there before the content.
-- names `by folder`: no more than POSIX says: a change of a folder is certain once that folder was synced afterwards;
-  each other one is there or not, by itself. A rename is whole or not at all, also between two folders, and certain when
-  either was synced.
+- content: what was written after a file's last fsync is there, cut somewhere, zero in some pages, or not at all.
+- names `in order`, as ext4 and XFS journal them: all changes up to some moment, not before the last fsync of anything.
+- names `by folder`, no more than POSIX says: a change of a folder is certain once that folder was synced afterwards;
+  each other one is there or not, by itself. A rename is whole or not at all, and certain when either folder was synced.
 
-Not simulated: torn directories and metadata beside names and lengths (times, modes), a device that lies about its
-flushes, an fsync that fails, `sync`, `O_SYNC`, and an fsync that native code makes (none counts as durable that did not
-go through `os`). What was there at the beginning is durable. Crashes come before operations, never within a write; the
-loss of content stands for that.
+Not simulated: torn directories and metadata, a device that lies about its flushes, an fsync that fails or that native
+code makes. What was there at the beginning is durable. Kills come before operations, never within a write; the loss of
+content stands for that.
 """
 
 from __future__ import annotations
@@ -32,21 +26,18 @@ import shutil
 import signal
 import stat
 import threading
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import click
-from scenes import SCENES, Scene, watch
-from shared import FORK, PATIENCE, Command, Report, Stage, chosen, perform, staged, start
+from shared import finish
+from stage import FORK, PATIENCE, SCENES, Scene, begin, perform, staged, watch
 
-POWERED = {name: scene for name, scene in SCENES.items() if name != "frontier"}
-ORDERS = ("in order", "by folder")
+KILLED, ORDERS = "killed", ("in order", "by folder")
 PAGE = 4096
 AFTER = 1 << 30
 """The number of an operation that does not come: the command ends, and then the power."""
@@ -139,9 +130,9 @@ class Disk:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def powered(command: Command, stage: Stage, folder: Path, moment: int, pipe: Connection) -> None:
-    """A victim: notes what it does, and kills itself before operation number `moment`, or when it is done. Says when it
-    begins, and, where `moment` is 0, how many it made.
+def powered(command: str, stage: Path, folder: Path, moment: int, pipe: Connection) -> None:
+    """A victim: notes what it does, and kills itself before operation number `moment`, or when it is done; where
+    `moment` is 0 it lives, and tells how many it made.
     """
     count, within, lock = 0, threading.local(), threading.Lock()
     disk = Disk(folder, folder.with_name("store"))
@@ -165,7 +156,6 @@ def powered(command: Command, stage: Stage, folder: Path, moment: int, pipe: Con
         within.hook = False
 
     watch(folder, before, synced)
-    pipe.send("begins")
     perform(command, stage, folder)
     if moment:
         within.hook = True
@@ -226,51 +216,49 @@ def _content(kept: Path, synced: Path, random: Random) -> bytes:
     return random.choice((durable, last, last[: random.randint(0, len(last))], zeroed))
 
 
-@click.command()
-@click.option("--trials", default=50, show_default=True, help="Crashes, of all commands together.")
-@click.option("--disks", default=4, show_default=True, help="Made of each crash, half of them of either order.")
-@click.option("--first", default=0, show_default=True, help="The number of the first crash.")
-@click.option("--seconds", type=float, help="Begin no further crash after so long.")
-@click.option("--only", multiple=True, help="A command; repeatable.")
-def main(trials: int, disks: int, first: int, seconds: float | None, only: tuple[str, ...]) -> None:
-    """Crash the commands in turn."""
-    report = Report("power")
-    with staged() as stage:
-        scenes: dict[str, Scene] = {}
-        for name in chosen(only, POWERED):
-            scenes[name] = POWERED[name].rehearsed(stage, name, powered)
-            shutil.rmtree(stage.folder / name / "store")
-        until = time.monotonic() + (seconds or float("inf"))
-        for number in range(first, first + trials):
-            if time.monotonic() < until:
-                name = list(scenes)[number % len(scenes)]
-                attempt(name, scenes[name], number, disks, stage, report)
-    report.finish()
-
-
-def attempt(name: str, scene: Scene, number: int, disks: int, stage: Stage, report: Report) -> None:
+def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None = None) -> list[str]:
+    """Kill the command once, and look at what a kill leaves and at `disks` that a loss of power may have left."""
     random = Random(f"{name} {number}")
-    root = stage.folder / "crash"
+    root = scene.stage / "crash"
     root.mkdir()
     folder, after = root / "trial", root / "after"
-    shutil.copytree(scene.start(stage, name), folder)
+    shutil.copytree(scene.start, folder)
     _ours, theirs = FORK.Pipe()
-    moment = scene.moment(random) if random.random() < 0.7 else AFTER
-    process = start(powered, scene.command, stage, folder, moment, theirs)
+    moment = moment or (scene.moment(random) if random.random() < 0.7 else AFTER)
+    process = begin(powered, scene.command, scene.stage, folder, moment, theirs)
     process.join(PATIENCE)
     if process.exitcode != -signal.SIGKILL:
         raise SystemExit(f"{name}, trial {number}: the victim ended by itself ({process.exitcode}).")
-    for disk in range(disks):
-        began = time.perf_counter()
-        order = ORDERS[disk % 2]
-        crashed(root / "store", after, order, random)
-        faults = scene.survived(stage, after)
-        if moment == AFTER and not faults:
-            faults = [replace(fault, kind="reported as done, then lost") for fault in scene.done(stage, after)]
-        faults += scene.completed(stage, after)
+    faults = []
+    for order in (KILLED, *(ORDERS[disk % 2] for disk in range(disks))):
+        if order == KILLED:
+            folder.rename(after)
+        else:
+            crashed(root / "store", after, order, random)
+        wrong = scene.survived(after)
+        if moment == AFTER and not wrong and not scene.state(after):
+            wrong = ["reported as done, then lost"]
+        faults += [f"{name} {number}, {order}, before operation {moment}: {each}"
+                   for each in (*wrong, *scene.completed(after))]  # fmt: skip
         shutil.rmtree(after)
-        report.add(f"{name}, names {order}", number, time.perf_counter() - began, faults, disks=1)
     shutil.rmtree(root)
+    return faults
+
+
+@click.command()
+@click.option("--trials", default=50, show_default=True, help="Kills, of all commands together.")
+@click.option("--disks", default=4, show_default=True, help="Made of each, half of them of either order.")
+@click.option("--only", multiple=True, type=click.Choice(list(SCENES)), help="A command; repeatable.")
+def main(trials: int, disks: int, only: tuple[str, ...]) -> None:
+    """Kill the commands in turn."""
+    done, faults = Counter[str](), list[str]()
+    with staged() as stage:
+        scenes = {name: Scene.rehearsed(stage, name, powered) for name in only or SCENES}
+        for number in range(trials):
+            name = list(scenes)[number % len(scenes)]
+            faults += attempt(name, scenes[name], number, disks)
+            done[name] += 1
+    finish("power", faults, kills=done, disks=disks * trials)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import asyncio
 import json
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -22,11 +21,9 @@ from typing import Any
 
 import click
 import httpx
-from shared import Process, serving
-from soak import growth, resident
+from shared import Process, finish, growth, resident, serving
 
 from dash_export.bundle.bundle import Bundle
-from dash_export.commands.tables import print_table
 from dash_export.files.resources import resource_folder
 from dash_export.text.tokenizer import Text
 
@@ -50,41 +47,34 @@ class Load:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
-    async def stream(self, number: int, seed: int) -> None:
-        random = Random(f"{seed} {number}")
+    async def stream(self, number: int) -> None:
+        random = Random(number)
         while time.monotonic() < self.until and len(self.faults) < 100:
             index, leaves = random.randrange(len(self.bodies)), random.choice((0, 0, 0, random.randint(1, 12)))
-            kind = random.choice(("streamed", "whole"))
             try:
-                text, ended = await asyncio.wait_for(self.answer(index, kind, leaves), 300)
+                text, ended = await asyncio.wait_for(self.answer(index, leaves), 300)
                 expected = self.expected[index]
                 if not (text == expected if ended == "answered" else expected.startswith(text)):
-                    self.faults.append(f"{index} {kind}, {ended}: {text!r}, and alone {expected!r}")
+                    self.faults.append(f"{index}, {ended}: {text!r}, and alone {expected!r}")
             except _GONE as error:
                 ended = "closed"
-                self.faults += [] if self.closing else [f"{index} {kind}: {error!r}"]
+                self.faults += [] if self.closing else [f"{index}: {error!r}"]
             except asyncio.TimeoutError:
                 ended = "hung"
-                self.faults.append(f"{index} {kind}: no end within 300 s")
-            self.counts[f"{kind}, {ended}"] += 1
+                self.faults.append(f"{index}: no end within 300 s")
+            self.counts[ended] += 1
             if ended == "told to wait":
                 await asyncio.sleep(1 + random.random())
             elif ended in ("closed", "told that it closes"):
                 return
 
-    async def answer(self, index: int, kind: str, leaves: int) -> tuple[str, str]:
-        """The text, and how it ended. `leaves`: after so many chunks, or tenths of a second."""
+    async def answer(self, index: int, leaves: int) -> tuple[str, str]:
+        """The text, and how it ended. `leaves`: after so many chunks; 0: never."""
         path, body = self.bodies[index]
-        if kind == "whole":
-            with suppress(asyncio.TimeoutError):
-                reply = await asyncio.wait_for(self.client.post(path, json=body), leaves / 10 or None)
-                return self.told(reply.status_code, reply.json())
-            return "", "left"
-        text = ""
+        text, chunks = "", 0
         async with self.client.stream("POST", path, json=body | {"stream": True}) as reply:
             if reply.status_code != 200:
-                return self.told(reply.status_code, json.loads(await reply.aread()))
-            chunks = 0
+                return "", self.told(reply.status_code, await reply.aread())
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
                     return text, "answered"
@@ -92,7 +82,7 @@ class Load:
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
-                    return text, self.told(500, chunk)[1]
+                    return text, self.told(500, chunk)
                 choice = chunk["choices"][0]
                 text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
                 chunks += 1
@@ -101,15 +91,12 @@ class Load:
         self.faults.append(f"{index}: cut after {text!r}")
         return text, "cut"
 
-    def told(self, status: int, found: dict[str, Any]) -> tuple[str, str]:
-        if status == 200:
-            choice = found["choices"][0]
-            return (choice["text"] if "text" in choice else choice["message"]["content"]), "answered"
+    def told(self, status: int, found: object) -> str:
         if status == 429 and not self.closing:
-            return "", "told to wait"
+            return "told to wait"
         if not self.closing:
             self.faults.append(f"{status}: {found}")
-        return "", "told that it closes"
+        return "told that it closes"
 
 
 def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -128,31 +115,26 @@ def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[s
 
 
 async def load(
-    address: str,
-    process: Process,
-    bodies: list[tuple[str, dict[str, Any]]],
-    minutes: float,
-    streams: int,
-    seed: int,
-) -> tuple[Load, list[Any]]:
+    address: str, process: Process, bodies: list[tuple[str, dict[str, Any]]], minutes: float, streams: int
+) -> tuple[Load, list[float]]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
         found = Load(client, bodies, [], float("inf"))
         for index in range(len(found.bodies)):
-            text, ended = await found.answer(index, "whole", 0)
+            text, ended = await found.answer(index, 0)
             assert ended == "answered", ended
             found.expected.append(text)
         began = time.monotonic()
         found.until = began + 60 * minutes + 3600
-        clients = [asyncio.create_task(found.stream(number, seed)) for number in range(streams)]
-        samples = []
-        while (now := time.monotonic() - began) < 60 * minutes and not all(one.done() for one in clients):
-            samples.append((now, resident(process.pid)))
+        clients = [asyncio.create_task(found.stream(number)) for number in range(streams)]
+        sizes = []
+        while time.monotonic() - began < 60 * minutes and not all(one.done() for one in clients):
+            sizes.append(resident(process.pid))
             await asyncio.sleep(1)
         found.closing = True
         process.terminate()
         await asyncio.gather(*clients)
-    return found, samples
+    return found, sizes
 
 
 @click.command()
@@ -160,23 +142,18 @@ async def load(
 @click.option("--target", default="cpu-fp32", show_default=True)
 @click.option("--minutes", default=10.0, show_default=True)
 @click.option("--streams", default=64, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(bundle: Path, target: str, minutes: float, streams: int, seed: int) -> None:
+def main(bundle: Path, target: str, minutes: float, streams: int) -> None:
     """Ask alone, then with all."""
     opened = Bundle.open(bundle)
     letters = min(900, opened.manifest.model.max_positions // 4)
-    bodies = drawn(Random(seed), 60, letters, Text(opened.root).template is not None)
+    bodies = drawn(Random(0), 60, letters, Text(opened.root).template is not None)
     options = ("--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN))
     with serving(bundle, target, *options) as (address, process):
-        done, samples = asyncio.run(load(address, process, bodies, minutes, streams, seed))
+        done, sizes = asyncio.run(load(address, process, bodies, minutes, streams))
         code = process.wait(DRAIN + 10)
     done.faults += [] if code == 0 else [f"the server ended with {code}"]
-    print_table(f"{streams} streams, {minutes:g} minutes", ("requests",), ("",), sorted(done.counts.items()))
-    figures = growth(samples, minutes, FLAT)
-    print(*done.faults[:10], sep="\n")
-    counts = {"done": dict(done.counts), "faults": len(done.faults), "first_faults": done.faults[:3]}
-    print(json.dumps({"attack": "streams", "streams": streams, "minutes": minutes, **counts, **figures}))
-    raise SystemExit(bool(done.faults) or not figures["flat"])
+    figures = growth(sizes, FLAT, done.faults)
+    finish("streams", done.faults, streams=streams, minutes=minutes, done=done.counts, **figures)
 
 
 if __name__ == "__main__":

@@ -81,30 +81,23 @@ def test_published_and_run(server: FakeHub, own_bundle: Path) -> None:
 
 
 def test_a_later_version_takes_the_place_of_the_earlier(server: FakeHub, own_bundle: Path) -> None:
+    """What others put into a repository stays, and so does its card."""
     publish(own_bundle)
-    server.files[NAME]["README.md"] = b"my own words"
+    mine = {"README.md": b"my own words", "onnx/notes.txt": b"mine", "engines/mine/plan": b"mine"}
+    server.files[NAME] |= mine
     (own_bundle / f"engines/{TARGET}/more.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="put there afterwards"):
         publish(own_bundle)
     shutil.rmtree(own_bundle / f"engines/{TARGET}")
     publish(own_bundle)
     assert not [name for name in server.files[NAME] if name.startswith(f"engines/{TARGET}")]
-    assert server.files[NAME]["README.md"] == b"my own words"
+    assert mine.items() <= server.files[NAME].items()
     assert answer(NAME, "portable")
 
 
 def cache(server: FakeHub) -> Path:
     """The version that the hub has now."""
     return Path("cache/dash-export/hub").absolute() / NAME / server.sha(NAME)
-
-
-@pytest.mark.usefixtures("server")
-def test_without_the_hub_the_last_version_runs(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(own_bundle)
-    found = answer(NAME)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert answer(NAME) == found
-    assert "HF_HUB_OFFLINE" in refused("run", "me/other", "x")
 
 
 def test_what_is_not_whole_takes_no_place(
@@ -137,6 +130,7 @@ def test_what_is_not_whole_takes_no_place(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(signing, "check_signed", lambda *_, **__: None)
         assert answer(NAME) == found
+        assert "HF_HUB_OFFLINE" in refused("run", "me/other", "x")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv(signing.TRUSTED_KEY)
     server.files[NAME] = whole
@@ -205,25 +199,14 @@ def test_several_at_once(server: FakeHub, own_bundle: Path) -> None:
     assert len(server.fetched) == len(set(server.fetched))
 
 
-def test_what_others_put_into_a_repository_stays(server: FakeHub, own_bundle: Path) -> None:
-    publish(own_bundle)
-    server.files[NAME] |= {"onnx/notes.txt": b"mine", "engines/mine/plan": b"mine"}
-    server.files[NAME]["README.md"] += b"and more"
-    shutil.rmtree(own_bundle / f"engines/{TARGET}")
-    publish(own_bundle)
-    assert server.files[NAME]["README.md"].endswith(b"and more")
-    assert {"onnx/notes.txt", "engines/mine/plan"} <= set(server.files[NAME])
-    other = {"manifest.json": b'{"pwa": 1}', "onnx/model.onnx": b"mine", "config.json": b"{}"}
-    server.files["me/app"] = dict(other)
-    assert "something else than a bundle" in refused("push", own_bundle, "me/app")
-    assert server.files["me/app"] == other
-
-
 def test_refused(server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.files["me/model"] = {"config.json": b"{}", "model.safetensors": b""}
-    assert "something else than a bundle" in refused("push", own_bundle, "me/model")
+    app = {"manifest.json": b'{"pwa": 1}', "onnx/model.onnx": b"mine", "config.json": b"{}"}
+    others = {"me/model": {"config.json": b"{}", "model.safetensors": b""}, "me/app": app}
+    server.files |= {name: dict(files) for name, files in others.items()}
+    for name in others:
+        assert "something else than a bundle" in refused("push", own_bundle, name)
+        assert server.files[name] == others[name]
     assert "is no bundle" in refused("run", "me/model", "x")
-    assert set(server.files["me/model"]) == {"config.json", "model.safetensors"}
     assert "check the spelling" in refused("run", "me/nothing", "x")
     for name in ("tiny", "me/tiny.dash", "a/b/c"):
         assert "expected org/name" in refused("push", own_bundle, name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,7 @@ class Text:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
-        if isinstance(messages, str):
+        if isinstance(cast(object, messages), str):
             raise RequestError("messages must be a list of messages {role, content}, not one text.")
         said = [value for message in messages for value in message.values()]
         letters = sum(len(value if isinstance(value, str) else repr(value)) for value in (*said, *tools))

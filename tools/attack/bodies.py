@@ -81,7 +81,6 @@ def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
             path: [body for body in known if client.post(path, content=body, headers=JSON).status_code == 200]
             for path, known in seeds(client.get("/v1/models").json()["data"][0]["id"]).items()
         }
-        print(f"Sound bodies: {', '.join(f'{path} {len(known)}' for path, known in sound.items())}")
         for number in range(bodies):
             path = rng.choice([*sound])
             body = damaged(rng, sound[path], in_json)

@@ -14,8 +14,7 @@ the file's content is copied, as what is durable of it. Of that several disks ar
   each other one is there or not, by itself. A rename is whole or not at all, and certain when either folder was synced.
 
 Not simulated: torn directories and metadata, a device that lies about its flushes, an fsync that fails or that native
-code makes. What was there at the beginning is durable. Kills come before operations, never within a write; the loss of
-content stands for that.
+code makes. Kills come before operations, never within a write; the loss of content stands for that.
 """
 
 from __future__ import annotations

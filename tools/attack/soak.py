@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -85,10 +86,8 @@ KINDS: dict[str, Callable[[Task, Session], Answer]] = {each.__name__: each for e
 def batch(task: Task, runtime: DashRuntime) -> Answer:
     """The rows that were answered, one after the other."""
     rows: dict[int, list[Response]] = {}
-    prompts = [
-        None if index % 2 else [-1] if index // 2 == task.bad else task.prompts[index // 2]
-        for index in range(2 * len(task.prompts))
-    ]  # fmt: skip  None: nothing has come
+    asked = ([-1] if index == task.bad else prompt for index, prompt in enumerate(task.prompts))
+    prompts = [each for prompt in asked for each in (prompt, None)]  # None: nothing has come
     for index, response in runtime.batch_with(task.setting, 3).stream(iter(prompts), task.tokens):
         rows.setdefault(index, []).append(response)
     failed = [index for index, row in rows.items() if row[-1].finish_reason == "error"]
@@ -141,13 +140,11 @@ def work(number: int, runtime: DashRuntime, known: list[tuple[Task, Answer]], un
 @click.option("--every", default=2.0, show_default=True, help="Seconds between samples of the memory.")
 def main(bundle: Path, target: str, minutes: float, threads: int, tasks: int, every: float) -> None:
     """Answer alone, then all at once."""
-    runtime, settings = DashRuntime.load(bundle, target), []
+    runtime, settings = DashRuntime.load(bundle, target), list[Setting]()
     for setting in SETTINGS:
-        try:
+        with suppress(PolicyError):  # more than this policy gives
             runtime.session_with(setting)
             settings.append(setting)
-        except PolicyError as error:  # more than this policy gives
-            print(error)
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
     random = Random(tasks)
     drawn = [draw(random, settings, runtime, text) for _ in range(tasks)]

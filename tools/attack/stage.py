@@ -206,13 +206,10 @@ def watch(folder: Path, before: Callable[[], None], synced: Callable[[int], None
             if path.startswith(str(folder)) or (event != "open" and not Path(path).is_absolute()):
                 before()
 
-    def wrapped(real: Callable[[Any], None]) -> Callable[[Any], None]:
-        def sync(file: Any) -> None:
-            before()
-            real(file)
-            synced(file if isinstance(file, int) else file.fileno())
+    def sync(file: int, real: Callable[[int], None] = os.fsync) -> None:
+        before()
+        real(file)
+        synced(file)
 
-        return sync
-
-    vars(os).update(fsync=wrapped(os.fsync), fdatasync=wrapped(os.fdatasync))
+    vars(os).update(fsync=sync)
     sys.addaudithook(hook)

@@ -29,9 +29,7 @@ from dash_export.text.tokenizer import Text
 
 ROWS, WAITING, DRAIN = 8, 40, 20
 FLAT = 0.05
-SETTINGS: tuple[dict[str, Any], ...] = (
-    {"policy": "dense"}, {"policy": "static", "skipped": 2}, {"budget": 0.9}, {"budget": 0.85, "hold": False},
-)  # fmt: skip
+SETTINGS = ({"policy": "dense"}, {"policy": "static", "skipped": 2}, {"budget": 0.9}, {"budget": 0.85, "hold": False})
 _GONE = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
 
 
@@ -42,14 +40,13 @@ class Load:
     client: httpx.AsyncClient
     bodies: list[tuple[str, dict[str, Any]]]
     expected: list[str]
-    until: float
     closing: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     async def stream(self, number: int) -> None:
         random = Random(number)
-        while time.monotonic() < self.until and len(self.faults) < 100:
+        while len(self.faults) < 100:
             index, leaves = random.randrange(len(self.bodies)), random.choice((0, 0, 0, random.randint(1, 12)))
             try:
                 text, ended = await asyncio.wait_for(self.answer(index, leaves), 300)
@@ -101,11 +98,15 @@ class Load:
 
 def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[str, dict[str, Any]]]:
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
-    bodies = []
+    bodies: list[tuple[str, dict[str, Any]]] = []
     for _ in range(count):
         start = random.randrange(len(text) - 1000)
         words = text[start : start + random.randint(10, letters)]
-        body = {"max_tokens": random.randint(4, 48), "dash": random.choice(SETTINGS), "seed": random.randrange(99)}
+        body = {
+            "max_tokens": random.randint(4, 48),
+            "dash": random.choice(SETTINGS),
+            "seed": random.randrange(99),
+        }
         body |= {"temperature": random.choice((0, 0, 0.8)), "stop": random.choice((None, None, ["and"]))}
         if not chats or random.random() < 0.5:
             bodies.append(("/v1/completions", body | {"prompt": words}))
@@ -119,13 +120,12 @@ async def load(
 ) -> tuple[Load, list[float]]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
-        found = Load(client, bodies, [], float("inf"))
+        found = Load(client, bodies, [])
         for index in range(len(found.bodies)):
             text, ended = await found.answer(index, 0)
             assert ended == "answered", ended
             found.expected.append(text)
         began = time.monotonic()
-        found.until = began + 60 * minutes + 3600
         clients = [asyncio.create_task(found.stream(number)) for number in range(streams)]
         sizes = []
         while time.monotonic() - began < 60 * minutes and not all(one.done() for one in clients):

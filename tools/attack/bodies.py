@@ -68,10 +68,9 @@ def seeds(model: str) -> dict[str, list[bytes]]:
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--bodies", default=10_000, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(bundle: Path, target: str, bodies: int, seed: int) -> None:
+def main(bundle: Path, target: str, bodies: int) -> None:
     """Send damaged bodies one after the other, and a sound one after every hundred."""
-    rng, statuses, faults = Random(seed), Counter[str](), list[str]()
+    rng, statuses, faults = Random(bodies), Counter[str](), list[str]()
     with (
         tempfile.TemporaryFile("w+") as told,
         serving(bundle, target, "--deadline", "20", output=told) as (address, process),

@@ -34,7 +34,7 @@ from typing import Any
 
 import click
 from shared import finish
-from stage import FORK, PATIENCE, SCENES, Scene, begin, perform, staged, watch
+from stage import FORK, PATIENCE, SCENES, Scene, perform, staged, watch
 
 KILLED, ORDERS = "killed", ("in order", "by folder")
 PAGE = 4096
@@ -224,7 +224,8 @@ def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None
     shutil.copytree(scene.start, folder)
     _ours, theirs = FORK.Pipe()
     moment = moment or (scene.moment(random) if random.random() < 0.7 else AFTER)
-    process = begin(powered, scene.command, scene.stage, folder, moment, theirs)
+    process = FORK.Process(target=powered, args=(scene.command, scene.stage, folder, moment, theirs), daemon=True)
+    process.start()
     process.join(PATIENCE)
     if process.exitcode != -signal.SIGKILL:
         raise SystemExit(f"{name}, trial {number}: the victim ended by itself ({process.exitcode}).")
@@ -247,12 +248,11 @@ def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None
 @click.command()
 @click.option("--trials", default=50, show_default=True, help="Kills, of all commands together.")
 @click.option("--disks", default=4, show_default=True, help="Made of each, half of them of either order.")
-@click.option("--only", multiple=True, type=click.Choice(list(SCENES)), help="A command; repeatable.")
-def main(trials: int, disks: int, only: tuple[str, ...]) -> None:
+def main(trials: int, disks: int) -> None:
     """Kill the commands in turn."""
     done, faults = Counter[str](), list[str]()
     with staged() as stage:
-        scenes = {name: Scene.rehearsed(stage, name, powered) for name in only or SCENES}
+        scenes = {name: Scene.rehearsed(stage, name, powered) for name in SCENES}
         for number in range(trials):
             name = list(scenes)[number % len(scenes)]
             faults += attempt(name, scenes[name], number, disks)

@@ -137,8 +137,7 @@ def work(number: int, runtime: DashRuntime, known: list[tuple[Task, Answer]], un
 @click.option("--minutes", default=30.0, show_default=True)
 @click.option("--threads", default=8, show_default=True)
 @click.option("--tasks", default=120, show_default=True, help="How many different ones.")
-@click.option("--every", default=2.0, show_default=True, help="Seconds between samples of the memory.")
-def main(bundle: Path, target: str, minutes: float, threads: int, tasks: int, every: float) -> None:
+def main(bundle: Path, target: str, minutes: float, threads: int, tasks: int) -> None:
     """Answer alone, then all at once."""
     runtime, settings = DashRuntime.load(bundle, target), list[Setting]()
     for setting in SETTINGS:
@@ -155,7 +154,7 @@ def main(bundle: Path, target: str, minutes: float, threads: int, tasks: int, ev
     for each in running:
         each.start()
     while any(each.is_alive() for each in running):
-        time.sleep(every)
+        time.sleep(0.5)
         sizes.append(resident())
     finish("soak", faults, threads=threads, minutes=minutes, done=done, **growth(sizes, FLAT, faults))
 

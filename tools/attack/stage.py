@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -139,7 +138,8 @@ class Scene:
         folder = start.with_name("rehearsal")
         shutil.copytree(start, folder)
         ours, theirs = FORK.Pipe()
-        process = begin(victim, command, stage, folder, 0, theirs)
+        process = FORK.Process(target=victim, args=(command, stage, folder, 0, theirs), daemon=True)
+        process.start()
         theirs.close()
         count = ours.recv()
         process.join(PATIENCE)
@@ -184,12 +184,6 @@ class Scene:
 
 def _names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-
-
-def begin(target: Callable[..., None], *args: object) -> ForkServerProcess:
-    process = FORK.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
 
 
 def watch(folder: Path, before: Callable[[], None], synced: Callable[[int], None]) -> None:

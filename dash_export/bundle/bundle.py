@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -45,11 +44,8 @@ from dash_export.files.typed_json import WrongFieldError, typed
 
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
-_UNREAD = re.compile(
-    "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
-    + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
-)
-"""Files in `engines/<target>/` that no engine is read from; the last pattern is a record whose writer died."""
+_UNREAD = (BUILD, f"{TEMPORARY}{BUILD}", JOURNAL, f"{TEMPORARY}{JOURNAL}", ROUNDINGS, TIMING_CACHE)
+"""Files in `engines/<target>/` that no engine is read from; the second and fourth are of a writer that died."""
 Seal = dict[str, tuple[int, ...]]
 """Files that `Bundle.verify` has checked: name -> `identity`."""
 
@@ -229,7 +225,7 @@ class Bundle:
         folder = f"engines/{build.target}" if build is not None and files else "onnx"
         beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
         added = [name for name in (*TEXT_FILES, ANSWERS) if name not in listed and self.path(name).exists()]
-        added += [name for name in beside if name not in listed and not _UNREAD.fullmatch(PurePosixPath(name).name)]
+        added += [name for name in beside if name not in listed and PurePosixPath(name).name not in _UNREAD]
         if added:
             raise BundleError(
                 f"{self.root}: {min(added)} was put there afterwards, so that nothing says whether it is the model's. "

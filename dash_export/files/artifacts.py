@@ -1,8 +1,6 @@
 """Files made once per key, safe from kills: written under a temporary name, renamed when whole, noted in a journal."""
 
 import errno
-import fcntl
-import glob
 import hashlib
 import hmac
 import json
@@ -16,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
-from uuid import uuid4
 
 from dash_export.errors import OutputError
 from dash_export.files.typed_json import Bytes, WrongFieldError, typed
@@ -42,7 +39,7 @@ class FileRecord:
         return path.stat().st_size == self.bytes and (not hashes or sha256_file(path) == self.sha256)
 
 
-_OWN_FILE, _OWN_FOLDER = (re.compile(f"{re.escape(TEMPORARY)}{own}-") for own in ("[0-9a-f]{32}", "[0-9]+"))
+_OWN_FOLDER = re.compile(f"{re.escape(TEMPORARY)}[0-9]+-")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -107,35 +104,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     if path.is_symlink():
         raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
-    with _temporary(path) as file:
-        temporary = Path(file.name)
-        try:
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary.unlink(missing_ok=True)  # a writer that died left it; one at a time writes a file
+    try:
+        with temporary.open("xb") as file:  # "x" follows no link: the folder may be a stranger's
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)
-            sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _temporary(path: Path) -> BinaryIO:
-    """Open a new temporary file beside `path`, locked while its writer lives. Remove those of dead writers."""
-    for stale in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
-        if not _OWN_FILE.match(stale.name):
-            continue
-        with suppress(OSError), os.fdopen(os.open(stale, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink()
-    while True:
-        temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
-        file = temporary.open("xb")  # "x" follows no link: the folder may be a stranger's
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # no other process removed it as stale before it was locked
-            return file
-        file.close()
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 Progress = Callable[[str, int, int], None]
@@ -165,8 +145,6 @@ class ArtifactStore:
         for path in folder.glob(f"{TEMPORARY}*"):  # what an interrupted run left
             if _OWN_FOLDER.match(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif _OWN_FILE.match(path.name):
-                path.unlink(missing_ok=True)
         self._journal: dict[str, _Entry] = {}
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew
             for name, item in json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL)).items():

@@ -143,6 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
     "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final_norm has shape"),
+    "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
     "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
     "newer": (lambda _, f: f.update(schema=9, new=1), "of schema 9.* pip install -U"),

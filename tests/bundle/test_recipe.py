@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a deep key with quotes": ('"a" . ' * 2000 + "a=1", "a key of over 8 parts"),
     "a long key": ("a" * 16000, "cannot be read"),
     "a deep list": ("kv_step = " + "[" * 3000 + "]" * 3000, "mine.toml"),
-    "many digits": ("[runtime]\nkv_step = 0x" + "f" * 5000, "mine.toml"),
+    "many digits": ("[weights]\nlayers = 0x" + "f" * 5000, "layers = a huge int is not one of"),
     "no engine table": (gpu(ENGINE, ""), r"needs an \[engine\] table"),
     "no capability": (gpu('"8.9"', ""), "compute capabilities like"),
     "capability as sm": (gpu("8.9", "sm_89"), "compute capabilities like"),

@@ -38,6 +38,7 @@ def test_a_kill_at_any_moment(operation: int, tmp_path: Path, monkeypatch: pytes
     output, old = folder_of(tmp_path / "a", *OLD), {name: f"a {name}".encode() for name in OLD}
     new = {name: f"a.unfinished {name}".encode() for name in NEW} | {name: old[name] for name in STAYS}
     work, steps = folder_of(work_folder(output, "export"), *NEW), iter(range(operation))
+    output.chmod(0o750)
 
     def dying(sound: Callable[..., object]) -> Callable[..., object]:
         def step(*given: object, **named: object) -> object:
@@ -65,6 +66,7 @@ def test_a_kill_at_any_moment(operation: int, tmp_path: Path, monkeypatch: pytes
         remove_own(work)
     unmark(output)  # as an export does with a whole one
     assert tree(output) in (old, new)
+    assert output.stat().st_mode & 0o777 == 0o750
     assert operation < KILLS or next(steps, None) is not None, "more operations than are tried"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

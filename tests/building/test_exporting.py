@@ -2,11 +2,9 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,7 +16,7 @@ from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import SCHEMA
 from dash_export.core.policy import no_policy
-from dash_export.errors import BundleError, CheckpointError, NewerBundleError, OutputError, PolicyError, RequestError
+from dash_export.errors import BundleError, CheckpointError, NewerBundleError, OutputError, PolicyError
 from dash_export.files.outputs import MARK
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
@@ -267,26 +265,3 @@ def test_graphs_that_change_while_they_are_built(tiny_model: Checkpoint, tmp_pat
         build(bundle, "cpu", weights="fp32", progress=change)
     path.write_bytes(sound)
     assert {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files} == expected
-
-
-@pytest.mark.parametrize(
-    ("work", "wrong", "said"),
-    [
-        (export, {"model": None}, "model must be a path or a Checkpoint; got None"),
-        (export, {"output": None}, "output must be a path; got None"),
-        (export, {"output": "a\0b"}, "output must be a path"),
-        (export, {"policy": "p.safetensors"}, "policy must be a SkipPolicy or None"),
-        (export, {"progress": []}, "progress must be a function"),
-        (build, {"bundle": None}, "bundle must be a path or a Bundle"),
-        (build, {"target": None}, "target must be a path"),
-        (build, {"weights": np.zeros(3)}, "weights must be text or None"),
-    ],
-)
-def test_arguments_of_another_kind(
-    work: Callable[..., object], wrong: dict[str, Any], said: str, tiny_model: Checkpoint, tmp_path: Path
-) -> None:
-    output = tmp_path / "a.dash"
-    given = {"model": tiny_model, "output": output} if work is export else {"bundle": output}
-    with pytest.raises(RequestError, match=said):
-        work(**given | wrong)
-    assert not [*tmp_path.iterdir()]

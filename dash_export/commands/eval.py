@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export import __version__
-from dash_export.commands.options import (
-    Load,
-    comma_separated,
-    comparison_options,
-    print_refused,
-    window_options,
-    with_bounds,
-)
+from dash_export.commands import options
+from dash_export.commands.options import Load, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 
@@ -32,23 +26,16 @@ _File = tuple[str, str, "list[Result]"]
 
 
 @click.command("eval")
-@comparison_options(budgets=(0.9, 0.8))
+@options.comparison_options(budgets=(0.9, 0.8))
 @click.option("--text", "texts", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
               help="A text for KL and perplexity; may be given again.")  # fmt: skip
-@click.option("--tasks", type=comma_separated(click.STRING), default=(), metavar="NAMES",
+@click.option("--tasks", type=options.comma_separated(click.STRING), default=(), metavar="NAMES",
               help="Tasks or groups of lm-eval, like arc_easy,gsm8k.")  # fmt: skip
 @click.option("--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
               help="A folder of your own tasks, as YAML, for --tasks.")  # fmt: skip
-@window_options
+@options.window_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
-def command(
-    load: Load,
-    texts: tuple[Path | None, ...],
-    tasks: tuple[str, ...],
-    include_path: Path | None,
-    as_json: bool,
-    **window: int,
-) -> None:
+def command(load: Load, texts: Any, tasks: Any, include_path: Path | None, as_json: bool, **window: int) -> None:
     """Measure a built BUNDLE under each policy kind at equal settings, and other builds, against its own dense mode.
 
     \b

@@ -6,6 +6,7 @@ which items dense answers right and a candidate wrong, or the reverse (flips, ar
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         plain, begins = self.text.encode(string, special=False), self.text.encode("")
         return plain if add_special_tokens is False or plain[: len(begins)] == begins else self.text.encode(string)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        return found
+    loglikelihood = partialmethod(TemplateLM.loglikelihood, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         return [self._score(context, continuation) for _, context, continuation in self._counted(requests)]
@@ -106,17 +105,10 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         wanted = normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS)
         if unknown := sorted(wanted.keys() - _OPTIONS):
             raise RequestError(f"{unknown[0]!r} of the task's generation_kwargs is not known: {sorted(_OPTIONS)} are.")
-        room = wanted["max_gen_toks"]
-        if not 0 < room < self.max_length:
-            raise RequestError(f"{room} new tokens do not fit the model's context of {self.max_length}.")
-        sampling = Sampling(
-            temperature=wanted.get("temperature") or 0.0,
-            top_k=wanted.get("top_k") or 0,
-            top_p=wanted.get("top_p") or 1.0,
-            stop=tuple(filter(None, wanted["until"])),
-        )
-        ids = self.tok_encode(context)[room - self.max_length :] or [self.prefix_token_id]
-        made = self.candidate.session().generate(ids, room, sampling)
+        chances = {name: wanted[name] for name in ("temperature", "top_k", "top_p") if wanted.get(name)}
+        room, stop = wanted["max_gen_toks"], tuple(filter(None, wanted["until"]))
+        ids = self.tok_encode(context)[min(-1, room - self.max_length) :] or [self.prefix_token_id]
+        made = self.candidate.session().generate(ids, room, Sampling(stop=stop, **chances))
         self.actions.append(made.actions[1:])  # the prompt predicts the first one
         return made.text
 
@@ -160,12 +152,19 @@ def run_task(
     metrics, with an interval where they are means over items. After the last one that is right or wrong per item:
     `lost`, the share of items that dense has right and the candidate wrong; `won`, the reverse.
     """
-    results, dense = list[Result](), None
-    for candidate in candidates:
-        model = DashLM(candidate, lambda label, *done: progress(f"{name}: {label}", *done))
+    results, dense, count = list[Result](), None, len(candidates)
+    for index, candidate in enumerate(candidates):
+        model = DashLM(
+            candidate,
+            lambda form, done, total, at=index: progress(f"{name}: {form}", at * total + done, count * total),
+        )
         task.set_fewshot_seed(FEWSHOT_SEED)
         found = lm_eval.evaluate(
-            model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=True
+            model,
+            {"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=os.environ.get(UNSAFE) == "1",
         )
         figures, right = _figures(found["results"][name], found["samples"][name])
         dense = right if dense is None else dense

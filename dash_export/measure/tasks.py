@@ -149,15 +149,16 @@ def run_task(
     name: str, task: Any, candidates: Sequence[Candidate], limit: int, progress: Progress = no_progress
 ) -> list[Result]:
     """Return one result per candidate, the first of which is dense, over the first `limit` items. Figures: lm-eval's
-    metrics, with an interval where they are means over items. After the last one that is right or wrong per item:
-    `lost`, the share of items that dense has right and the candidate wrong; `won`, the reverse.
+    metrics, first those that are means over items, with an interval. Of the last of these that is right or wrong per
+    item also `lost`, the share of items that dense has right and the candidate wrong, and `won`, the reverse.
     """
     results, dense, count = list[Result](), None, len(candidates)
     for index, candidate in enumerate(candidates):
-        model = DashLM(
-            candidate,
-            lambda form, done, total, at=index: progress(f"{name}: {form}", at * total + done, count * total),
-        )
+
+        def told(label: str, done: int, total: int, before: int = index) -> None:
+            progress(f"{name}: {label}", before * total + done, count * total)
+
+        model = DashLM(candidate, told)
         task.set_fewshot_seed(FEWSHOT_SEED)
         found = lm_eval.evaluate(
             model,
@@ -180,15 +181,18 @@ def _figures(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
     """Return the figures of lm-eval's metrics (`acc,none`: metric and filter), and the items' values of the last one
     that is 0 or 1 for each.
     """
-    figures, right = Figures(), None
+    means, others, right = Figures(), Figures(), None
     for key, value in metrics.items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr"):
             continue
-        figure, each = Interval(value, value, value), [item[metric] for item in samples if item["filter"] == chosen]
+        named = metric if chosen == "none" else f"{metric}_{chosen}"
+        others[named] = Interval(value, value, value)
+        each = [item[metric] for item in samples if item["filter"] == chosen]
         if all(isinstance(one, (bool, int, float, np.number)) for one in each):
             own = np.array(each, np.float64)
-            figure = interval(own) if np.isclose(own.mean(), value) else figure
-            right = own if np.isin(own, (0, 1)).all() else right
-        figures[metric if chosen == "none" else f"{metric}_{chosen}"] = figure
-    return figures, right
+            if np.isclose(own.mean(), value):
+                means[named] = interval(own)
+                del others[named]
+                right = own if np.isin(own, (0, 1)).all() else right
+    return means | others, right

@@ -38,6 +38,14 @@ doc_to_text: "{{context}}"
 doc_to_target: "{{target}}"
 generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 4}
 metric_list: [{metric: exact_match}]
+filter_list:
+  - {name: letter, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+  - {name: whole, filter: [{function: take_first}]}
+"""
+WORDS = """output_type: loglikelihood
+doc_to_text: "{{query}}"
+doc_to_target: " {{choices[gold]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
 """
 
 
@@ -96,8 +104,23 @@ def test_answers(runtime: DashRuntime, tmp_path: Path) -> None:
     for result, own in zip(results, right, strict=True):
         figures = {name: figure.value for name, figure in result.figures.items()}
         lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((right[0], own), (own, right[0])))
-        assert figures == pytest.approx({"exact_match": sum(own) / 3, "lost": lost / 3, "won": won / 3})
+        expected = {"exact_match_letter": 0, "exact_match_whole": sum(own) / 3, "lost": lost / 3, "won": won / 3}
+        assert figures == pytest.approx(expected)
         assert result.tokens == 3 * 3, "the prompt predicts the first of four"
+
+
+def test_what_is_no_mean_has_no_interval(runtime: DashRuntime, tmp_path: Path) -> None:
+    write_task(tmp_path, "own", QUESTIONS, WORDS)
+    (dense,) = run_task("own", load_tasks(["own"], tmp_path, 2)["own"], candidates(runtime, SETTINGS[:1]), 2)
+    assert [*dense.figures] == ["acc", "perplexity", "lost", "won"]
+    totals = []
+    for question in QUESTIONS[:2]:
+        ids = runtime.text.encode(f"{question['query'].rstrip()} {question['choices'][question['gold']]}")
+        count = len(runtime.text.encode(question["query"].rstrip()))
+        totals.append(runtime.session("dense").score(ids).log_likelihoods[count - 1 :].sum())
+    found = dense.figures["perplexity"]
+    assert np.isfinite(found.value)
+    assert found.low == found.value == found.high == pytest.approx(np.exp(-np.mean(totals, dtype=np.float64)), rel=1e-3)
 
 
 @pytest.mark.parametrize(

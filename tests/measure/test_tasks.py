@@ -115,7 +115,7 @@ def test_what_is_no_mean_has_no_interval(runtime: DashRuntime, tmp_path: Path) -
     assert [*dense.figures] == ["acc", "perplexity", "lost", "won"]
     totals = []
     for question in QUESTIONS[:2]:
-        ids = runtime.text.encode(f"{question['query'].rstrip()} {question['choices'][question['gold']]}")
+        ids = runtime.text.encode(f"{question['query']} {question['choices'][question['gold']]}")
         count = len(runtime.text.encode(question["query"].rstrip()))
         totals.append(runtime.session("dense").score(ids).log_likelihoods[count - 1 :].sum())
     found = dense.figures["perplexity"]

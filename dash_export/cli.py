@@ -37,8 +37,8 @@ EXTRAS = {
     "onnxruntime": "cpu",
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
-    "matplotlib": "profile",
-    "scipy": "eval",
+    **dict.fromkeys(("matplotlib", "scipy"), "profile"),
+    "lm_eval": "eval",
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "pydantic", "llguidance"), "serve"),
 }
 INTERRUPTED = 130

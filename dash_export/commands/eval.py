@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,63 +12,74 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export import __version__
-from dash_export.commands.options import Load, comparison_options, print_refused, window_options, with_bounds
+from dash_export.commands import options
+from dash_export.commands.options import Load, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
-from dash_export.measure import DENSE_SHARE
 
 if TYPE_CHECKING:
     from dash_export.measure.score import Result
     from dash_export.runtime import DashRuntime
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _File = tuple[str, str, "list[Result]"]
-"""Name, form (`text`, `choices` or `answers`) and results of one file."""
+"""Name, form (`text` or `task`) and results of one text or task."""
 
 
 @click.command("eval")
-@comparison_options(budgets=(0.9, 0.8))
-@click.option("--text", "texts", type=_FILE, multiple=True, help="A text for KL and perplexity; may be given again.")
-@click.option("--tasks", type=_FILE, multiple=True, metavar="FILE.jsonl", help="A task file; may be given again.")
-@window_options
+@options.comparison_options(budgets=(0.9, 0.8))
+@click.option("--text", "texts", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
+              help="A text for KL and perplexity; may be given again.")  # fmt: skip
+@click.option("--tasks", type=options.comma_separated(click.STRING), default=(), metavar="NAMES",
+              help="Tasks or groups of lm-eval, like arc_easy,gsm8k.")  # fmt: skip
+@click.option("--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+              help="A folder of your own tasks, as YAML, for --tasks.")  # fmt: skip
+@options.window_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
-def command(load: Load, as_json: bool, **measure: Any) -> None:
+def command(load: Load, texts: Any, tasks: Any, include_path: Path | None, as_json: bool, **window: int) -> None:
     """Measure a built BUNDLE under each policy kind at equal settings, and other builds, against its own dense mode.
 
     \b
     --text   perplexity, KL from dense, top-1 agreement with dense: of a plain text, or (.jsonl) of chat
              prompts with the model's answers, which the dense mode writes where the file has none
-    --tasks  one JSON object a line, in one of these forms:
-             {"query", "choices", "gold"}   multiple choice, log P(" " + choice given query)
-             {"context", "target"}          generated answers, like LAMBADA's last word
+    --tasks  the metrics of lm-eval, and which items dense has right and a setting wrong, or the reverse
 
-    Without either, the model's held-out answers that came with the policy, or else the calibration text. Settings are
-    budgets by default (0.9 and 0.8). The column `time` is the decode time on this text, as a fraction of dense,
-    predicted from the build's cost table.
+    Without either, the text is the held-out answers that came with the policy, or else the calibration text. The
+    settings are budgets, 0.9 and 0.8 by default. The column `time` is a prediction: the build's cost table, applied to
+    what was skipped in this text or task.
     """
-    from dash_export.measure.tasks import evaluate
+    from dash_export.measure.score import score
+    from dash_export.measure.texts import judged_text
 
-    if not measure["texts"] and not measure["tasks"]:
-        measure["texts"] = (None,)
-    began = time.perf_counter()
+    began, limit = time.perf_counter(), window["limit"]
+    texts = texts or (() if tasks else (None,))
     with progress_bar("eval") as progress:
         progress("loading", 0, 0)
         candidates, refused = load()
-        files = evaluate(candidates, **measure, progress=progress)
-    seconds, runtime = time.perf_counter() - began, candidates[0].runtime
+        runtime = candidates[0].runtime
+        # All are read and checked before the first is measured.
+        judged = [judged_text(runtime, path, **window, progress=progress) for path in texts]
+        loaded = {}
+        if tasks:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars; tqdm reads it on import
+            from dash_export.measure.tasks import load_tasks, run_task
+
+            loaded = load_tasks(tasks, include_path, limit)
+        files = [(text.name, "text", score(text.items, candidates, progress, text.name)) for text in judged]
+        files += [(name, "task", run_task(name, task, candidates, limit, progress)) for name, task in loaded.items()]
+    seconds = time.perf_counter() - began
     if as_json:
-        report = _report(runtime, measure, files) | {"refused": refused}
+        request = window | {"texts": [path and path.name for path in texts], "tasks": tasks}
+        report = _report(runtime, request, files) | {"refused": refused}
         click.echo(json.dumps(report | {"seconds": round(seconds, 1)}))
         return
-    _print(runtime, measure, files)
+    _print(runtime, window, files)
     print_refused(refused)
     click.echo(f"Took {seconds:.0f} s.")
 
 
-def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> dict[str, object]:
+def _report(runtime: DashRuntime, request: dict[str, Any], files: Sequence[_File]) -> dict[str, object]:
     from dash_export.measure.intervals import CONFIDENCE, RESAMPLES
 
-    names = {kind: [path and path.name for path in measure[kind]] for kind in ("texts", "tasks")}
     manifest = runtime.bundle.manifest
     return {
         "bundle": runtime.bundle.name,
@@ -77,7 +89,7 @@ def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File
         "device": runtime.build.device,
         "policy": {"origin": manifest.policy.origin, "bypass": manifest.policy.bypass},
         "dispatch": runtime.dispatch,
-        "request": measure | names,
+        "request": request,
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "method": "percentile, over items"},
         "files": [
             {"file": name, "form": form, "results": [row.record() for row in results]} for name, form, results in files
@@ -86,22 +98,18 @@ def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File
     }
 
 
-_FORMS = {
-    "text": "windows of {window} tokens, the first {prefix} dense",
-    "choices": "questions, the query dense",
-    "answers": f"contexts, {DENSE_SHARE:.0%} of each dense",
-}
+_FORMS = {"text": "windows of {window} tokens, the first {prefix} dense", "task": "items, contexts dense"}
 
 
-def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> None:
-    """Print one table per file, with a row per setting, and then what the columns mean."""
+def _print(runtime: DashRuntime, window: dict[str, int], files: Sequence[_File]) -> None:
+    """Print one table per text and task, with a row per setting, and then what the columns mean."""
     from dash_export.measure.candidates import amount, kind_shown
 
     model = runtime.bundle.manifest.model
     click.echo(f"{model.name}, target {runtime.build.target}, {model.num_layers} layers\n")
     for name, form, results in files:
         print_table(
-            f"{name}: {results[0].items} {_FORMS[form].format(**measure)}",
+            f"{name}: {results[0].items} {_FORMS[form].format(**window)}",
             ("kind", "asked for"), ("layers", "time", *(figure.replace("_", " ") for figure in results[0].figures)),
             (
                 (
@@ -116,7 +124,8 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
             ),
         )  # fmt: skip
     click.echo(
-        "layers: mean run where skipping was allowed. time: of each build's own dense, from its cost table (frontier "
-        "measures across builds). kl: nats per token. flips: right with dense and wrong here, or back. In brackets: "
-        "95 % bootstrap intervals; --json has those of all."
+        "layers: mean number that ran, where skipping was allowed. time: decode time as a fraction of this build's own "
+        "dense, predicted from its cost table (`frontier` measures it, across builds too). kl: nats per token. lost: "
+        "share of items that dense has right and this row wrong; won: the reverse. In brackets: 95 % bootstrap "
+        "intervals; --json has those of all figures."
     )

@@ -5,12 +5,10 @@ This file holds the defaults of all measurements, and imports nothing.
 """
 
 LIMIT = 32
-"""Most windows of a text, or items of a task file."""
+"""Most windows of a text, or items of a task."""
 WINDOW = 256
 PREFIX = 64
 """Tokens at the beginning of a window that are dense, like a prompt, and not scored."""
-DENSE_SHARE = 0.5
-"""Share of an answer task's context that is dense."""
 ROUNDS, TOKENS = 10, 128
 """Processes that time each candidate of a frontier, and the tokens that each decodes."""
 BENCH_PROMPT, BENCH_ROUNDS = 512, 6

@@ -10,7 +10,7 @@ from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure import ROUNDS, TOKENS
 from dash_export.measure.candidates import Candidate, kind_shown
 from dash_export.measure.intervals import Interval
-from dash_export.measure.score import Result, TextScore, score
+from dash_export.measure.score import Result, score
 from dash_export.measure.texts import JudgedText
 from dash_export.measure.timing import SETTLE, Timing, decode_times, fitting_context
 
@@ -79,20 +79,19 @@ def frontier(
 ) -> list[Point]:
     """One point per candidate; the first is dense, and everything is compared with it.
 
-    Quality is measured on the items of `text` (`TextScore`); time over `rounds` blocks of `tokens`
+    Quality is measured on the items of `text` (`score`); time over `rounds` blocks of `tokens`
     decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: time is predicted only.
     Raises RequestError where a text or context does not fit.
     """
-    measure = TextScore(text.items)
     if not rounds:
         dense = [one.runtime.cost.dense_us for one in candidates]
         return [
             Point(result, None, own / dense[0] if own and dense[0] else 1.0)  # 0: not measured
-            for result, own in zip(score(measure, candidates, progress), dense, strict=True)
+            for result, own in zip(score(text.items, candidates, progress), dense, strict=True)
         ]
     context = fitting_context(candidates, None, SETTLE + tokens)
     timed = text.stretches(rounds, context + SETTLE + tokens)
-    quality = score(measure, candidates, progress)
+    quality = score(text.items, candidates, progress)
     timings = decode_times(candidates, timed, context, progress)
     return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
 

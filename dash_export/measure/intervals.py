@@ -1,4 +1,4 @@
-"""Estimates with 95 % confidence intervals, all by one method: the percentile bootstrap of scipy (extra `eval`).
+"""Estimates with 95 % confidence intervals, all by one method: the percentile bootstrap of scipy (extra `profile`).
 
 Whole windows, prompts, items or rounds are resampled, because the tokens of one window depend on each other.
 """

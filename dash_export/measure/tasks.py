@@ -1,252 +1,198 @@
-"""Evaluation of texts and task files in one call, by every candidate; task files and their measures."""
+"""Tasks of EleutherAI's lm-eval (extra `eval`), run under every candidate; a candidate as lm-eval's model.
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+lm-eval reads the task, builds the requests and scores the answers. What is made here of its samples: intervals, and
+which items dense answers right and a candidate wrong, or the reverse (flips, arXiv 2407.09141).
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from dash_export.core.sampling import Sampling
 from dash_export.core.units import DENSE_POSITIONS, Actions
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
-from dash_export.measure import DENSE_SHARE, LIMIT, PREFIX, WINDOW
 from dash_export.measure.candidates import Candidate
-from dash_export.measure.intervals import Floats, interval
-from dash_export.measure.score import Figures, Measure, Result, Row, TextScore, score
-from dash_export.measure.texts import judged_text
-from dash_export.runtime import DashRuntime
-from dash_export.text.text_files import lines, read_text
+from dash_export.measure.intervals import Floats, Interval, interval
+from dash_export.measure.score import Figures, Result
 
-SPARE_TOKENS = 3
-"""Tokens decoded beyond the target's own: a word may be split otherwise, and its end must be seen."""
-MAX_LINE, MAX_CHOICES = 1 << 20, 256
-FORMS = '{"query", "choices", "gold"} or {"context", "target"}'
-
-
-@dataclass(frozen=True)
-class Question:
-    """Multiple choice; `gold` is the right choice's index."""
-
-    line: int
-    query: str
-    choices: tuple[str, ...]
-    gold: int
+MAX_NEW_TOKENS = 256
+"""Most tokens of an answer, where the task names no number."""
+FEWSHOT_SEED = 1234
+"""lm-eval's own: every candidate gets the same examples."""
+UNSAFE = "HF_ALLOW_CODE_EVAL"
+"""Environment variable that permits tasks which run what the model writes, as Hugging Face's `evaluate` names it."""
+_OPTIONS = {"max_gen_toks", "temperature", "top_k", "top_p", "until", "do_sample"}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A context and the text that should follow it."""
-
-    line: int
-    context: str
-    target: str
-
-
-Item = Question | Answer
-
-
-def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Return the first `limit` items of a task file: one JSON object a line, all in one of two forms.
-
-        {"query": ..., "choices": [..., ...], "gold": 0}    multiple choice: log P(" " + choice | query)
-        {"context": ..., "target": ...}                     an answer to generate: LAMBADA's last word, exact matches
-
-    Other keys are not read. Raises RequestError that names file and line for a file that is missing, empty, not UTF-8,
-    not JSON lines, or of another form.
+class DashLM(TemplateLM):  # type: ignore[misc]
+    """A candidate as lm-eval's model. Contexts are dense, like prompts; what follows is under the setting. `actions`
+    collects the skip maps of the tokens that might skip.
     """
-    items: list[Item] = []
-    for number, line in enumerate(lines(read_text(path)), 1):
-        if len(items) == limit:
-            break
-        if not line.strip():
-            continue
-        item = _item(line, number, f"{path}:{number}")
-        if items and type(item) is not type(items[0]):
-            raise RequestError(
-                f"{path}:{number} is of another form than line {items[0].line}: keep one form to a file ({FORMS})."
-            )
-        items.append(item)
-    if not items:
-        raise RequestError(f"{path} is empty: it needs one JSON object a line, as {FORMS}.")
-    return items
+
+    def __init__(self, candidate: Candidate, progress: Progress = no_progress) -> None:
+        super().__init__()
+        self.candidate, self.progress, self.text = candidate, progress, candidate.runtime.text
+        model = candidate.runtime.engines.model
+        self.max_length, self.actions = model.max_positions, [np.zeros((0, model.num_layers), np.int8)]
+
+    @property
+    def eot_token_id(self) -> int:
+        """Token that stands for an empty context: the model's BOS, or else its end of text."""
+        bos, eos = self.text.bos_id, self.text.eos_ids
+        if bos is None and not eos:
+            raise RequestError("The model has neither a BOS nor an end-of-text token, which an empty context needs.")
+        return min(eos) if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.candidate.runtime.bundle.manifest.model.name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.text.template is None:
+            raise RequestError("This model has no chat template: run lm-eval without apply_chat_template.")
+        return self.text.template.render(chat_history, add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return token ids. What begins a text is not put before a rendered chat, which has it already."""
+        plain, begins = self.text.encode(string, special=False), self.text.encode("")
+        return plain if add_special_tokens is False or plain[: len(begins)] == begins else self.text.encode(string)
+
+    loglikelihood = partialmethod(TemplateLM.loglikelihood, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        return [self._score(context, continuation) for _, context, continuation in self._counted(requests)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """Score whole documents in windows of the model's context, each with a dense prefix of two tokens."""
+        totals = []
+        for request in self._counted(requests):
+            ids = self.tok_encode(request.args[0])
+            # A window's own first token is context: one more position.
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, context_len=1)
+            totals.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        return [self._answer(*request.args) for request in self._counted(requests)]
+
+    def _counted(self, requests: Sequence[Any]) -> Iterator[Any]:
+        for done, request in enumerate(requests, 1):
+            yield request
+            self.progress(self.candidate.label, done, len(requests))
+
+    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """Return the log-likelihood of the continuation, and whether greedy decode would write it."""
+        if not continuation:
+            return 0.0, True
+        # What does not fit is cut from the left, as lm-eval's own models do.
+        ids = np.array((context + continuation)[-self.max_length :], np.int64)
+        dense = max(1, len(ids) - len(continuation))
+        found = self.candidate.session().score(ids, prefix=dense)
+        self.actions.append(found.actions[max(dense, DENSE_POSITIONS) : -1])
+        return float(found.log_likelihoods[dense - 1 :].sum(dtype=np.float64)), bool(found.greedy[dense - 1 :].all())
+
+    def _answer(self, context: str, options: Mapping[str, Any]) -> str:
+        wanted = normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS)
+        if unknown := sorted(wanted.keys() - _OPTIONS):
+            raise RequestError(f"{unknown[0]!r} of the task's generation_kwargs is not known: {sorted(_OPTIONS)} are.")
+        chances = {name: wanted[name] for name in ("temperature", "top_k", "top_p") if wanted.get(name)}
+        room, stop = wanted["max_gen_toks"], tuple(filter(None, wanted["until"]))
+        ids = self.tok_encode(context)[min(-1, room - self.max_length) :] or [self.prefix_token_id]
+        made = self.candidate.session().generate(ids, room, Sampling(stop=stop, **chances))
+        self.actions.append(made.actions[1:])  # the prompt predicts the first one
+        return made.text
 
 
-def _item(line: str, number: int, where: str) -> Item:
-    if len(line) > MAX_LINE:
-        raise RequestError(f"{where} is over {MAX_LINE} characters long: one item a line.")
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not JSON ({error}): one object a line, as {FORMS}.") from error
-    if not isinstance(data, dict):
-        raise RequestError(f"{where} is not a JSON object: expected {FORMS}.")
-
-    def text(value: object, name: str) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise RequestError(f"{where}: {name!r} must be text that is not empty.")
+def load_tasks(names: Iterable[str], include_path: Path | None, limit: int) -> dict[str, Any]:
+    """Return lm-eval's tasks by name; a group or tag is all of its tasks. `include_path`: a folder of YAML files beside
+    lm-eval's own. The requests of the first `limit` items are built once, so that a fault of a task or its data is told
+    before anything is measured. Raises RequestError for it, and for an unknown name.
+    """
+    names = list(names)
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not {*names} <= {*manager.all_tasks}:  # 10 s: it reads 14,000 files
+        manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise RequestError(
+            f"lm-eval has no task {unknown[0]!r}. `lm_eval ls tasks` lists its own; --include-path names a folder with "
+            "your own, as YAML."
+        )
+    tasks: dict[str, Any] = {}
+    for name in names:
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"{where}: {name!r} has half a character in it ({error.reason}).") from error
-        return value
-
-    if "query" in data:
-        choices, gold = data.get("choices"), data.get("gold")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_CHOICES:
-            raise RequestError(f"{where}: 'choices' must be a list of 2 to {MAX_CHOICES} texts.")
-        if type(gold) is not int or not 0 <= gold < len(choices):
-            raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(choices) - 1}.")
-        texts = tuple(text(choice, f"choices[{index}]") for index, choice in enumerate(choices))
-        return Question(number, text(data["query"], "query"), texts, gold)
-    if "context" in data:
-        return Answer(number, text(data["context"], "context"), text(data.get("target"), "target"))
-    raise RequestError(f"{where} has none of the known forms: expected {FORMS}.")
+            tasks |= (loaded := manager.load(name)["tasks"])
+            for task in loaded.values():
+                task.build_all_requests(limit=limit)
+        except Exception as error:  # whatever the task's YAML, its data or its functions raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RequestError(
+                f"lm-eval cannot load the task {name!r} ({said:.300}). Check its YAML and its data. Without a network "
+                "data is read by path: docs/evaluation.md."
+            ) from error
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) and os.environ.get(UNSAFE) != "1":
+            raise RequestError(f"The task {name!r} runs code that the model writes. {UNSAFE}=1 permits it.")
+    return tasks
 
 
-def evaluate(
-    candidates: Sequence[Candidate],
-    texts: Sequence[Path | None],
-    tasks: Sequence[Path],
-    limit: int = LIMIT,
-    window: int = WINDOW,
-    prefix: int = PREFIX,
-    progress: Progress = no_progress,
-) -> list[tuple[str, str, list[Result]]]:
-    """Return (name, form, results) of every file; forms are `text`, `choices` and `answers`. All files are read and
-    checked before the first is measured. A text None is the default of `judged_text`. `limit`: most windows or items
-    of each; `window` and `prefix`: tokens of a text's windows and of their dense beginning. Raises RequestError for a
-    file that cannot be used.
+def run_task(
+    name: str, task: Any, candidates: Sequence[Candidate], limit: int, progress: Progress = no_progress
+) -> list[Result]:
+    """Return one result per candidate, the first of which is dense, over the first `limit` items. Figures: lm-eval's
+    metrics, first those that are means over items, with an interval. Of the last of these that is right or wrong per
+    item also `lost`, the share of items that dense has right and the candidate wrong, and `won`, the reverse.
     """
-    runtime, measures = candidates[0].runtime, list[tuple[str, Measure]]()
-    for path in texts:
-        text = judged_text(runtime, path, limit, window, prefix, progress)
-        measures.append((text.name, TextScore(text.items)))
-    for path in tasks:
-        items: Any = read_items(path, limit)
-        kind = ChoiceScore if isinstance(items[0], Question) else AnswerScore
-        measures.append((path.name, kind(runtime, items, str(path))))
-    found = []
-    for name, measure in measures:
-        results = score(measure, candidates, lambda form, *done, file=name: progress(f"{file}: {form}", *done))
-        found.append((name, measure.form, results))
-    return found
+    results, dense, count = list[Result](), None, len(candidates)
+    for index, candidate in enumerate(candidates):
+
+        def told(label: str, done: int, total: int, before: int = index) -> None:
+            progress(f"{name}: {label}", before * total + done, count * total)
+
+        model = DashLM(candidate, told)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        found = lm_eval.evaluate(
+            model,
+            {"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=os.environ.get(UNSAFE) == "1",
+        )
+        figures, right = _figures(found["results"][name], found["samples"][name])
+        dense = right if dense is None else dense
+        if right is not None and dense is not None:
+            figures |= {"lost": interval(dense > right), "won": interval(right > dense)}
+        taken: Actions = np.concatenate(model.actions)
+        items = found["n-samples"][name]["effective"]
+        results.append(Result(candidate.build, candidate.setting, *candidate.taken(taken), items, figures))
+    return results
 
 
-class ChoiceScore(Measure):
-    """Multiple choice: the likeliest continuation of the query. `accuracy` by log-likelihood, `normalised` per
-    character of the choice; `flips`: share of questions that are right with dense and wrong with the candidate, or the
-    other way round (normalised; arXiv 2407.09141).
-
-    The query is dense, like a prompt, so the first token of a choice is predicted densely; the rest of the choice is
-    under the setting, as in decode. Raises RequestError for a question that the model's context does not hold or a
-    choice without a token of its own.
+def _figures(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> tuple[Figures, Floats | None]:
+    """Return the figures of lm-eval's metrics (`acc,none`: metric and filter), and the items' values of the last one
+    that is 0 or 1 for each.
     """
-
-    form = "choices"
-
-    def __init__(self, runtime: DashRuntime, questions: Sequence[Question], name: str) -> None:
-        longest = runtime.engines.model.max_positions
-        self.items: list[tuple[Question, list[tuple[list[int], int]]]] = []
-        for question in questions:
-            pairs, where = list[tuple[list[int], int]](), f"{name}:{question.line}"
-            for choice in question.choices:
-                ids, context = encode_pair(runtime, question.query, f" {choice}")
-                if len(ids) > longest:
-                    raise RequestError(
-                        f"{where} has {len(ids)} tokens with a choice; the model's context holds {longest}."
-                    )
-                if not 0 < context < len(ids):
-                    raise RequestError(f"{where}: the choice {choice!r:.60} has no token of its own.")
-                pairs.append((ids, context))
-            self.items.append((question, pairs))
-
-    def row(self, candidate: Candidate, item: tuple[Question, list[tuple[list[int], int]]], dense: Any) -> Row:
-        question, pairs = item
-        likelihoods, actions = zip(*(likelihood(candidate, *pair) for pair in pairs), strict=True)
-        per_letter = np.array(likelihoods) / [len(choice) for choice in question.choices]
-        right = (float(np.argmax(each) == question.gold) for each in (likelihoods, per_letter))
-        return tuple(right), np.concatenate(actions), dense
-
-    def figures(self, own: Floats, dense: Floats) -> Figures:
-        return {
-            "accuracy": interval(own[0]),
-            "normalised": interval(own[1]),
-            "flips": interval(own[1] != dense[1]),
-        }
-
-
-def encode_pair(runtime: DashRuntime, context: str, continuation: str) -> tuple[list[int], int]:
-    """Return the token ids of context and continuation together, and how many of them are the context's.
-
-    As in lm-eval, spaces at the end of the context belong to the continuation, and the whole is tokenised at once.
-    Raises ContextLengthError, before encoding, for a text far over the model's context.
-    """
-    kept, limit = context.rstrip(), runtime.engines.model.max_positions
-    whole = runtime.text.encode(context + continuation, limit=limit)
-    return whole, len(runtime.text.encode(kept)) if kept else 0
-
-
-def likelihood(candidate: Candidate, ids: list[int], context: int) -> tuple[float, Actions]:
-    """Return log P(ids after the first `context` | the first `context`), nats, and the actions that were free."""
-    found = candidate.session().score(ids, prefix=context)
-    total = float(found.log_likelihoods[context - 1 :].sum(dtype=np.float64))
-    return total, found.actions[max(context, DENSE_POSITIONS) : -1]
-
-
-class AnswerScore(Measure):
-    """Greedy answers that are compared with a target. `exact`: share that is the target; `flips`: share that is right
-    with dense and wrong with the candidate, or the other way round.
-
-    The first DENSE_SHARE of a context is dense like a prompt; the rest goes through decode one token at a time under
-    the setting, as if the model had written it. Were the whole context dense, skipping could not touch the first token
-    of an answer, and most of LAMBADA's last words are one token. Raises RequestError for what does not fit the context.
-    """
-
-    form = "answers"
-
-    def __init__(self, runtime: DashRuntime, answers: Sequence[Answer], name: str) -> None:
-        longest = runtime.engines.model.max_positions
-        self.items = []
-        for answer in answers:
-            ids = runtime.text.encode(answer.context.rstrip())
-            new_tokens = len(runtime.text.encode(f" {answer.target.strip()}", special=False)) + SPARE_TOKENS
-            if len(ids) + new_tokens > longest:
-                raise RequestError(
-                    f"{name}:{answer.line} needs {len(ids)} + {new_tokens} tokens; the model's context holds {longest}."
-                )
-            dense = min(len(ids), max(DENSE_POSITIONS, round(DENSE_SHARE * len(ids))))
-            self.items.append((answer.target, ids[:dense], ids[dense:], new_tokens))
-
-    def row(self, candidate: Candidate, item: tuple[str, list[int], list[int], int], dense: Any) -> Row:
-        target, prompt, known, new_tokens = item
-        made, actions = answered(candidate, prompt, known, new_tokens)
-        return (float(matches(made, target)),), actions, dense
-
-    def figures(self, own: Floats, dense: Floats) -> Figures:
-        return {"exact": interval(own[0]), "flips": interval(own[0] != dense[0])}
-
-
-def answered(candidate: Candidate, prompt: list[int], known: list[int], new_tokens: int) -> tuple[str, Actions]:
-    """Return the text of up to `new_tokens` generated tokens, and the actions of all decoded tokens. `prompt` is
-    prefilled densely; then the `known` tokens are decoded, before the first token is generated.
-    """
-    session, made, taken = candidate.session(), list[int](), list[Actions]()
-    logits, waiting = session.prefill(prompt), list(known)
-    while True:
-        if not waiting:
-            made.append(int(logits.argmax()))
-            if len(made) == new_tokens or made[-1] in session.text.eos_ids:
-                break
-            waiting = made[-1:]
-        logits, actions = session.decode_one(waiting.pop(0))
-        taken.append(actions)
-    return session.text.decode(made), np.array(taken, np.int8).reshape(-1, session.engines.model.num_layers)
-
-
-def matches(made: str, target: str) -> bool:
-    """Return whether a generated text begins with the target, as whole words."""
-    made, target = made.lstrip(), target.strip()
-    following = made[len(target) : len(target) + 1]
-    return made.startswith(target) and not (target[-1].isalnum() and following.isalnum())
+    means, others, right = Figures(), Figures(), None
+    for key, value in metrics.items():
+        metric, _, chosen = key.partition(",")
+        if not chosen or metric.endswith("_stderr"):
+            continue
+        named = metric if chosen == "none" else f"{metric}_{chosen}"
+        others[named] = Interval(value, value, value)
+        each = [item[metric] for item in samples if item["filter"] == chosen]
+        if all(isinstance(one, (bool, int, float, np.number)) for one in each):
+            own = np.array(each, np.float64)
+            if np.isclose(own.mean(), value):
+                means[named] = interval(own)
+                del others[named]
+                right = own if np.isin(own, (0, 1)).all() else right
+    return means | others, right

@@ -15,32 +15,24 @@ from dash_export.files import replacing
 from dash_export.files.outputs import locked
 from dash_export.text.tokenizer import Text
 from tests.commands.helpers import dash, done, refused
+from tests.measure.test_tasks import ANSWERS, CHOICES, QUESTIONS, write_task
 from tests.tiny import TEXT
 
 TARGET = ("--target", "cpu-fp32")
 SMALL = ("--window", 48, "--prefix", 10, "--limit", 2)
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> list[Path]:
-    lines = {
-        "choices": {"query": "Some of them", "choices": ["hardly at all", "are needed"], "gold": 0},
-        "answers": {"context": "The layers of a decoder are", "target": " not"},
-    }
-    for name, line in lines.items():
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
-    return [tmp_path / f"{name}.jsonl" for name in lines]
-
-
-def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
-    options = [option for path in tasks for option in ("--tasks", path)]
+def test_eval_json(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, "own_choices", QUESTIONS, CHOICES)
+    write_task(tmp_path, "own_answers", [{"context": "The layers of a decoder are", "target": " not"}], ANSWERS)
+    options = ["--tasks", "own_choices,own_answers", "--include-path", tmp_path]
     options += ["--also", f"{tiny_root}:portable", "--skipped", "1,2"]
     result = done("eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--json")
     report = json.loads(result.stdout)
     assert [(file["file"], file["form"]) for file in report["files"]] == [
-        ("own.txt", "text"),
-        *((path.name, path.stem) for path in tasks),
-    ]
+        ("own.txt", "text"), ("own_choices", "task"), ("own_answers", "task"),
+    ]  # fmt: skip
+    assert [file["results"][0]["items"] for file in report["files"]] == [2, 2, 1]
     kinds = ("static", "token")
     for file in report["files"]:
         settings = [row["setting"] for row in file["results"]]
@@ -71,10 +63,13 @@ def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
     assert "Not measured: token, budget 0.01." in result.stderr
 
 
-def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 5}\n')
+def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path, "own", QUESTIONS, CHOICES.replace("query", "question"))
     begin = ("eval", tiny_root, *TARGET)
-    assert "bad.jsonl:1: 'gold'" in refused(*begin, "--tasks", tmp_path / "bad.jsonl")
+    with monkeypatch.context() as measured:
+        measured.setattr("dash_export.measure.score.score", Mock(side_effect=AssertionError))
+        command = (*begin, "--text", text, "--tasks", "own", "--include-path", tmp_path)
+        assert "cannot load the task 'own'" in refused(*command), "before anything is measured"
     assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
     assert "none of the settings" in refused(*begin, "--text", text, "--skipped", "50")
     assert "longer than the model's context" in refused(*begin, "--text", text, "--window", 50_000)
@@ -210,3 +205,6 @@ def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, f"dash_export.measure.{name}", raising=False)
     for command in (("frontier", tiny_root), ("skipmap", tiny_root), ("profile", tiny_root, "--html", "r.html")):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "dash_export.measure.tasks", raising=False)
+    assert "pip install 'dash-export[eval]'" in refused("eval", tiny_root, *TARGET, "--tasks", "arc_easy")

@@ -25,7 +25,6 @@ from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
 from dash_export.graphs.lower.surgery import load_graph
-from dash_export.measure.tasks import read_items
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import FAMILIES, decoder_spec
 from dash_export.models.readers.weights import read_json
@@ -227,10 +226,6 @@ LINES = b"""{"prompt": "a"}
 {"turns": ["b", "c"]}
 {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}
 """
-TASKS = [
-    b'{"query": "Two and two?", "choices": ["four", "five"], "gold": 0, "id": 7}',
-    b'{"context": "a b", "target": " c"}\n\n{"context": "d", "target": "e"}',
-]
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",
     b"{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a + 2 * i %}{% endfor %}{{ ns.a | tojson }}",
@@ -287,7 +282,6 @@ PARSERS = {
     "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, _run_verified, 8),
     "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, _run_verified, 8),
     "prompts": Parser(mutators.in_text, lambda _: [LINES], _written("mine.jsonl", _lines)),
-    "tasks": Parser(mutators.in_text, lambda _: TASKS, _written("mine.jsonl", read_items)),
     "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),
 }
 

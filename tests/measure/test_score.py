@@ -8,7 +8,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.core.kinds import Setting
 from dash_export.measure.candidates import candidates
-from dash_export.measure.score import TextScore, score
+from dash_export.measure.score import score
 from dash_export.measure.texts import windows
 from dash_export.text.chats import Continuation
 from tests.tiny import TEXT, log_softmax
@@ -21,7 +21,7 @@ def test_every_figure(runtime: DashRuntime, tiny_runtime: Callable[..., DashRunt
     """And another build, whose reference is the dense of the first."""
     parts = windows(runtime, TEXT, "t", 2, WINDOW, PREFIX)
     compared = candidates(runtime, SETTINGS, [("other", tiny_runtime("portable"))])
-    *results, other = score(TextScore([Continuation(part, PREFIX) for part in parts]), compared)
+    *results, other = score([Continuation(part, PREFIX) for part in parts], compared)
     assert (results[0].figures["kl"].value, results[0].figures["top1"].value, results[0].layers) == (0.0, 1.0, 6.0)
     for setting, result in zip(SETTINGS, results, strict=True):
         kl, nll, dense_nll, same, skipped = [], [], [], [], []

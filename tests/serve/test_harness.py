@@ -1,23 +1,25 @@
-"""lm-eval over HTTP, with SmolLM2: its counts are those of `eval`. pip install 'lm-eval[api]'."""
+"""lm-eval over HTTP, with SmolLM2: it gets what `eval` gets. pip install 'lm-eval[api]'."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
+from lm_eval.tasks import TaskManager
 
 from dash_export import DashRuntime
 from dash_export.core.kinds import Setting
-from dash_export.measure.candidates import candidates
-from dash_export.measure.tasks import evaluate, matches
+from dash_export.measure.candidates import Candidate
+from dash_export.measure.tasks import DashLM
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm-eval[api]'")
 pytest.importorskip("tenacity", reason="lm-eval's clients are not installed: pip install 'lm-eval[api]'")
 pytestmark = pytest.mark.model
+GIVEN: dict[str, Any] = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": 0, "log_samples": True}
 
 QUESTIONS = [
     ("Question: What do plants need to make food?\nAnswer:", ["moonlight", "sunlight", "sand", "wind"], 1),
@@ -48,7 +50,7 @@ def url(runtime: DashRuntime) -> Iterator[str]:
 
 
 def task(folder: Path, name: str, lines: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """A task of lm-eval over lines that are written to a file, as `eval` reads them too."""
+    """A task of lm-eval over lines that are written to a file."""
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")}
     return {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **more}
@@ -59,40 +61,38 @@ def words(folder: Path) -> dict[str, Any]:
         folder, "words", [{"context": context, "target": target} for context, target in WORDS],
         output_type="generate_until", doc_to_text="{{context}}", doc_to_target="{{target}}",
         generation_kwargs={"until": ["\n\n\n"], "max_gen_toks": 8, "do_sample": False},
-        process_results=lambda doc, made: {"exact": float(matches(made[0], doc["target"]))},
+        process_results=lambda doc, made: {"exact": float(made[0].strip().startswith(doc["target"]))},
         metric_list=[{"metric": "exact", "aggregation": "mean", "higher_is_better": True}],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_counts_are_those_of_eval(batch: int, url: str, runtime: DashRuntime, tmp_path: Path) -> None:
+def test_what_eval_gets(batch: int, url: str, runtime: DashRuntime, tmp_path: Path) -> None:
     """Of multiple choice, by `echo`, and of last words, in tokens that the server makes; several prompts at once."""
     lines = [{"query": query, "choices": choices, "gold": gold} for query, choices, gold in QUESTIONS]
     choices = task(
         tmp_path, "choices", lines, output_type="multiple_choice", doc_to_text="{{query}}",
         doc_to_choice="{{choices}}", doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
     )  # fmt: skip
-    given = {"model": "smollm2@policy=dense", "base_url": f"{url}/completions", "tokenizer_backend": "remote"}
+    served = {"model": "smollm2@policy=dense", "base_url": f"{url}/completions", "tokenizer_backend": "remote"}
     tasks = [choices, words(tmp_path)]
-    found = lm_eval.simple_evaluate(
-        model="local-completions", model_args=given, tasks=tasks, batch_size=batch, bootstrap_iters=0
-    )["results"]
-    files = [tmp_path / "choices.jsonl", tmp_path / "words.jsonl"]
-    (_, _, (ours,)), (_, _, (last,)) = evaluate(candidates(runtime, (Setting("dense"),)), [], files)
-    assert found["choices"]["acc,none"] == pytest.approx(ours.figures["accuracy"].value)
-    assert found["choices"]["acc_norm,none"] == pytest.approx(ours.figures["normalised"].value)
-    assert found["words"]["exact,none"] == pytest.approx(last.figures["exact"].value)
-    assert last.figures["exact"].value > 0
-    assert ours.figures["normalised"].value >= 0.5
+    http = lm_eval.simple_evaluate("local-completions", served, tasks, batch_size=batch, **GIVEN)
+    here = lm_eval.simple_evaluate(DashLM(Candidate(runtime, Setting("dense"))), tasks=tasks, **GIVEN)
+    for metric in ("acc,none", "acc_norm,none"):
+        assert http["results"]["choices"][metric] == here["results"]["choices"][metric] >= 0.5
+    assert http["results"]["words"]["exact,none"] == here["results"]["words"]["exact,none"] > 0
+    for theirs, ours in zip(http["samples"]["choices"], here["samples"]["choices"], strict=True):
+        for (one,), (other,) in zip(theirs["resps"], ours["resps"], strict=True):
+            assert one == (pytest.approx(other[0], abs=1e-2), other[1])
+    assert [one["resps"] for one in http["samples"]["words"]] == [one["resps"] for one in here["samples"]["words"]]
 
 
 def test_chats(url: str, runtime: DashRuntime, tmp_path: Path) -> None:
     """Each is answered as the runtime answers it."""
     given = {"model": "smollm2@policy=dense", "base_url": f"{url}/chat/completions"}
     found = lm_eval.simple_evaluate(
-        model="local-chat-completions", model_args=given,
-        tasks=[words(tmp_path)], apply_chat_template=True, bootstrap_iters=0, log_samples=True,
-    )  # fmt: skip
+        "local-chat-completions", given, [words(tmp_path)], apply_chat_template=True, **GIVEN
+    )
     for sample in found["samples"]["words"]:
         asked = [{"role": "user", "content": sample["doc"]["context"]}]
         wanted = "".join(step.text for step in runtime.chat(asked, 8, policy="dense"))

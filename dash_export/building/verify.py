@@ -71,7 +71,7 @@ def verify_engines(
     walk = _Walk(bundle)
     errors: dict[str, dict[str, float]] = {}
     for done, graph in enumerate(graphs, 1):
-        # Where the engines are or will be, for /tmp may be memory. What a kill leaves, the next build or kit removes.
+        # Where the engines are or will be, for /tmp may be memory. What a kill leaves, the next build removes.
         place = next(each for each in (folder, *folder.parents) if each.is_dir())
         with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=place) as name:
             path = engines.get(graph.name)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 from uuid import uuid4
 
 from dash_export.errors import OutputError
@@ -153,6 +153,19 @@ class _Entry:
     key: str
     files: tuple[FileRecord, ...]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One engine to make, or files that engines are made from (`aside`). `write(temporary folder)` returns the files it
+    wrote, the engine's own first. `extends`: engines whose weights this one maps too.
+    """
+
+    name: str
+    key: str
+    write: Callable[[Path], list[Path]]
+    extends: tuple[str, ...] = ()
+    role: Literal["engine", "aside"] = "engine"
 
 
 class ArtifactStore:

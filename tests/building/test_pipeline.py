@@ -357,7 +357,7 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
 
 
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
-    """A machine with TensorRT has none, and a build kit does not bring it."""
+    """A machine with TensorRT has none, and need not have."""
     shutil.rmtree(bundle.root / "engines")
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"

@@ -48,7 +48,7 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
         with suppress(KeyboardInterrupt):
             put_in_place(work, output, OURS, "record", "export")
     left = tree(tmp_path)
-    recover(output, OURS, "record", "build --kit")  # another command's: it is not that one's to go on from
+    recover(output, OURS, "record", "train")  # another command's: it is not that one's to go on from
     assert tree(tmp_path) == left
     recover(output, OURS, "record", "export")
     if work.exists():
@@ -74,10 +74,10 @@ def test_a_read_only_part_is_told_before(locked_folder: str, tmp_path: Path, mon
     assert tree(output) == before
 
 
-@pytest.mark.parametrize("mounted", [".", "graphs", "graphs/deep", "record", "a kit's", "a kit's/graphs"])
+@pytest.mark.parametrize("mounted", [".", "graphs", "graphs/deep", "record", "another", "another/graphs"])
 def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "a kit's/graphs/3", "mine/4")
-    before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
+    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "another/graphs/3", "mine/4")
+    before, ours = tree(output), ("graphs", "another/graphs", "record")
     monkeypatch.setattr(replacing, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
     with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
         put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record", "export")

@@ -14,6 +14,7 @@ from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial_table import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
+from dash_export.building.references import REFERENCES, compare_engines
 from dash_export.bundle.bundle import Bundle, Seal
 from dash_export.bundle.layout import BUILD, CALIBRATION, LOWERED, SIGNATURE
 from dash_export.bundle.recipe import Recipe
@@ -31,6 +32,7 @@ from dash_export.files.outputs import (
     own_folder,
     own_secret,
 )
+from dash_export.runtime import DashRuntime
 
 TRIALS, PAUSE = 3, 2.0
 """How often costs are measured, at most, while the machine is busy, and the seconds between."""
@@ -92,6 +94,7 @@ def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progre
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         if lowered is None:
             return _remeasure(bundle, recipe, progress)
+        check_trusted(bundle)  # here only TensorRT's parser reads the graphs
     began = time.perf_counter()
     # All files, even if every engine is reused: each build reads the tokenizer and the layers.
     seal = bundle.verify([*bundle.files, *(lowered.files if lowered is not None else ())])
@@ -105,6 +108,11 @@ def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progre
         from dash_export.building.engine_graphs import artifacts  # needs onnx: a device may lack it
 
         jobs = list(artifacts(backend, bundle, segments, folder, progress))
+        if backend.on_device:
+            from dash_export.building.reference_walk import reference_artifact
+
+            wanted = verify or backend.always_verifies or backend.run_obstacle() is None
+            jobs += filter(None, [reference_artifact(bundle, segments, folder, wanted, progress)])
     engines, files = _make_engines(bundle, backend, jobs, folder, seal, progress) if ready is None else (ready, ())
     draft = Build(
         schema=SCHEMA,
@@ -171,10 +179,17 @@ def _remeasure(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
 
 
 def _with_measurements(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
-    """Return the build with its cost table and dial, measured on this machine. On a busy machine a table and dial that
-    were measured on the same device while it was quiet are kept.
+    """Return the build with its cost table and dial, measured on this machine, and engines of a device compared with
+    the references, where there are some. On a busy machine a table and dial that were measured on the same device while
+    it was quiet are kept.
     """
     backend = load_backend(recipe.backend, recipe.runtime.threads)
+    for name in (draft.target, f"{draft.target}{LOWERED}") if recipe.on_device else ():
+        if (place := bundle.path(f"engines/{name}/{REFERENCES}")).is_file():
+            progress("comparing engines with the references", 0, 0)
+            found = compare_engines(DashRuntime(bundle, draft, backend), place, progress)
+            draft = replace(draft, verification=found)
+            break
     progress("measuring the cost of each layer", 0, 0)
     known, costs = draft.cost, [measure_cost(bundle, draft, backend)]
     while costs[-1].disturbed and len(costs) < TRIALS:

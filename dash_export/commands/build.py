@@ -128,7 +128,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         engines = f"{len(build.engines)} portable graphs, used as they are"
     click.echo(f"{bundle.root}/engines/{build.target}: {engines} (all else {files_size(bundle.files)})")
     if build.verification:
-        found = build.verification.engines
+        found = {name: each for name, each in build.verification.engines.items() if name in build.engines}
         worst = max((error for errors in found.values() for error in errors.values()), default=0.0)
         click.echo(f"Verified: {len(found)} engines, {build.verification.compared}; largest error {worst:.2g}.")
     if not cost.segment_us:

@@ -157,15 +157,16 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make, or files that engines are made from (`aside`). `write(temporary folder)` returns the files it
-    wrote, the engine's own first. `extends`: engines whose weights this one maps too.
+    """One engine to make, a `file` that goes with engines, or files that engines are made from and nobody else reads
+    (`aside`). `write(temporary folder)` returns the files it wrote, the engine's own first. `extends`: engines whose
+    weights this one maps too.
     """
 
     name: str
     key: str
     write: Callable[[Path], list[Path]]
     extends: tuple[str, ...] = ()
-    role: Literal["engine", "aside"] = "engine"
+    role: Literal["engine", "file", "aside"] = "engine"
 
 
 class ArtifactStore:

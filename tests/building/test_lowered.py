@@ -13,38 +13,14 @@ from dash_export.backends.tensorrt.trt_maker import TensorRTBackend
 from dash_export.building import build
 from dash_export.bundle.bundle import Bundle
 from dash_export.errors import BundleError, RecipeError
-from tests.backends.cuda.conftest import IDS, RECIPE
+from tests.backends.cuda.conftest import IDS
+from tests.building.conftest import write_recipe
 from tests.commands.helpers import done, refused
 from tests.standin import installed
 from tests.standin.cuda import Card
 
 NOT_THERE = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "gguf", "safetensors", "ml_dtypes")
 """Packages that a device need not have. (Of the stand-in, which runs graphs in ONNX Runtime, they are kept.)"""
-
-
-def write_recipe(path: Path, capacity: int = 96) -> str:
-    """In 16 bits, as shipped ones are."""
-    text = RECIPE.format(backend="tensorrt", dialect="trt10", sequences=1, profiles=2)
-    path.write_text(text.replace('"fp32"', '"fp16"').replace("kv_capacity = 96", f"kv_capacity = {capacity}"))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def carried(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a machine without the card leaves, without the portable graphs. Copy it to change it."""
-    folder = tmp_path_factory.mktemp("carried")
-    root = Path(shutil.copytree(tiny_root, folder / "tiny.dash", ignore=shutil.ignore_patterns("engines")))
-    made = build(root, write_recipe(folder / "mine.toml"), keep_portable=False)
-    assert (made.target, made.backend_version) == ("mine-lowered", "not compiled")
-    assert made.verification is not None
-    assert max(error for own in made.verification.engines.values() for error in own.values()) < 0.005
-    assert not (root / "onnx").exists()
-    return root
-
-
-@pytest.fixture
-def own(carried: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(carried, tmp_path / "own.dash"))
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +68,9 @@ def test_the_graphs_are_lowered_where_nothing_compiles_them(own_bundle: Path) ->
 
 def test_it_is_lowered_once(own_bundle: Path, made: list[str]) -> None:
     first = build(own_bundle, "h100")
-    assert len(made) == 8
+    assert len(made) == 9, "and the references"
     assert build(own_bundle, "h100") == build(own_bundle, "h100-lowered") == first
-    assert len(made) == 8
+    assert len(made) == 9, "and the references"
 
 
 @pytest.mark.usefixtures("direct", "own", "device")
@@ -176,7 +152,7 @@ def test_an_old_lowering_is_not_taken_where_the_graphs_are(own_bundle: Path, tmp
     made.clear()
     with installed(Card()):
         found = build(own_bundle, write_recipe(recipe, 64))
-        assert len(made) == 8
+        assert len(made) == 9, "and the references"
         assert found.recipe.engine is not None
         assert found.recipe.engine.kv_capacity == 64
 

@@ -34,6 +34,8 @@ class Backend(ABC):
     """Whether engines run on a device with streams. The policy is then an engine of its own."""
     revision = 0
     """Increased whenever the lowering changes, so that engines of an earlier revision are not reused."""
+    compiles = False
+    """Whether there is something to `compile`, which a device can do without onnx."""
     always_verifies = False
     """Whether a build compares its graphs with the portable ones unasked."""
 
@@ -124,7 +126,7 @@ class Backend(ABC):
         """Compile a lowered graph to an engine, `out` plus a suffix. `folder`: where finished files lie. Needs no onnx.
         Return the engine's files.
         """
-        raise NotImplementedError
+        raise NotImplementedError(graph, folder, out)
 
 
 def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:

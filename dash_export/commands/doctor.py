@@ -248,7 +248,7 @@ def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str
     elif found is not None and found.version is not None:
         build = build or backend.refused_version(found.version)
     if build is None and (missing := _missing(backend)):
-        build = f"{', '.join(missing)} not installed."
+        build = f"{', '.join(missing)} not installed{' (lowered graphs are compiled without)' * backend.compiles}."
     return build, run
 
 

@@ -188,6 +188,11 @@ def test_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows()
     assert found["jetson-orin-nano"]["build"]
     assert not found["jetson-orin-nano"]["lowers"]
+    with monkeypatch.context() as some:
+        lacking(some, "onnx")
+        assert rows()["jetson-orin-nano"]["reason"].startswith(
+            "onnx not installed (lowered graphs are compiled without)"
+        )
     assert found["l4"]["reason"].startswith("it needs compute capability 8.9, and Orin has 8.7")
     printed = dash("doctor").stdout
     for expected in (

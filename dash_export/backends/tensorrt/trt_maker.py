@@ -28,6 +28,8 @@ JETSONS = ("8.7", "11.0")
 class RtxBackend(GpuBackend):
     """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
 
+    compiles = True
+
     def build_obstacle(self) -> str | None:
         package = self.recipe.backend
         return None if find_spec(package) else f"the package {package} is not installed ({self.how_to_install()})."

@@ -271,7 +271,7 @@ def _make_engines(
         (folder / BUILD).unlink(missing_ok=True)
         backend.start()
         # What extends an engine that is made again goes now: its key does not change, so after a kill it would stay.
-        store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
+        store.keep_only({job.name for job in jobs if found[job.name] or job.role != "engine"})
     check = partial(bundle.check_same, seal)
     for done, job in enumerate(jobs, 1):
         try:

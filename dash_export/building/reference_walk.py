@@ -63,7 +63,9 @@ def references(bundle: Bundle, segments: tuple[Segment, ...], folder: Path, prog
     ids, units = text_ids(bundle, TOKENS), policy.units
     skips = np.add.outer(np.arange(len(units)), np.arange(TOKENS)) % 2 == 0
     skips[:, :PROMPT], skips[:, PROMPT], skips[:, PROMPT + 1] = False, True, False
-    probe = np.random.default_rng(0).choice(np.float32([-1, 1]), (model.num_kv_heads * model.head_dim, PROBES))
+    probe = np.random.default_rng(0).choice(
+        np.array([-1, 1], np.float32), (model.num_kv_heads * model.head_dim, PROBES)
+    )
     found: Arrays = {
         "ids": ids,
         "prompt": np.array(PROMPT),

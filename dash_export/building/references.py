@@ -59,10 +59,10 @@ def tolerance(recipe: Recipe, name: str, segment: Segment, gated: tuple[int, ...
     return max(TOLERANCE[precision] for precision in used)
 
 
-def relative(pairs: Sequence[tuple[Floats, Floats, Floats]]) -> float:
+def relative(pairs: Sequence[tuple[npt.NDArray[np.floating], ...]]) -> float:
     """Return the root mean square of the differences over that of the expected values; inf where it is not finite."""
 
-    def rms(arrays: Sequence[Floats]) -> float:
+    def rms(arrays: Sequence[npt.NDArray[np.floating]]) -> float:
         return float(np.sqrt(np.mean(np.concatenate([array.ravel() for array in arrays]).astype(np.float64) ** 2)))
 
     expected, found, bases = zip(*pairs, strict=True)
@@ -92,8 +92,8 @@ def compare_engines(runtime: DashRuntime, path: Path, progress: Progress = no_pr
         pairs = _alone(engines, known)
         errors = {name: {kind: relative(found) for kind, found in own.items()} for name, own in pairs.items()}
         together = _together(runtime, known)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise BundleError(f"{path} is not of this bundle ({error}). Delete it and build again.") from error
+    except (KeyError, ValueError, IndexError, TypeError) as fault:
+        raise BundleError(f"{path} is not of this bundle ({fault}). Delete it and build again.") from fault
     allowed = dict(_allowed(bundle, runtime.recipe, engines))
     for name, limit in allowed.items():
         for kind, error in errors.get(name, {}).items():
@@ -177,12 +177,15 @@ def _together(runtime: DashRuntime, known: Arrays) -> dict[str, float]:
     expected, found = _likeliest(known, score.logits[prompt - 1 :], rows)
     p, q = (array[:, :-1].astype(np.float64) - array[:, -1:] for array in (expected, found))
     spread = p - p.mean(axis=-1, keepdims=True)
-    decided = slice(prompt + 2, None)  # the two before are given
-    differ = (score.damage[decided] < known["limits"]) != skips[:, decided].T
+    differ = np.zeros(1, np.bool_)
+    if (
+        runtime.bundle.manifest.policy.has_network and len(ids) > prompt + 2
+    ):  # what the two after the prompt do is given
+        differ = (score.damage[prompt + 2 :] < known["limits"]) != skips[:, prompt + 2 :].T
     return {
-        "logits": relative([(spread, spread + q - p, np.zeros(1))]),
+        "logits": relative([(spread, spread + q - p, np.zeros(1, np.float32))]),
         "nats": round(max(float((np.exp(p) * (p - q)).sum(axis=-1).mean()), 0.0), 6),
-        "decisions": round(float(differ.mean()), 6) if differ.size and len(known["limits"]) else 0.0,
+        "decisions": round(float(differ.mean()), 6),
     }
 
 

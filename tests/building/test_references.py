@@ -16,13 +16,17 @@ from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.tensorrt.trt_maker import RtxBackend
 from dash_export.building import build, pipeline
 from dash_export.building.cost_table import uniform_cost
+from dash_export.building.exporting import export
 from dash_export.building.references import REFERENCES, TOGETHER, read_references
 from dash_export.bundle.bundle import Bundle
+from dash_export.core.policy import no_policy
 from dash_export.errors import BackendError, BundleError
+from dash_export.models import Checkpoint
 from tests.building.conftest import write_recipe
 from tests.commands.helpers import done
 from tests.standin import installed
 from tests.standin.cuda import Card
+from tests.tiny import TINY_UNITS
 
 Change = Callable[[onnx.GraphProto], None]
 
@@ -151,8 +155,13 @@ def test_damaged_or_of_another_bundle(own: Path) -> None:
         read_references(path)
 
 
-def test_a_small_cache_holds_less_of_the_text(own_bundle: Path, tmp_path: Path) -> None:
-    """And a machine that has everything makes the references itself."""
+@pytest.mark.parametrize("network", [True, False])
+def test_a_small_cache_holds_less_of_the_text(
+    network: bool, own_bundle: Path, tiny_model: Checkpoint, tmp_path: Path
+) -> None:
+    """And a machine that has everything makes the references itself. Without a policy units take turns."""
+    if not network:
+        export(tiny_model, own_bundle, no_policy(6, TINY_UNITS))
     recipe = write_recipe(tmp_path / "mine.toml", 40)
     with installed(Card()):
         made = build(own_bundle, recipe)

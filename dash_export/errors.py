@@ -45,10 +45,6 @@ NOT_NUMBERS = (
 )
 
 
-class NotHereError(BackendError):
-    """This machine cannot compile engines for the target; another one can."""
-
-
 class PolicyError(DashError):
     """A skip policy, trade-off, budget or action list does not fit this bundle."""
 

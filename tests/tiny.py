@@ -1,17 +1,20 @@
-"""Tiny random models whose logits depend visibly on everything, and the bundles made of them."""
+"""Tiny random models whose logits depend visibly on everything, and the bundles made of them. `tests/gpu` imports this
+where there is no onnx.
+"""
+
+from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.building import build
-from dash_export.building.exporting import export
 from dash_export.core.policy import SkipPolicy, stored_columns, untrained_policy
 from dash_export.core.units import Unit, layer_actions
-from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
-from tests.models.helpers import save_tiny
+
+if TYPE_CHECKING:
+    from dash_export.models import Checkpoint, DecoderSpec
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -39,12 +42,16 @@ def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
     """A random model of `family` with a tokenizer and a chat template; 6 layers unless said otherwise. Returns the
     transformers model.
     """
+    from tests.models.helpers import save_tiny
+
     model = save_tiny(folder, family, **({"scaled": True, "num_hidden_layers": 6} | options))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return model
 
 
 def tiny_checkpoint(folder: Path, family: str = "llama", **options: Any) -> Checkpoint:
+    from dash_export.models import open_checkpoint
+
     save_model(folder, family, **options)
     return open_checkpoint(folder)
 
@@ -76,6 +83,9 @@ def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "f
     """Export a tiny model under `root` and build it for `targets` (`cpu` at `weights`, `portable`). Returns the
     bundle.
     """
+    from dash_export.building import build
+    from dash_export.building.exporting import export
+
     checkpoint = tiny_checkpoint(root / "model", **options)
     bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, form))
     for target in targets:

@@ -15,7 +15,7 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import EngineRecord, Manifest, Segment
 from dash_export.core.units import Unit
-from dash_export.errors import BackendError, NotHereError
+from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,6 +34,10 @@ class Backend(ABC):
     """Whether engines run on a device with streams. The policy is then an engine of its own."""
     revision = 0
     """Increased whenever the lowering changes, so that engines of an earlier revision are not reused."""
+    compiles = False
+    """Whether there is something to `compile`, which a device can do without onnx."""
+    always_verifies = False
+    """Whether a build compares its graphs with the portable ones unasked."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -43,11 +47,13 @@ class Backend(ABC):
         """Name of the extra of dash-export that installs the backend's package."""
         return BACKENDS[self.recipe.backend].extra
 
-    def require(self) -> None:
-        """Raise BackendError where something is missing, NotHereError where only another machine can compile."""
+    def here(self) -> Backend:
+        """Return the maker for this machine: this one or, where only another machine can compile, one that lowers for
+        that. Raises BackendError where something is missing.
+        """
         if (reason := self.build_obstacle()) is not None:
-            kind = NotHereError if self.needs_another_machine() else BackendError
-            raise kind(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
+            raise BackendError(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
+        return self
 
     def build_obstacle(self) -> str | None:
         """Return why this machine cannot make the engines, in one sentence; None where it can."""
@@ -66,7 +72,7 @@ class Backend(ABC):
         require_backend(self.recipe.backend)
 
     def needs_another_machine(self) -> bool:
-        """Return whether no installation here would help, so that `build` writes a kit for another machine."""
+        """Return whether no installation here would help, so that `build` only lowers, for another machine."""
         return False
 
     def refused_version(self, _version: str) -> str | None:
@@ -115,6 +121,12 @@ class Backend(ABC):
         from dash_export.graphs.lower.surgery import save_extending
 
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
+
+    def compile(self, graph: Path, folder: Path, out: Path) -> list[Path]:
+        """Compile a lowered graph to an engine, `out` plus a suffix. `folder`: where finished files lie. Needs no onnx.
+        Return the engine's files.
+        """
+        raise NotImplementedError(graph, folder, out)
 
 
 def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:

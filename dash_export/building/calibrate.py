@@ -20,14 +20,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.backends.onnxruntime.cpus import available_memory
-from dash_export.building.engine_graphs import Artifact, graphs_key, write_whole
+from dash_export.building.engine_graphs import graphs_key, write_whole
 from dash_export.building.gptq import Floats, Moments, gptq
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import CALIBRATION, ROUNDINGS, past_names
 from dash_export.bundle.recipe import CALIBRATED, Precision, Recipe
 from dash_export.errors import BackendError
-from dash_export.files.artifacts import TEMPORARY, ArtifactStore, Progress, content_key, sha256_file
+from dash_export.files.artifacts import TEMPORARY, Artifact, ArtifactStore, Progress, content_key, sha256_file
 from dash_export.files.outputs import own_folder
 from dash_export.files.resources import resource_folder
 from dash_export.graphs.lower.rounded import (
@@ -65,13 +65,10 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     return content_key(text, graphs_key(bundle, ["embed", *_layers(bundle)]))
 
 
-def rounding_artifact(
-    bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress, work: Path | None = None
-) -> Artifact:
+def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Artifact:
     """Return the artifact of the file of all int4 roundings and fp8 ranges. Writing it copies the file in the build's
-    `folder` where that has the same key, as in a kit. Else it calibrates, keeping whole layers in `work` (by default
-    `folder`) in case it is killed, and raises BackendError where ONNX Runtime is missing; only then, because with a
-    kit's file none is needed.
+    `folder` where that has the same key, as one that came with the bundle. Else it calibrates, keeping whole layers in
+    `folder` in case it is killed, and raises BackendError where ONNX Runtime is missing; only then.
     """
     weights = recipe.weights
     parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(weights)
@@ -84,10 +81,10 @@ def rounding_artifact(
         if find_spec("onnxruntime") is None:
             raise BackendError(
                 "Calibrated rounding runs the model's layers in ONNX Runtime, and onnxruntime is not installed here. "
-                "Run: pip install 'dash-export[cpu,export]'; or build from a kit that a machine with it writes "
-                "(--kit), or with --rounding nearest."
+                "Run: pip install 'dash-export[cpu,export]'; or lower the graphs on a machine that has it (`build` "
+                "there, and copy the bundle), or build with --rounding nearest."
             )
-        layers = ArtifactStore(own_folder((work or folder) / CALIBRATION))
+        layers = ArtifactStore(own_folder(folder / CALIBRATION))
         write_roundings(out / ROUNDINGS, key, calibrate_matrices(bundle, recipe, layers, key, progress))
         return [out / ROUNDINGS]
 

@@ -1,9 +1,8 @@
 """Graphs of a build's engines: the portable graphs of a model cut into segments, composed, and lowered."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -13,24 +12,11 @@ from dash_export.bundle.layout import ROUNDINGS
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import MIXED, POLICY, Segment
 from dash_export.core.units import Unit
-from dash_export.files.artifacts import Progress, content_key
+from dash_export.files.artifacts import Artifact, Progress, content_key
 from dash_export.graphs.lower import trt
 from dash_export.graphs.lower.rounded import Roundings, roundings_lookup, to_nearest
 from dash_export.graphs.lower.surgery import absorb, load_graph
 from dash_export.graphs.portable.writer import GraphWriter, save_graph
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One engine to make, or files that engines are made from (`aside`). `write(temporary folder)` returns the files it
-    wrote, the engine's own first. `extends`: engines whose weights this one maps too.
-    """
-
-    name: str
-    key: str
-    write: Callable[[Path], list[Path]]
-    extends: tuple[str, ...] = ()
-    role: Literal["engine", "aside"] = "engine"
 
 
 @dataclass(frozen=True)

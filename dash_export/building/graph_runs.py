@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import short_name
+from dash_export.bundle.layout import new_names, present_names, short_name
 from dash_export.core.facts import ModelFacts, rope_tables
 from dash_export.files.resources import resource_folder
 from dash_export.text.tokenizer import Text
@@ -79,3 +79,18 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
         return found
 
     return run
+
+
+def cached_step(run: Run, inputs: Arrays, cache: Arrays, start: int, count: int, head_dim: int) -> Arrays:
+    """Run one step, write its new rows into `cache`, and return them all as `K/V` with the other outputs."""
+    found, written = run(inputs | cache), []
+    for past in cache:
+        layer, which = past.split(".")[1:]
+        index = ("key", "value").index(which)
+        present, new = (names(int(layer))[index] for names in (present_names, new_names))
+        rows = found.pop(new) if new in found else found.pop(present)[:, :, start : start + count]
+        if rows.ndim == 3:  # from a bypass in the `ort` dialect: all heads of a token side by side
+            rows = rows.reshape(1, count, -1, head_dim).swapaxes(1, 2)
+        cache[past][:, :, start : start + count] = rows.astype(np.float32)
+        written.append(cache[past][:, :, start : start + count].copy())
+    return found | ({"K/V": np.stack(written)} if written else {})

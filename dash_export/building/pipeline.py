@@ -3,6 +3,8 @@
 import logging
 import shutil
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +14,14 @@ from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial_table import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
+from dash_export.building.references import REFERENCES, compare_engines
 from dash_export.bundle.bundle import Bundle, Seal
-from dash_export.bundle.layout import BUILD, CALIBRATION, SIGNATURE
-from dash_export.bundle.recipe import Recipe, load_recipe
-from dash_export.bundle.records import SCHEMA, Build, EngineRecord, Segment
+from dash_export.bundle.layout import BUILD, CALIBRATION, LOWERED, SIGNATURE
+from dash_export.bundle.recipe import Recipe
+from dash_export.bundle.records import SCHEMA, Build, EngineRecord
 from dash_export.bundle.signing import check_trusted
-from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
-from dash_export.files.artifacts import ArtifactStore, FileRecord, Progress, no_progress
+from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError, StaleBuildError
+from dash_export.files.artifacts import Artifact, ArtifactStore, FileRecord, Progress, content_key, no_progress
 from dash_export.files.outputs import (
     check_writable,
     folder_locked,
@@ -28,6 +31,7 @@ from dash_export.files.outputs import (
     own_folder,
     own_secret,
 )
+from dash_export.runtime import DashRuntime
 
 TRIALS, PAUSE = 3, 2.0
 """How often costs are measured, at most, while the machine is busy, and the seconds between."""
@@ -55,43 +59,59 @@ def build(
     keep the result. `measure`: measure costs and dial even where nothing changed. Without `keep_portable` the portable
     graphs are deleted in the end, and all else that only another build would read.
 
+    Where only another machine can compile for the target, the graphs are lowered here, as a build of their own
+    (`<target>-lowered`); the same call on that machine compiles these, and needs neither onnx nor ONNX Runtime.
+
     Raises BundleError, RecipeError, BackendError; BusyError where another process builds for the same target or exports
-    the bundle; NotHereError where this machine cannot compile for the target.
+    the bundle.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    recipe = load_recipe(str(target), weights=weights, head=head, embedding=embedding, rounding=rounding)
-    backend_of(recipe).require()
-    root = output_path(bundle.root)
+    recipe = bundle.recipe(str(target), weights=weights, head=head, embedding=embedding, rounding=rounding)
+    backend = backend_of(recipe).here()
+    recipe, root = backend.recipe, output_path(bundle.root)
     with folder_locked(root, [lock_file(root)], shared=True):  # keeps exports out, not other builds
         own_folder(bundle.path("engines"))
         with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
             bundle.manifest = Bundle.open(bundle.root).manifest  # as it is under the lock
             if not keep_portable:
                 check_prunable(bundle, recipe)
-            made = _build(bundle, recipe, verify, measure, progress)
+            made = _build(bundle, backend, verify, measure, progress)
     if not keep_portable:
         prune(bundle, root)
     return made
 
 
-def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
-    backend = backend_of(recipe)
+def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progress: Progress) -> Build:
+    recipe, lowered = backend.recipe, _lowered_build(bundle, backend)
     if measure and (obstacle := backend.run_obstacle()) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:
-        if not measure:
+        if not measure and lowered is None:
             bundle.require_graphs()
         if verify:
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
-        return _remeasure(bundle, recipe, progress)
+        if lowered is None:
+            return _remeasure(bundle, recipe, progress)
+        check_trusted(bundle)  # here only TensorRT's parser reads the graphs
     began = time.perf_counter()
     # All files, even if every engine is reused: each build reads the tokenizer and the layers.
-    seal = bundle.verify(bundle.manifest.files)
-    bundle.check_listed(None)
+    seal = bundle.verify([*bundle.files, *(lowered.files if lowered is not None else ())])
+    bundle.check_listed(lowered)
     segments = backend.segments(bundle.manifest)
     folder = own_folder(bundle.path(f"engines/{recipe.name}"))
     ready = backend.ready_engines(bundle)
-    engines, files = _make_engines(bundle, backend, segments, folder, seal, progress) if ready is None else (ready, ())
+    if lowered is not None:
+        jobs = list(_compilations(bundle, backend, lowered, folder))
+    elif ready is None:
+        from dash_export.building.engine_graphs import artifacts  # needs onnx: a device may lack it
+
+        jobs = list(artifacts(backend, bundle, segments, folder, progress))
+        if backend.on_device:
+            from dash_export.building.reference_walk import reference_artifact
+
+            wanted = verify or backend.always_verifies or backend.run_obstacle() is None
+            jobs += filter(None, [reference_artifact(bundle, segments, folder, wanted, progress)])
+    engines, files = _make_engines(bundle, backend, jobs, folder, seal, progress) if ready is None else (ready, ())
     draft = Build(
         schema=SCHEMA,
         target=recipe.name,
@@ -110,7 +130,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     known = _reusable_build(bundle, draft)
     # GPU engines are measured on a machine with the GPU, maybe later and not where they were built.
     measures = (measure or known is None or known.cost.device == NOT_MEASURED) and backend.run_obstacle() is None
-    verifies = verify and (known is None or known.verification is None)
+    verifies = (verify or backend.always_verifies) and (known is None or known.verification is None)
     if known is not None and not measures and not verifies:
         return known
     draft = known or draft
@@ -157,10 +177,17 @@ def _remeasure(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
 
 
 def _with_measurements(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
-    """Return the build with its cost table and dial, measured on this machine. On a busy machine a table and dial that
-    were measured on the same device while it was quiet are kept.
+    """Return the build with its cost table and dial, measured on this machine, and engines of a device compared with
+    the references, where there are some. On a busy machine a table and dial that were measured on the same device while
+    it was quiet are kept.
     """
     backend = load_backend(recipe.backend, recipe.runtime.threads)
+    for name in (draft.target, f"{draft.target}{LOWERED}") if recipe.on_device else ():
+        if (place := bundle.path(f"engines/{name}/{REFERENCES}")).is_file():
+            progress("comparing engines with the references", 0, 0)
+            found = compare_engines(DashRuntime(bundle, draft, backend), place, progress)
+            draft = replace(draft, verification=found)
+            break
     progress("measuring the cost of each layer", 0, 0)
     known, costs = draft.cost, [measure_cost(bundle, draft, backend)]
     while costs[-1].disturbed and len(costs) < TRIALS:
@@ -189,15 +216,48 @@ def _reusable_build(bundle: Bundle, draft: Build) -> Build | None:
     return known if same else None
 
 
+def _lowered_build(bundle: Bundle, backend: Backend) -> Build | None:
+    """Return the lowered graphs to compile: those that came with the bundle, where this version would make the same of
+    this recipe. None where this machine lowers, or nothing came.
+    """
+    name = f"{backend.recipe.name}{LOWERED}"
+    if name not in bundle.targets():
+        return None
+    try:
+        lowered = bundle.load_build(name)
+        alike = replace(lowered.recipe, name=backend.recipe.name) == backend.recipe
+        if alike and lowered.details.get("lowering") == backend.revision:
+            return lowered
+        raise StaleBuildError(
+            f"{bundle.root}: the lowered graphs for {backend.recipe.name!r} are of another recipe or another version "
+            "of dash-export. Install the same version on both machines, lower again where the portable graphs are, and "
+            f"copy the bundle: {bundle.build_command(backend.recipe.name)}"
+        )
+    except StaleBuildError:
+        if bundle.has_graphs:  # they can be lowered here
+            return None
+        raise
+
+
+def _compilations(bundle: Bundle, backend: Backend, lowered: Build, folder: Path) -> Iterator[Artifact]:
+    """Yield the engines to compile from lowered graphs."""
+    hashes: dict[str, list[str]] = defaultdict(list)
+    for record in lowered.files:
+        hashes[Path(record.name).stem].append(record.sha256)
+    for name, engine in lowered.engines.items():
+
+        def write(out: Path, name: str = name, graph: str = engine.file) -> list[Path]:
+            return backend.compile(bundle.path(graph), folder, out / name)
+
+        yield Artifact(name, content_key(backend.key(), hashes[name]), write)
+
+
 def _make_engines(
-    bundle: Bundle, backend: Backend, segments: tuple[Segment, ...], folder: Path, seal: Seal, progress: Progress
+    bundle: Bundle, backend: Backend, jobs: Sequence[Artifact], folder: Path, seal: Seal, progress: Progress
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
     """Make the missing engines. Return the engines by name and all files; paths are relative to the bundle."""
     # GPU engines are compiled code: under this secret only those compiled by this user are reused, not a stranger's.
     store = ArtifactStore(folder, own_secret() if backend.on_device else b"")
-    from dash_export.building.engine_graphs import artifacts  # needs onnx: a device may lack it
-
-    jobs = list(artifacts(backend, bundle, segments, folder, progress))
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     # Remake what extends a remade engine: under the same key the engine's weights may differ in the last bit.
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
@@ -209,7 +269,7 @@ def _make_engines(
         (folder / BUILD).unlink(missing_ok=True)
         backend.start()
         # What extends an engine that is made again goes now: its key does not change, so after a kill it would stay.
-        store.keep_only({job.name for job in jobs if found[job.name] or job.role == "aside"})
+        store.keep_only({job.name for job in jobs if found[job.name] or job.role != "engine"})
     check = partial(bundle.check_same, seal)
     for done, job in enumerate(jobs, 1):
         try:

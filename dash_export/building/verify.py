@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from dash_export.backends.maker import backend_of
 from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower_graph, portable, write_whole
-from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
+from dash_export.building.graph_runs import Run, cached_step, graph_run, step_inputs, text_ids
+from dash_export.building.references import relative, tolerance
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import FINAL_STATE, ROUNDINGS, new_names, past_names, present_names
-from dash_export.bundle.recipe import Precision, Recipe, WeightsRecipe
+from dash_export.bundle.layout import FINAL_STATE, ROUNDINGS, past_names
+from dash_export.bundle.recipe import Recipe, WeightsRecipe
 from dash_export.bundle.records import MIXED, POLICY, Segment, Verification
 from dash_export.errors import BackendError
 from dash_export.files.artifacts import TEMPORARY, Progress, no_progress
@@ -30,13 +31,6 @@ STEPS = ((0, 24), (24, 1), (25, 6))
 """(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""
 CAPACITY = 48
 """Rows of the KV cache here: graphs are the same at every capacity, and a small cache is quick on a CPU."""
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "fp8": 0.35, "int4": 0.35}
-"""Allowed error of a segment's update of the hidden state (or of logits, new K/V rows, damage) by its coarsest weights:
-root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, fp8 0.16, int4 0.17."""
-SMALLEST_UPDATE = 0.05
-"""An update that is a smaller share of the state is judged as if it were this large: it drowns in the state's own
-16-bit rounding, since a few channels of a few tokens are a thousand times larger than the rest."""
-
 Floats = npt.NDArray[np.float32]
 
 
@@ -71,7 +65,7 @@ def verify_engines(
     walk = _Walk(bundle)
     errors: dict[str, dict[str, float]] = {}
     for done, graph in enumerate(graphs, 1):
-        # Where the engines are or will be, for /tmp may be memory. What a kill leaves, the next build or kit removes.
+        # Where the engines are or will be, for /tmp may be memory. What a kill leaves, the next build removes.
         place = next(each for each in (folder, *folder.parents) if each.is_dir())
         with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=place) as name:
             path = engines.get(graph.name)
@@ -79,7 +73,9 @@ def verify_engines(
                 path = write_whole(lower_graph(bundle, graph, recipe, roundings), Path(name) / "lowered.onnx")
             errors[graph.name] = walk.compare(graph, graph_run(path), Path(name))
         progress(f"verify {graph.name}", done, len(graphs))
-    allowed = {graph.name: tolerance(recipe, graph, bundle.manifest.policy.layers) for graph in graphs}
+    allowed = {
+        graph.name: tolerance(recipe, graph.name, graph.segment, bundle.manifest.policy.layers) for graph in graphs
+    }
     found = [(error / allowed[name], name, kind, error) for name, own in errors.items() for kind, error in own.items()]
     failed = {name for ratio, name, *_ in found if not ratio <= 1}
     if failed:
@@ -90,17 +86,6 @@ def verify_engines(
             "export the model again, and tell us if that does not help."
         )
     return Verification(words, errors)
-
-
-def tolerance(recipe: Recipe, graph: EngineGraph, gated: tuple[int, ...]) -> float:
-    """Return the tolerance for the coarsest weights in a graph. `gated`: the layers of all units."""
-    weights, segment = recipe.weights, graph.segment
-    used: list[Precision] = [weights.bypass]
-    if graph.name != POLICY and not graph.name.startswith("bypass"):
-        used = [weights.head] * segment.head + [weights.embedding] + [weights.bypass] * segment.gated
-        for layer in segment.layers:
-            used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]
-    return max(TOLERANCE[precision] for precision in used)
 
 
 class _Walk:
@@ -134,8 +119,8 @@ class _Walk:
             inputs = step_inputs(self.model, start, count, CAPACITY)
             inputs["skipped"] = np.full((1, count, 1), skips)
             inputs["input_ids" if state.dtype == np.int64 else "hidden"] = state
-            wanted = self._step(runs[skips], inputs, wanted_cache, start, count)
-            found = self._step(run, inputs, cache, start, count)
+            wanted = cached_step(runs[skips], inputs, wanted_cache, start, count, self.model.head_dim)
+            found = cached_step(run, inputs, cache, start, count, self.model.head_dim)
             if FINAL_STATE not in found:  # engines for a device do not give the normed state
                 wanted.pop(FINAL_STATE, None)
             if missing := sorted(set(wanted) - set(found)):
@@ -146,30 +131,4 @@ class _Walk:
                 pairs[key].append((expected - base, found[key].astype(np.float32) - base, base))
             if graph.name == segment.name:
                 self.states[step] = wanted["logits" if segment.head else "hidden_out"]
-        return {kind: _relative(found) for kind, found in sorted(pairs.items())}
-
-    def _step(self, run: Run, inputs: Arrays, cache: Arrays, start: int, count: int) -> Arrays:
-        """Run one step, write its new rows into `cache`, and return them all as `K/V` with the other outputs."""
-        found, written = run(inputs | cache), []
-        for past in cache:
-            layer, which = past.split(".")[1:]
-            index = ("key", "value").index(which)
-            present, new = (names(int(layer))[index] for names in (present_names, new_names))
-            rows = found.pop(new) if new in found else found.pop(present)[:, :, start : start + count]
-            if rows.ndim == 3:  # from a bypass in the `ort` dialect: all heads of a token side by side
-                rows = rows.reshape(1, count, -1, self.model.head_dim).swapaxes(1, 2)
-            cache[past][:, :, start : start + count] = rows.astype(np.float32)
-            written.append(cache[past][:, :, start : start + count].copy())
-        return found | ({"K/V": np.stack(written)} if written else {})
-
-
-def _relative(pairs: Sequence[tuple[Floats, Floats, Floats]]) -> float:
-    """Return the root mean square of the differences over that of the expected values; inf where it is not finite."""
-
-    def rms(arrays: Sequence[Floats]) -> float:
-        return float(np.sqrt(np.mean(np.concatenate([array.ravel() for array in arrays]).astype(np.float64) ** 2)))
-
-    expected, found, bases = zip(*pairs, strict=True)
-    scale = max(rms(expected), rms(bases) * SMALLEST_UPDATE, 1e-12)
-    error = rms([other - one for one, other in zip(expected, found, strict=True)]) / scale
-    return round(error, 6) if np.isfinite(error) else float("inf")
+        return {kind: relative(found) for kind, found in sorted(pairs.items())}

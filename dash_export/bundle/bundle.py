@@ -18,6 +18,7 @@ from dash_export.bundle.layout import (
     DEFAULT_TARGET,
     EXPORT,
     EXPORTED,
+    LOWERED,
     MANIFEST,
     ROUNDINGS,
     SIGNATURE,
@@ -27,8 +28,9 @@ from dash_export.bundle.layout import (
     is_hub_id,
     safe_path,
 )
+from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
-from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
+from dash_export.errors import BundleError, NewerBundleError, RecipeError, StaleBuildError
 from dash_export.files.artifacts import (
     JOURNAL,
     TEMPORARY,
@@ -69,7 +71,7 @@ class Bundle:
     def open(cls, root: str | Path, name: str | None = None) -> Bundle:
         """Read and check `manifest.json`. Raises BundleError for one that is missing, damaged, unsafe or newer."""
         root = Path(root)
-        root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers use its name
+        root = root.resolve() if root.name in ("", "..") else root  # messages and servers use its name
         contents = _contents(root, MANIFEST)
         if any(root.glob("*.safetensors*")) and not is_bundle(root):  # a model beside another program's manifest
             raise BundleError(_no_bundle(root))
@@ -92,13 +94,28 @@ class Bundle:
         builds = self.manifest.builds
         return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
 
+    def recipe(self, target: str, **changes: str | None) -> Recipe:
+        """Return a target's recipe: a shipped one, a file, or that of a build in this bundle, which counts where there
+        are no graphs to follow another. `changes` as of `load_recipe`. Raises RecipeError, and BundleError where the
+        build is damaged.
+        """
+        target = target.removesuffix(LOWERED)
+        known = {target, f"{target}{LOWERED}"} & {*self.targets()} if not any(changes.values()) else set()
+        try:
+            if self.has_graphs or not known:
+                return load_recipe(target, **changes)
+        except RecipeError:
+            if not known:
+                raise
+        return replace(self.load_build(max(known)).recipe, name=target)
+
     def resolve_target(self, target: str | None) -> str:
         """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
         targets, where several are built and none is `cpu`.
         """
         if target is not None:
             return target
-        built = self.targets()
+        built = [name for name in self.targets() if not name.endswith(LOWERED)]
         if len(built) > 1 and DEFAULT_TARGET not in built:
             raise BundleError(
                 f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target (--target), one of "
@@ -138,6 +155,8 @@ class Bundle:
     def _no_build(self, target: str) -> BundleError:
         if target in self.targets():
             return self._changed(f"engines/{target}/{BUILD}")
+        if f"{target}{LOWERED}" in self.targets():
+            return self.not_compiled(target)
         named = target not in ("", ".", "..") and "/" not in target
         state = "is unfinished" if named and self.path(f"engines/{target}").is_dir() else "does not exist"
         found = self.path("engines").iterdir() if self.path("engines").is_dir() else ()
@@ -148,6 +167,14 @@ class Bundle:
         wanted = begun[0] if begun and only else target if named else DEFAULT_TARGET
         run = self.build_command(wanted)
         return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
+
+    def not_compiled(self, target: str) -> BundleError:
+        """Return the error of who would run a build whose graphs are lowered only."""
+        wanted = target.removesuffix(LOWERED)
+        return BundleError(
+            f"{self.root}: the graphs for {wanted!r} are lowered, not compiled. Run on the device that they are for: "
+            f"{self.build_command(wanted)}"
+        )
 
     def save_build(self, build: Build) -> None:
         """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a

@@ -6,6 +6,7 @@ smollm2.dash/
   onnx/*.onnx, *.data           the portable graphs
   engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
   engines/<target>/*            engines; roundings.npz, timing.cache, calibration/: what `build` makes them from again
+  engines/<target>-lowered/*    a build as well: graphs that are lowered, and compiled only on the device, from these
 """
 
 import os
@@ -36,6 +37,8 @@ EXPORT, EXPORTED = "export", (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
 """The command that writes a bundle, and the entries that it replaces; all others, engines among them, stay."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""
+LOWERED = "-lowered"
+"""Ending of the name of a build whose graphs are lowered, not compiled. No recipe's name ends so."""
 ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"
 TIMING_CACHE = "timing.cache"
 """In a build's folder: files from which `build` makes engines again, and a folder of layers that an unfinished build

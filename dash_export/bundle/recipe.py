@@ -13,6 +13,7 @@ else:
     import tomli as tomllib
 
 from dash_export.backends.base import BACKENDS
+from dash_export.bundle.layout import LOWERED
 from dash_export.errors import RecipeError
 from dash_export.files.artifacts import read_bounded
 from dash_export.files.resources import resource_folder
@@ -158,8 +159,9 @@ def _read(path: Path) -> Recipe:
         data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(f"The recipe {path} cannot be read: {error}. Give TOML like engines/cpu.toml.") from error
-    if not _FOLDER.fullmatch(path.stem):
-        raise RecipeError(f"The name of a recipe's file may only have letters, digits, - and _, not {path.stem!r}.")
+    if not _FOLDER.fullmatch(path.stem) or path.stem.endswith(LOWERED):
+        allowed = f"may only have letters, digits, - and _, and not end in {LOWERED}"
+        raise RecipeError(f"The name of a recipe's file {allowed}; this one is {path.stem!r}.")
     try:
         recipe = typed(Recipe, data | {"name": path.stem}, str(path))
     except WrongFieldError as error:

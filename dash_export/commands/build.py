@@ -8,17 +8,16 @@ from typing import Any, get_args
 import click
 
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import DEFAULT_TARGET, GGUF_TARGET, MANIFEST, ROUNDINGS, is_bundle
+from dash_export.bundle.layout import DEFAULT_TARGET, GGUF_TARGET, LOWERED, MANIFEST, ROUNDINGS, is_bundle
 from dash_export.bundle.recipe import Precision, Recipe, load_recipe
 from dash_export.bundle.records import Build
 from dash_export.bundle.suitable import calibration_minutes, is_in_few_bits, suitable_target
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import files_size, print_units, size
+from dash_export.commands.tables import files_size, print_units
 from dash_export.core.dial import RECOMMENDED_LOSS, WORTH, recommended_budget
 from dash_export.core.units import Unit
-from dash_export.errors import NotHereError
 
 PRECISION = click.Choice(get_args(Precision))
 
@@ -47,40 +46,23 @@ PRECISION = click.Choice(get_args(Precision))
 )  # fmt: skip
 @click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
 @click.option(
-    "--kit", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="Write a build kit for the GPU of another machine here, even where this one could build.",
-)  # fmt: skip
-@click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE",
     help="For a MODEL: the bundle to write; by default NAME.dash here.",
 )  # fmt: skip
 @policy_options
 @click.pass_context
 def command(
-    ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, no_portable: bool, kit: Path | None,
+    ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, no_portable: bool,
     output: Path | None, policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any
 ) -> None:  # fmt: skip
     """Compile the engines of a bundle for a target, and measure what each unit costs here.
 
     Given a MODEL it exports first (see `dash-export export` for the policy options). Engines whose inputs are
-    unchanged are reused; a build that was killed goes on where it stopped. For TensorRT on a machine
-    without the GPU, it writes a build kit to copy to the one that has it.
+    unchanged are reused; a build that was killed goes on where it stopped. TensorRT compiles only on the
+    device: elsewhere the graphs are lowered. Copy the bundle to the device, and run the same command there.
     """
     from dash_export.backends.maker import backend_of
 
-    # Refuse impossible requests first: an export takes minutes.
-    recipe = load_recipe(target, **changes)
-    if measure and kit is not None:
-        raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
-    if no_portable and kit is not None:
-        raise click.UsageError("A kit builds from the portable graphs: give --no-portable where it builds.")
-    backend = backend_of(recipe)
-    if not backend.on_device:
-        if kit is not None:
-            raise click.UsageError(
-                f"--kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle."
-            )
-        backend.require()
     folder = Path(source)
     other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a checkpoint beside another manifest.json
     if folder.suffix == ".dash" or ((folder / MANIFEST).is_file() and not other):
@@ -93,29 +75,21 @@ def command(
                     f"--{name} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
                 )
         bundle, model = Bundle.open(source), None
+        recipe = bundle.recipe(target, **changes)
     else:
-        model = source
+        model, recipe = source, load_recipe(target, **changes)
+        backend_of(recipe).here()  # refuse impossible requests first: an export takes minutes
         bundle = export_model(ctx, source, output, policy, units, prune)
     from dash_export.building import build
 
     if ctx.get_parameter_source("target") is click.core.ParameterSource.DEFAULT and not any(changes.values()):
         target = _suitable(bundle)
-    elif recipe.weights.rounding == "gptq" and not backend.on_device and is_in_few_bits(bundle.manifest):
+    elif recipe.weights.rounding == "gptq" and not recipe.on_device and is_in_few_bits(bundle.manifest):
         _tell_alternative(bundle, recipe)
     ctx.meta[OUTPUT] = str(bundle.root)
-    try:
-        if kit is not None:
-            raise NotHereError("Asked for with --kit.")
-        with progress_bar(f"build {target}") as progress:
-            how = partial(build, verify=verify, measure=measure, keep_portable=not no_portable, progress=progress)
-            made = how(bundle, target, **changes)
-    except NotHereError as reason:
-        from dash_export.building.kit import RECORD
-
-        if kit is None and (bundle.root.parent / RECORD).is_file():
-            raise  # this bundle lies in a kit already, on a machine that is not the target
-        _kit(bundle, target, changes, str(reason), kit)
-        return
+    with progress_bar(f"build {target}") as progress:
+        how = partial(build, verify=verify, measure=measure, keep_portable=not no_portable, progress=progress)
+        made = how(bundle, target, **changes)
     _summary(bundle, made)
     tell_without_policy(bundle, model)
 
@@ -145,32 +119,27 @@ def _tell_alternative(bundle: Bundle, recipe: Recipe) -> None:
         )
 
 
-def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: str, output: Path | None) -> None:
-    """Write a build kit, a folder to copy to a machine that can build for the target, and print how to use it."""
-    from dash_export.building.kit import SCRIPT, write_kit
-
-    click.echo(reason, err=True)
-    with progress_bar(f"kit {target}") as progress:
-        folder = write_kit(bundle, target, changes, reason, output, progress)
-    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    click.echo(f"{folder}: a build kit ({size(files)}), checked: every graph agrees with its portable one.")
-    click.echo(f"Copy it to the device and run there: python3 {folder.name}/{SCRIPT}")
-
-
 def _summary(bundle: Bundle, build: Build) -> None:
     cost = build.cost
-    engines = f"{len(build.engines)} engines, {files_size(build.files)}"
+    engines, wanted = f"{len(build.engines)} engines, {files_size(build.files)}", build.target.removesuffix(LOWERED)
+    if wanted != build.target:
+        engines = f"{len(build.engines)} graphs lowered, not compiled, {files_size(build.files)}"
     if not build.files:
         engines = f"{len(build.engines)} portable graphs, used as they are"
     click.echo(f"{bundle.root}/engines/{build.target}: {engines} (all else {files_size(bundle.files)})")
     if build.verification:
-        found = build.verification.engines
+        found = {name: each for name, each in build.verification.engines.items() if name in build.engines}
         worst = max((error for errors in found.values() for error in errors.values()), default=0.0)
         click.echo(f"Verified: {len(found)} engines, {build.verification.compared}; largest error {worst:.2g}.")
     if not cost.segment_us:
         from dash_export.backends.maker import backend_of
 
         obstacle = backend_of(build.recipe).run_obstacle()
+        if wanted != build.target:
+            click.echo(f"They are compiled on their device only, and here {obstacle}")
+            there = f"dash-export build {quote(bundle.root.name)} --target {quote(wanted)}"
+            click.echo(f"Copy the bundle to the device (it does not need onnx/), and run there: {there}")
+            return
         why = f": {obstacle}" if obstacle else "."
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return

@@ -216,8 +216,8 @@ def problems(
 
 
 def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
-    """Return the row of a shipped target: whether `build` and `run` work here, whether `build` writes a build kit
-    instead (`kit`), the reason where they do not work, and the command that installs what is missing. `imports`: the
+    """Return the row of a shipped target: whether `build` and `run` work here, whether `build` only lowers the graphs
+    here (`lowers`), the reason where they do not work, and the command that installs what is missing. `imports`: the
     results of importing the backends' packages.
     """
     backend = backend_of(load_recipe(name))
@@ -229,7 +229,7 @@ def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
         "target": name,
         "build": reasons[0] is None,
         "run": reasons[1] is None,
-        "kit": backend.needs_another_machine() and lowers,
+        "lowers": backend.needs_another_machine() and lowers,
         "reason": "; ".join(said),
         "install": _install(backend, *reasons),
     }
@@ -248,7 +248,7 @@ def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str
     elif found is not None and found.version is not None:
         build = build or backend.refused_version(found.version)
     if build is None and (missing := _missing(backend)):
-        build = f"{', '.join(missing)} not installed."
+        build = f"{', '.join(missing)} not installed{' (lowered graphs are compiled without)' * backend.compiles}."
     return build, run
 
 
@@ -301,15 +301,15 @@ def _print(report: dict[str, Any]) -> None:
         click.echo(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
     answers = {True: Text("yes", "green"), False: Text("no", "yellow")}
     targets = (
-        (row["target"], Text("on the device", "yellow") if row["kit"] else answers[row["build"]], answers[row["run"]],
-         row["install"] or row["reason"])
+        (row["target"], Text("on the device", "yellow") if row["lowers"] else answers[row["build"]],
+         answers[row["run"]], row["install"] or row["reason"])
         for row in report["targets"]
     )  # fmt: skip
     print_table("Targets", ("target", "build here", "run here", "why not, or what to install"), (), targets)
-    if any(row["kit"] for row in report["targets"]):
+    if any(row["lowers"] for row in report["targets"]):
         click.echo(
-            "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, a "
-            "script in it builds the engines."
+            "On the device: `dash-export build` lowers the graphs here. Copy the bundle to the device, and run the "
+            "same command there: it compiles them."
         )
     if report["missing_for_export"]:
         missing = ", ".join(report["missing_for_export"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from dash_export.errors import OutputError
 from dash_export.files.typed_json import Bytes, WrongFieldError, typed
@@ -133,6 +133,20 @@ class _Entry:
     key: str
     files: tuple[FileRecord, ...]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One engine to make, a `file` that goes with engines, or files that engines are made from and nobody else reads
+    (`aside`). `write(temporary folder)` returns the files it wrote, the engine's own first. `extends`: engines whose
+    weights this one maps too.
+    """
+
+    name: str
+    key: str
+    write: Callable[[Path], list[Path]]
+    extends: tuple[str, ...] = ()
+    role: Literal["engine", "file", "aside"] = "engine"
 
 
 class ArtifactStore:

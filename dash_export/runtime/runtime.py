@@ -11,7 +11,7 @@ from dash_export.backends.base import load_backend
 from dash_export.backends.host.decode import MAX_SEQUENCES
 from dash_export.bundle import hub, signing
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import is_hub_id
+from dash_export.bundle.layout import LOWERED, is_hub_id
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.bundle.records import Build
 from dash_export.core.dial import CostTable, recommended_budget
@@ -73,6 +73,8 @@ class DashRuntime:
 
         def load(opened: Bundle) -> DashRuntime:
             build = opened.load_build(opened.resolve_target(target))
+            if build.target.endswith(LOWERED):
+                raise opened.not_compiled(build.target)
             if trusted is not None:
                 trusted(opened)
             hashes = verify or trusted is not None

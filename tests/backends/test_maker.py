@@ -93,8 +93,8 @@ def test_an_onnxruntime_without_cuda_builds_and_does_not_measure(monkeypatch: py
     assert "has no CUDA. It and onnxruntime-gpu overwrite each other" in str(backend.run_obstacle())
 
 
-def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_no_reason_to_lower_only(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_maker, "find_spec", lambda _name: None)
     message = refused("build", own_bundle, "--target", "rtx")
     assert "the package tensorrt_rtx is not installed (pip install 'dash-export[rtx]')." in message
-    assert not list(own_bundle.parent.glob("*-kit"))
+    assert not list(own_bundle.glob("engines/rtx*"))

@@ -1,9 +1,7 @@
-"""Calibrated int4: GPTQ against rounding to nearest, what engines hold, that it is kept, and what a kit brings."""
+"""Calibrated int4: GPTQ against rounding to nearest, what engines hold, and that it is kept."""
 
-import json
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from dash_export.building import build, calibrate
 from dash_export.building.exporting import export
-from dash_export.building.kit import write_kit
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ROUNDINGS as FILE
 from dash_export.bundle.recipe import load_recipe, with_weights
@@ -28,7 +25,6 @@ from dash_export.graphs.lower.grid import grid_from, packed
 from dash_export.graphs.lower.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.text.tokenizer import Text
-from tests.building.test_kit import run
 from tests.tiny import save_model, tiny_bundle, tiny_policy
 
 UNIT, DOWN = "layers_02-03", "layer_03/mlp/down_proj"
@@ -178,7 +174,9 @@ def test_it_is_kept(own: Bundle, targets: dict[str, str], monkeypatch: pytest.Mo
 def test_without_onnx_runtime(own: Bundle, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(own.path("engines/small-cuda"))
     monkeypatch.setattr(calibrate, "find_spec", lambda _name: None)
-    with pytest.raises(BackendError, match=r"onnxruntime is not installed here.*or build from a kit"):
+    with pytest.raises(
+        BackendError, match=r"onnxruntime is not installed here.*or lower the graphs on a machine that has it"
+    ):
         build(own, target)
     build(own, target, rounding="nearest")
 
@@ -207,22 +205,6 @@ def test_what_is_not_of_this_matrix(own: Bundle, target: str) -> None:
     own.path("engines/small-cuda/build.json").unlink()
     with pytest.raises(BundleError, match="not of this matrix"):
         build(own, target)
-
-
-def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a build, where there is one."""
-    monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
-    kit = write_kit(bundle, target, {}, "as a test", tmp_path / "kit")
-    engines = kit / bundle.root.name / "engines" / "small-cuda"
-    assert (engines / FILE).read_bytes() == bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
-    record = json.loads((kit / "kit.json").read_text())
-    assert f"{bundle.root.name}/engines/small-cuda/{FILE}" in {item["name"] for item in record["files"]}
-    assert record["verification"] == asdict(bundle.load_build("small-cuda"))["verification"]
-    done = run(kit)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "rounding layer" not in done.stdout
-    np.testing.assert_array_equal(codes(Bundle.open(kit / bundle.root.name)), codes(bundle))
-    assert run(kit, "--check").returncode == 0, "what the build wrote is no damage"
 
 
 def test_another_head_is_calibrated_anew(bundle: Bundle, own: Bundle, target: str, tmp_path: Path) -> None:

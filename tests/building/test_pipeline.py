@@ -357,7 +357,7 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
 
 
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
-    """A machine with TensorRT has none, and a build kit does not bring it."""
+    """A machine with TensorRT has none, and need not have."""
     shutil.rmtree(bundle.root / "engines")
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
@@ -369,7 +369,7 @@ def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
 
 def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are compiled on one machine and built again on the one with the GPU, maybe without graphs."""
-    first = build(bundle, "cuda")
+    first = build(bundle, "cuda", verify=True)
     assert first.cost.device == NOT_MEASURED
     measured = replace(first.cost, device="a GPU")
     monkeypatch.setattr(CudaBackend, "run_obstacle", lambda _: None)

@@ -306,7 +306,7 @@ def test_a_forged_record(record: str, name: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("path", [".", "..", "../engines/.."])
 def test_a_bundle_has_a_name(path: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is made beside it takes it: a kit, a model for Triton, a server's."""
+    """What is made beside it takes it: a model for Triton, a server's."""
     monkeypatch.chdir(tiny_root if path == "." else tiny_root / "onnx")
     assert Bundle.open(path).root.resolve() == tiny_root.resolve()
     assert Bundle.open(path).root.name == tiny_root.name

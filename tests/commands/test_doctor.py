@@ -68,7 +68,9 @@ def rows() -> dict[str, dict[str, Any]]:
 def test_this_machine() -> None:
     told = report()
     assert [row["target"] for row in told["targets"]] == recipe_names()
-    assert {"target": "cpu", "build": True, "run": True, "kit": False, "reason": "", "install": ""} in told["targets"]
+    assert {"target": "cpu", "build": True, "run": True, "lowers": False, "reason": "", "install": ""} in told[
+        "targets"
+    ]
     assert told["problems"] == []
     printed = dash("doctor").stdout
     for expected in ("Python", "onnxruntime", "CPUExecutionProvider", "portable", "No conflicts found."):
@@ -76,20 +78,18 @@ def test_this_machine() -> None:
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What compiles ahead of time is built, for the rest a kit is; no install line where nothing can be installed."""
+    """What compiles ahead of time is built, the rest is lowered; no install line where nothing can be installed."""
     devices(monkeypatch, NO_DRIVER)
     found = rows()
     assert (found["cuda"]["build"], found["cuda"]["run"]) == (True, False)
     reason = "it needs a device of compute capability 9.0"
     assert found["h100"] == {
-        "target": "h100", "build": False, "run": False, "kit": True, "reason": reason, "install": "",
+        "target": "h100", "build": False, "run": False, "lowers": True, "reason": reason, "install": "",
     }  # fmt: skip
     told = dash("doctor").stdout
     assert "no device. There is no NVIDIA driver" in told
     assert re.search(r"h100 +on the device +no +it needs", told)
-    assert (
-        "On the device: `dash-export build` writes a folder here, a build kit. Copy it to the device: there, " in told
-    )
+    assert "On the device: `dash-export build` lowers the graphs here. Copy the bundle to the device" in told
     lacking(monkeypatch, "tensorrt_rtx")
     assert rows()["rtx"]["install"] == "pip install 'dash-export[rtx]'"
 
@@ -187,7 +187,12 @@ def test_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt(tmp_path, monkeypatch, "__version__ = '10.3.0'")
     found = rows()
     assert found["jetson-orin-nano"]["build"]
-    assert not found["jetson-orin-nano"]["kit"]
+    assert not found["jetson-orin-nano"]["lowers"]
+    with monkeypatch.context() as some:
+        lacking(some, "onnx")
+        assert rows()["jetson-orin-nano"]["reason"].startswith(
+            "onnx not installed (lowered graphs are compiled without)"
+        )
     assert found["l4"]["reason"].startswith("it needs compute capability 8.9, and Orin has 8.7")
     printed = dash("doctor").stdout
     for expected in (

@@ -54,7 +54,7 @@ def test_a_kill_at_any_moment(operation: int, tmp_path: Path, monkeypatch: pytes
         with suppress(KeyboardInterrupt), removed_on_error(work):
             put_in_place(work, output, OURS)
     left = tree(tmp_path)
-    recover(output, OURS, "build --kit")  # another command's: it is not that one's to go on from
+    recover(output, OURS, "train")  # another command's: it is not that one's to go on from
     assert tree(tmp_path) == left
     missing = not output.exists()
     with locked(output, "export"):

@@ -1,4 +1,6 @@
-"""A target that this machine's GPU can build and run. One command: `pytest tests/gpu`."""
+"""A target that this machine's GPU can build and run. One command: `pytest tests/gpu`. A device without onnx is given a
+bundle of SmolLM2 that was lowered elsewhere (`$DASH_EXPORT_GPU_BUNDLE`), and skips what compares with a CPU.
+"""
 
 import os
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from dash_export.building import build
 from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.errors import BackendError
 
+BUNDLE = "DASH_EXPORT_GPU_BUNDLE"
 TARGET = "DASH_EXPORT_GPU_TARGET"
 """Environment variable: the target to test; by default the first of the device's own that this machine can build."""
 
@@ -41,18 +44,29 @@ def target() -> str:
 
 
 @pytest.fixture(scope="session")
-def gpu_runtime(target: str, smollm2_bundle: Path) -> Callable[[str], DashRuntime]:
-    """`gpu_runtime(dispatch)`: SmolLM2 with its trained policy, on the device."""
-    build(smollm2_bundle, target)
+def gpu_bundle(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2 with its trained policy: a copy that was carried here, or exported here."""
+    carried = os.environ.get(BUNDLE)
+    root: Path = Path(carried) if carried else request.getfixturevalue("smollm2_bundle")
+    return root
+
+
+@pytest.fixture(scope="session")
+def gpu_runtime(target: str, gpu_bundle: Path) -> Callable[[str], DashRuntime]:
+    """`gpu_runtime(dispatch)`: that bundle on the device."""
+    build(gpu_bundle, target)
 
     @cache
     def runtime(dispatch: str) -> DashRuntime:
-        return DashRuntime.load(smollm2_bundle, target, dispatch=dispatch)
+        return DashRuntime.load(gpu_bundle, target, dispatch=dispatch)
 
     return runtime
 
 
 @pytest.fixture(scope="session")
-def cpu_runtime(smollm2_runtime: Callable[..., DashRuntime]) -> DashRuntime:
+def cpu_runtime(request: pytest.FixtureRequest) -> DashRuntime:
     """The same in float32 on the CPU, which is compared with the oracle elsewhere."""
-    return smollm2_runtime("cpu-fp32")
+    for package in ("onnxruntime", "onnx", "gguf"):
+        pytest.importorskip(package, reason=f"no {package} here to compare with; `build` has compared with references")
+    runtime: DashRuntime = request.getfixturevalue("smollm2_runtime")("cpu-fp32")
+    return runtime

@@ -127,14 +127,15 @@ def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < tolerance(runtime)
 
 
-def test_several_sequences(target: str, smollm2_bundle: Path, tmp_path: Path) -> None:
+def test_several_sequences(target: str, gpu_bundle: Path, tmp_path: Path) -> None:
     """Decoded together, under a profile of their own, each has the logits that it has alone, up to rounding."""
+    pytest.importorskip("onnx", reason="other engines have to be lowered first")
     recipe = resource_folder("engines") / f"{target}.toml"
     if not recipe.is_file():
         pytest.skip(f"{target} has no recipe of its own to write another from")
     (tmp_path / "together.toml").write_text(recipe.read_text().replace("[engine]\n", "[engine]\nsequences = 4\n"))
-    build(smollm2_bundle, str(tmp_path / "together.toml"))
-    runtime = DashRuntime.load(smollm2_bundle, "together", dispatch="device")
+    build(gpu_bundle, str(tmp_path / "together.toml"))
+    runtime = DashRuntime.load(gpu_bundle, "together", dispatch="device")
     rows, alone, ids = Rows(runtime.engines, 4, 256), runtime.session(), prose(runtime, 200)
     rows.cache.reserve(100)
     step = rows._bound(4)

@@ -21,15 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.host.decode import EngineSet
-from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.building.engine_graphs import EngineGraph, lower_graph
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build, EngineRecord, Segment
 from dash_export.commands.options import with_bounds
 from dash_export.commands.tables import print_table
 from dash_export.core.rule import DENSE, Rule
 from dash_export.files.resources import resource_folder
-from dash_export.graphs.lower.surgery import save_extending
 from dash_export.measure.breakdown import this_machine
 from dash_export.measure.intervals import Interval, median_ratios
 from dash_export.measure.timing import in_turns
@@ -101,6 +98,9 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     """(where its files are relative to, the build of) the same layers at the same precisions, lowered as one graph
     without policy: what engines in a row must not lose against. On disk only inside.
     """
+    from dash_export.building.engine_graphs import EngineGraph, lower_graph  # a device has no onnx
+    from dash_export.graphs.lower.surgery import save_extending
+
     build = bundle.load_build(target)
     segment = Segment(0, bundle.manifest.model.num_layers - 1, embed=True, head=True, gated=False)
     root = bundle.root.absolute().parent
@@ -116,6 +116,8 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     """The engines of a build, and `whole_build`'s one graph, as the runtime loads them. Who is loaded first changes
     with `number`.
     """
+    from dash_export.backends.onnxruntime.ort_engine import OrtBackend
+
     opened = Bundle.open(bundle)
     facts = opened.manifest
     no_policy = replace(facts.policy, units=(), has_network=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dash_export import __version__
 from dash_export.backends.cuda.cuda import require_bindings
 from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.maker import Backend
-from dash_export.bundle.recipe import EngineRecipe
+from dash_export.bundle.layout import LOWERED
+from dash_export.bundle.recipe import EngineRecipe, Recipe
 from dash_export.errors import BackendError
 
 
@@ -41,6 +42,27 @@ class GpuBackend(Backend):
             return f"it needs compute capability {wanted}, and {device.name} has {device.capability}."
         return None
 
+    def key(self) -> Any:
+        return self.recipe.dialect, asdict(self.engine)
+
+
+class LoweringBackend(GpuBackend):
+    """Lowered graphs for another machine, which compiles them. They are a build of their own, named after it."""
+
+    always_verifies = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(replace(recipe, name=f"{recipe.name}{LOWERED}"))
+
+    def version(self) -> str:
+        return "not compiled"
+
+    def device(self) -> str:
+        return f"a device of compute capability {', '.join(self.engine.capabilities)}, which compiles them"
+
+    def details(self) -> dict[str, Any]:
+        return {"lowering": self.revision}
+
 
 class CudaBackend(GpuBackend):
     """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
@@ -58,6 +80,3 @@ class CudaBackend(GpuBackend):
 
     def device(self) -> str:
         return "any CUDA device"
-
-    def key(self) -> Any:
-        return self.recipe.dialect, asdict(self.engine)

@@ -26,8 +26,11 @@ PORTABLE_SINCE = (10, 15)
 """First TensorRT with KVCacheUpdate: older versions need the `trt10` dialect."""
 
 _LARGEST_KERNELS = 1 << 30
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""One optimisation profile: input -> (smallest, best, largest) shape."""
+Sizes = tuple[int, int]
+Profile = tuple[Sizes, Sizes, Sizes]
+"""One optimisation profile: the smallest, best and largest (sequences, tokens of each). An input's first axis is the
+sequences and its second the tokens, where their number is not fixed.
+"""
 
 
 class Toolkit:
@@ -51,7 +54,7 @@ class Toolkit:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
     def compile(
-        self, graph: Path, settings: EngineRecipe, profiles: Sequence[Shapes], timing: bytes = b"", fused: bool = True
+        self, graph: Path, settings: EngineRecipe, profiles: Sequence[Profile], timing: bytes = b"", fused: bool = True
     ) -> tuple[Any, bytes]:
         """Compile an ONNX file to (serialized engine as a buffer, timing cache). `fused`: each attention is one kernel
         and reads only the rows in use. Where TensorRT has none, attentions are compiled as it likes. Raises
@@ -77,11 +80,13 @@ class Toolkit:
                     attention.decomposable = True
             config = builder.create_builder_config()
             self._configure(config, settings)
-            for shapes in profiles:
+            for sizes in profiles:
                 profile = builder.create_optimization_profile()
                 for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-                    if -1 in tuple(tensor.shape):
-                        profile.set_shape(tensor.name, *shapes[tensor.name])
+                    shape = tuple(tensor.shape)
+                    if -1 in shape:
+                        fixed = ([own[axis] if size < 0 else size for axis, size in enumerate(shape)] for own in sizes)
+                        profile.set_shape(tensor.name, *map(tuple, fixed))
                 config.add_optimization_profile(profile)
             cached = None
             if not self.is_rtx:  # TensorRT-RTX times nothing: its timing cache is a deprecated no-op

@@ -1,5 +1,6 @@
 """Makers of TensorRT engines. TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time on any
-machine. The lowered ONNX file is not kept: `build --verify` makes it again. Engine files hold their weights themselves.
+machine. A lowered ONNX file that is made here is not kept: `build --verify` makes it again. Engine files hold their
+weights themselves.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.backends.cuda.cuda_devices import cuda_devices
-from dash_export.backends.cuda.cuda_maker import GpuBackend
-from dash_export.backends.tensorrt.trt_api import PORTABLE_SINCE, Shapes, load_toolkit
+from dash_export.backends.cuda.cuda_maker import GpuBackend, LoweringBackend
+from dash_export.backends.maker import Backend
+from dash_export.backends.tensorrt.trt_api import PORTABLE_SINCE, Profile, load_toolkit
 from dash_export.bundle.layout import TIMING_CACHE
 from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Sizes = tuple[int, int]
 JETSONS = ("8.7", "11.0")
 """Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
 
 
 class RtxBackend(GpuBackend):
     """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
+
+    compiles = True
 
     def build_obstacle(self) -> str | None:
         package = self.recipe.backend
@@ -60,11 +63,13 @@ class RtxBackend(GpuBackend):
 
     def save(self, model: ir.Model, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Compile the lowered graph. TensorRT's timing cache (kernel times of the device) is kept in `folder`."""
+        return self.compile(super().save(model, folder, out, extended)[0], folder, out)
+
+    def compile(self, graph: Path, folder: Path, out: Path) -> list[Path]:
         toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
-        profiles = [_shapes(model, each) for each in self._profiles().values()]
-        graph, path = super().save(model, folder, out, extended)[0], out.with_name(f"{out.name}.engine")
+        path = out.with_name(f"{out.name}.engine")
         known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
-        engine, learnt = toolkit.compile(graph, self.engine, profiles, known)
+        engine, learnt = toolkit.compile(graph, self.engine, [*self._profiles().values()], known)
         with path.open("wb") as file:
             file.write(memoryview(engine))
         if learnt and learnt != known:
@@ -72,7 +77,7 @@ class RtxBackend(GpuBackend):
             out.with_name(timing.name).replace(timing)
         return [path]
 
-    def _profiles(self) -> dict[str, tuple[Sizes, Sizes, Sizes]]:
+    def _profiles(self) -> dict[str, Profile]:
         """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the
         order in which `DeviceStep` uses the profiles.
         """
@@ -85,6 +90,9 @@ class RtxBackend(GpuBackend):
 
 class TensorRTBackend(RtxBackend):
     """TensorRT, which compiles only for the device of this machine."""
+
+    def here(self) -> Backend:
+        return LoweringBackend(self.recipe) if self.needs_another_machine() else super().here()
 
     def build_obstacle(self) -> str | None:
         return self.device_obstacle() or super().build_obstacle()
@@ -113,14 +121,3 @@ class TensorRTBackend(RtxBackend):
         except BackendError:
             return "unknown"
         return f"{here.name} (compute capability {here.capability})"
-
-
-def _shapes(model: ir.Model, profile: tuple[Sizes, Sizes, Sizes]) -> Shapes:
-    shapes: dict[str, Any] = {}
-    named = [dict(zip(("batch", "sequence"), sizes, strict=True)) for sizes in profile]
-    for value in model.graph.inputs:
-        assert value.shape is not None
-        shapes[str(value.name)] = tuple(
-            tuple(size if isinstance(size, int) else sizes[str(size.value)] for size in value.shape) for sizes in named
-        )
-    return shapes

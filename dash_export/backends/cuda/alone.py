@@ -1,0 +1,81 @@
+"""Engines of a device launched one at a time, on states that are given: what each gives is read back and compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.backends.cuda.bound import BoundEngines
+from dash_export.backends.cuda.cuda import MAIN, Mirror
+
+if TYPE_CHECKING:
+    from dash_export.backends.cuda.engines import DeviceCache, DeviceEngines
+
+Floats = npt.NDArray[np.float32]
+
+
+class LoneEngines(BoundEngines):
+    """Engines bound for steps of `sequence` tokens. `cache.lengths[0]` says where the step's tokens go."""
+
+    def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int) -> None:
+        super().__init__(engines, cache, sequence)
+        model, activations = engines.model, engines.build.recipe.engine
+        assert activations is not None
+        self._bf16 = activations.activations == "bf16"
+        kind = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[activations.activations]
+        self._state = Mirror(self.device, (sequence, model.hidden_size), kind)
+        self._rows = Mirror(self.device, (model.num_kv_heads, sequence, model.head_dim), kind)
+
+    def begin(self, ids: npt.NDArray[np.int64]) -> None:
+        """Begin a step of tokens [sequence]."""
+        self._ids.host[:] = ids
+        self.place()
+
+    def run(self, place: int, bypass: bool, state: Floats | None) -> Floats:
+        """Run the segment at `place`, or its bypass, on a state [sequence, hidden]; None: on the tokens. Return the
+        state that it gives or, of the last segment, the logits [1, vocab] of the last token.
+        """
+        if state is not None:
+            self._state.host[:] = _bf16(state) if self._bf16 else state
+            self.device.copy(MAIN, self._hidden[place % 2], self._state.host)
+        self.launch(self.parts[place], bypass)
+        is_last = place + 1 == len(self.parts)
+        if is_last:
+            self.device.copy(MAIN, self._logits.host, self._logits.memory)
+        else:
+            self.device.copy(MAIN, self._state.host, self._hidden[(place + 1) % 2])
+        self.device.synchronize(MAIN)
+        return self._logits.host[0].copy() if is_last else self._floats(self._state.host)
+
+    def damage(self) -> Floats:
+        """Return what the policy says [units] of the state that the segment before the first unit was last given."""
+        assert self._policy is not None
+        stream = self.engines.policy_stream
+        self._policy(stream)
+        self.device.copy(stream, self._damage.host, self._damage.memory)
+        self.device.synchronize(stream)
+        found: Floats = self._damage.host[0, 0].copy()
+        return found
+
+    def rows(self, layer: int) -> list[Floats]:
+        """Return the keys and the values [sequence, kv_heads * head_dim] that this step has written of a layer."""
+        cache, found = self._cache, []
+        width = self.sequence * cache.row_bytes
+        for memory in (cache.keys[layer], cache.values[layer]):
+            written = memory.part(cache.lengths[0] * cache.row_bytes)
+            self.device.copy_rows(MAIN, self._rows.memory, width, written, cache.pitch, width, len(self._rows.host))
+            self.device.copy(MAIN, self._rows.host, self._rows.memory)
+            self.device.synchronize(MAIN)
+            found.append(self._floats(self._rows.host).swapaxes(0, 1).reshape(self.sequence, -1))
+        return found
+
+    def _floats(self, array: npt.NDArray[Any]) -> Floats:
+        return (array.astype(np.uint32) << 16).view(np.float32) if self._bf16 else array.astype(np.float32)
+
+
+def _bf16(array: Floats) -> npt.NDArray[np.uint16]:
+    """Round to the nearest bfloat16, ties to even, as numbers of 16 bits."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

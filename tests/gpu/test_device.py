@@ -76,6 +76,7 @@ def test_a_graph_decides(device: Cuda) -> None:
     rng, expected = np.random.default_rng(0), np.zeros((2, 8, 16), np.uint8)
     for place in range(8):
         damage.host[:], limits.host[:], position.host[:] = rng.random(2), rng.random(2), place
+        limits.host[place % 3 :] = damage.host[place % 3 :]  # equal is not below; nor is 0, of a dense token
         graph.launch(MAIN)
         device.synchronize(MAIN)
         skips = damage.host.astype(np.float64) < limits.host

@@ -19,6 +19,7 @@ from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.cuda.cuda_graph import CudaGraph
 from dash_export.backends.cuda.kernels import KERNELS, NAMES, compile_kernels
 from dash_export.backends.tensorrt import tensorrt, trt_api
+from dash_export.bundle.layout import TIMING_CACHE
 from dash_export.errors import BackendError
 from tests.standin.trt import Engine
 
@@ -239,6 +240,20 @@ def test_engines_of_another_version_or_card_are_refused(device_bundle: Bundle) -
     recipe = replace(build.recipe, engine=replace(build.recipe.engine, capabilities=("9.0", "9.1")))
     with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 12\.0"):
         device.accept(replace(build, recipe=recipe), "rebuild me")
+
+
+@pytest.mark.usefixtures("card")
+def test_engines_are_tuned_for_what_runs(device_bundle: Bundle) -> None:
+    """A prompt's chunk and a token have a profile each, whose best size that is. Times of kernels are kept: every
+    engine's were added to those of the engines before it.
+    """
+    for target, together in (("trt10", []), ("trt10-together", [((2, 1, 64), (4, 1, 64), (4, 1, 64))])):
+        build = device_bundle.load_build(target)
+        file = device_bundle.path(build.engines["layer_01"].file)
+        profiles = tensorrt.TensorRT("tensorrt").engine(file, "main")._engine.profiles  # type: ignore[attr-defined]
+        sizes = [each["hidden"] for each in profiles]
+        assert sizes == [((1, 1, 64),) * 3, ((1, 1, 64), (1, 16, 64), (1, 16, 64)), *together]
+        assert (file.parent / TIMING_CACHE).read_bytes() == b"t" * len(build.engines)
 
 
 @pytest.mark.usefixtures("card")

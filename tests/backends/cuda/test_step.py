@@ -158,6 +158,27 @@ def test_sessions_in_threads_take_turns(on_card: MakeOnCard, host: Host, monkeyp
     np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
 
 
+def test_a_fork_waits_for_a_recording(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies would become part of it."""
+    made, sound, forks = on_card("trt10", "device"), Cuda.graph, list[Any]()
+    other = made.runtime.session()
+    other.prefill(IDS[:17])
+    thread = threading.Thread(target=lambda: forks.append(other.fork()))
+
+    def graph(*given: Any) -> Any:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.3)
+            assert not forks, "a copy during a recording"
+        return sound(*given)
+
+    monkeypatch.setattr(Cuda, "graph", graph)
+    assert not host.differs(made)
+    thread.join()
+    expected = host.runtime.generate(IDS[:19].tolist(), 5).tokens
+    np.testing.assert_array_equal(forks[0].generate(IDS[17:19].tolist(), 5).tokens, expected)
+
+
 def test_kernels_for_prompts_are_compiled_beside_the_work(on_card: MakeOnCard) -> None:
     """Every prompt has another length, and the first one would wait; what is recorded keeps the kernels it had."""
     made = on_card("rtx", "device")

@@ -104,6 +104,7 @@ ungated = "int8"
 head = "fp16"
 embedding = "fp16"
 bypass = "fp16"
+block_size = 64
 symmetric = true
 [runtime]
 dispatch = "overlapped"
@@ -122,6 +123,7 @@ CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
     "int4 embedding": ('embedding = "fp16"', 'embedding = "int4"', "embedding = 'int4' is not one of 'fp16' "),
     "bf16 weights": ('head = "fp16"', 'head = "bf16"', "head = 'bf16' is not one of 'fp16'"),
     "fp32 activations": ("kv_capacity", 'activations = "fp32"\nkv_capacity', "no fp32 attention"),
+    "small blocks": ("block_size = 64", "block_size = 32", "block_size = 32: TensorRT's int4 has blocks of 64 or 128"),
     "int4 on Turing": ('"8.9"', '"7.5"', "'int4' needs compute capability 8.0"),
     "fp8 on Ampere": (
         'capabilities = ["8.9"]\nkv_capacity = 1024\n[weights]\nlayers = "int4"',

@@ -2,8 +2,8 @@
 streams, by the rules of `IExecutionContext`. The same under TensorRT-RTX's name, with the rules of its own.
 
 An engine works on its memory from its launch to its end, and what other streams do may come between: its outputs and
-scratch memory are rubbish meanwhile, and what it reads must stay as it is. Its numbers have 16 bits where the graph says
-so, in memory; between them it computes in float32, as ONNX Runtime has no bfloat16 on a CPU.
+scratch memory are rubbish meanwhile, and what it reads must stay as it is. In memory its numbers have 16 bits where the
+graph says so; between them it computes in float32, as ONNX Runtime has no bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -147,6 +147,9 @@ class Engine:
 
     def get_tensor_mode(self, name: str) -> str:
         return "INPUT" if name in self.inputs else "OUTPUT"
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+        return self.profiles[profile].get(name, (tuple(self.tensors[name].shape),) * 3)  # type: ignore[no-any-return]
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH * (profile + 1)

@@ -147,7 +147,7 @@ def test_graphs_for_a_gpu_hold_what_was_calibrated(bundle: Bundle) -> None:
         values, scales = held(bundle, "small-cuda", engine, f"{node}/weight")
         np.testing.assert_array_equal(values.astype(np.float32), expected.codes.astype(np.float32) - 8)
         np.testing.assert_array_equal(scales, expected.scales.astype(scales.dtype))
-        assert expected.block == (32 if node == DOWN else 64)
+        assert expected.block == 32
     assert not np.array_equal(codes(bundle), codes(bundle, "small-cuda-nearest"))
     assert not bundle.path(f"engines/small-cuda-nearest/{FILE}").exists()
     one, other = (bundle.load_build(f"small-cuda{name}").verification for name in ("", "-nearest"))

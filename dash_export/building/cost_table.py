@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from dash_export.backends.base import Launch, backend_errors
 from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.recipe import Dispatch
 from dash_export.bundle.records import Build, Manifest
-from dash_export.core.dial import CostTable
+from dash_export.core.dial import CostTable, Mode
 from dash_export.core.rule import DENSE, Rule, static_rule
 from dash_export.core.units import Unit
 
@@ -41,13 +42,14 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     """Run tokens at the recipe's context, and time every segment and bypass in its place in the token.
 
-    On a device engines run later than they are launched, and a token may be one graph. There whole tokens are timed,
-    dispatched as the recipe says, and differences of tokens are what units save. Figures are medians over interleaved
+    On a device engines run later than they are launched, and a token may be one graph. There whole tokens are timed, in
+    every dispatch mode, and differences of tokens are what units save: the table is of the mode that the recipe names,
+    or of the fastest where half of what may be skipped is. Figures are medians over interleaved
     repeats. Units of equally many layers share the median of their costs, so that no single noisy measurement decides.
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe.cost
-    engines = backend.load_build(bundle, build, build.recipe.runtime.dispatch)
+    engines = backend.load_build(bundle, build, build.dispatch)
     context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)
@@ -75,24 +77,56 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
                 times[name].append(microseconds)
     medians = {name: round(median(found), 2) for name, found in times.items()}
     runs = {name: medians.pop(name) for name in names}
-    dense, asks, device, dispatch = sum(runs.values()), 0.0, cpu_name(), "sync"
+    dense, asks, device, dispatch, modes = sum(runs.values()), 0.0, cpu_name(), "sync", {}
     saved = [runs[names[place]] - medians[unit.bypass] for place, unit in zip(gated, units, strict=True)]
     if isinstance(engines, DeviceEngines):
-        dense, asks, saved = _whole_tokens(step, cache, units, engines.policy is not None, recipe.repeats)
-        device, dispatch = engines.device.name, engines.dispatch
+        times_of = _in_modes(bundle, build, backend, cache)
+        device, wanted = engines.device.name, build.recipe.runtime.dispatch
+        fastest = min((mode for mode in times_of if mode != "sync"), key=lambda mode: times_of[mode].half)
+        dispatch = wanted if wanted in times_of else fastest
+        dense, asks, saved = times_of[dispatch]
+        modes = {
+            mode: Mode(round(max(own.asks, 0.0) / own.dense, 5), round(ratio, 5))
+            for mode, own in times_of.items()
+            if mode != dispatch and sum(saved) > 0 and 1e-3 <= (ratio := sum(own.saved) / sum(saved)) <= 1e3
+        }
     load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)
     for unit, each in zip(units, saved, strict=True):
         alike[len(unit.layers)].append(each)
     cost = tuple(min(max(median(alike[len(unit.layers)]), 0.0) / dense, 1.0) for unit in units)
     asks = round(max(asks, 0.0) / dense, 5)
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch, modes)
 
 
-def _whole_tokens(
-    step: DeviceStep, cache: DeviceCache, units: Sequence[Unit], asks: bool, repeats: int
-) -> tuple[float, float, list[float]]:
-    """Return microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone."""
+class _Tokens(NamedTuple):
+    """Microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone."""
+
+    dense: float
+    asks: float
+    saved: list[float]
+
+    @property
+    def half(self) -> float:
+        """Of a token that skips half of what may be skipped, by the policy."""
+        return self.dense + self.asks - sum(self.saved) / 2
+
+
+def _in_modes(bundle: Bundle, build: Build, backend: Started, cache: DeviceCache) -> dict[str, _Tokens]:
+    """Return the times of whole tokens in each dispatch mode that is possible here."""
+    found: dict[str, _Tokens] = {}
+    context = cache.length
+    for mode in get_args(Dispatch):
+        engines: Any = backend.load_build(bundle, build, mode)  # loaded once, whatever the mode
+        cache.length = context
+        step = engines.step(cache, 1)
+        asks, repeats = engines.policy is not None, build.recipe.cost.repeats
+        times = _whole_tokens(step, cache, bundle.manifest.policy.units, asks, repeats)
+        found.setdefault(engines.dispatch, times)  # not what `device` becomes where it is not possible
+    return found
+
+
+def _whole_tokens(step: DeviceStep, cache: DeviceCache, units: Sequence[Unit], asks: bool, repeats: int) -> _Tokens:
     context = cache.length
 
     def rule(*places: int) -> Rule:
@@ -112,7 +146,7 @@ def _whole_tokens(
         dense.append(float(np.median(kept[:, 0])))
         asking.append(float(np.median(kept[:, 1] - kept[:, 0])))
         saved.append(float(np.median(kept[:, 1] - kept[:, 2])))
-    return median(dense), median(asking), saved[: len(units)]
+    return _Tokens(median(dense), median(asking), saved[: len(units)])
 
 
 @backend_errors

@@ -62,11 +62,11 @@ class WeightsRecipe:
 @dataclass(frozen=True)
 class RuntimeRecipe:
     """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: move the weights onto
-    huge pages when a CPU target is loaded.
+    huge pages when a CPU target is loaded. `dispatch` "fastest": of `overlapped` and `device`, as `build` measures.
     """
 
     threads: Annotated[int, Within(0, MAX_THREADS)] = 0
-    dispatch: Dispatch = "sync"
+    dispatch: Literal["sync", "overlapped", "device", "fastest"] = "sync"
     kv_step: Annotated[int, Within(16, 65536)] = 256
     prefill_chunk: Annotated[int, Within(1, 65536)] = 512
     huge_pages: bool = True

@@ -123,6 +123,14 @@ class Build:
     verification: Verification | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dispatch(self) -> str:
+        """The dispatch mode that is used where nothing is said: the recipe's, or the one that was measured as best."""
+        wanted = self.recipe.runtime.dispatch
+        if wanted != "fastest":
+            return wanted
+        return self.cost.dispatch if self.cost.segment_us else "overlapped"
+
 
 def sealed(manifest: Manifest) -> Manifest:
     """Return the manifest with the hash of its contents."""
@@ -182,7 +190,7 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield f"{min(unlisted)} is not among the files."
     if len(build.cost.cost) != len(units):
         yield "the cost table does not list the units."
-    if sum(build.cost.cost) >= 1:
+    if sum(build.cost.cost) * max([1.0, *(mode.saved for mode in build.cost.modes.values())]) >= 1:
         yield "by its cost table the units take more than a whole token."
 
 

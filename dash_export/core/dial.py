@@ -1,7 +1,7 @@
 """The dial: what skipping each unit saves, and which trade-off reaches a wanted amount (numpy only)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 from typing import Annotated
 
@@ -21,13 +21,24 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
+class Mode:
+    """Times of another dispatch mode than a cost table's. `asks`: as the table's. `saved`: what skipping saves there,
+    as a fraction of what it saves by the table.
+    """
+
+    asks: NotNegative
+    saved: Annotated[float, Within(1e-3, 1e3)]
+
+
+@dataclass(frozen=True)
 class CostTable:
     """Measured on `device`: medians in microseconds at `context` cached tokens.
 
     `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
     skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
     one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
-    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times.
+    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times;
+    `modes`: the others that were measured.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -40,6 +51,7 @@ class CostTable:
     stolen: NotNegative = 0.0
     asks: NotNegative = 0.0
     dispatch: str = "sync"
+    modes: dict[str, Mode] = field(default_factory=dict)
 
     def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
         """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:
@@ -70,6 +82,25 @@ class DialPoint:
     time: NotNegative
     kl: NotNegative
     perplexity: NotNegative = 1.0
+
+
+def in_mode(cost: CostTable, dial: tuple[DialPoint, ...], dispatch: str) -> tuple[CostTable, tuple[DialPoint, ...]]:
+    """Return the cost table and dial of another dispatch mode: with the same decisions, and the times of that mode. As
+    they are where it was not measured.
+    """
+    mode = cost.modes.get(dispatch)
+    if mode is None:
+        return cost, dial
+    own = replace(cost, cost=tuple(mode.saved * each for each in cost.cost), asks=mode.asks, dispatch=dispatch)
+    # A limit is the trade-off times the cost: the one is less by as much as the other is more.
+    return own, tuple(
+        replace(
+            point,
+            trade_off=point.trade_off / mode.saved,
+            time=max(0.0, 1 + mode.asks - mode.saved * (1 + cost.asks - point.time)),
+        )
+        for point in dial
+    )
 
 
 def recommended_budget(dial: Sequence[DialPoint]) -> float | None:

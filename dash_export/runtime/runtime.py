@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +15,7 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import LOWERED, is_hub_id
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.bundle.records import Build
-from dash_export.core.dial import CostTable, recommended_budget
+from dash_export.core.dial import CostTable, in_mode, recommended_budget
 from dash_export.core.kinds import Served, SessionRules, Setting, session_rules
 from dash_export.core.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
 from dash_export.core.rule import Rule
@@ -37,13 +38,13 @@ class DashRuntime:
 
     def __init__(self, bundle: Bundle, build: Build, backend: Started, dispatch: str | None = None) -> None:
         """Load all engines; most callers want `load`. Raises PolicyError for a dispatch mode that this build lacks."""
-        self.bundle, self.build = bundle, build
-        self.recipe = build.recipe
-        dispatch = dispatch or self.recipe.runtime.dispatch
+        dispatch = dispatch or build.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
+        cost, dial = in_mode(build.cost, build.dial, dispatch)
+        self.bundle, self.build, self.recipe = bundle, replace(build, cost=cost, dial=dial), build.recipe
         self.text = Text(bundle.root)
-        self.engines = backend.load_build(bundle, build, dispatch)
+        self.engines = backend.load_build(bundle, self.build, dispatch)
 
     @classmethod
     def load(
@@ -60,7 +61,8 @@ class DashRuntime:
         the only build there is.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
-        same in one CUDA graph, decisions included) or `sync`; by default as the recipe says. `threads` overrides the
+        same in one CUDA graph, decisions included) or `sync`; by default as the recipe says, or the one that `build`
+        found to be the fastest. `threads` overrides the
         recipe's (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded, which a key does
         too; that no file was replaced during the load is always checked. `trusted_key` (by default the environment's
         DASH_EXPORT_TRUSTED_KEY): the public key that must have signed the bundle.

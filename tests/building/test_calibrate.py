@@ -68,10 +68,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`cpu` in blocks of 32, and `cuda`, which every machine lowers for; all int4."""
+    """`cpu`, and `cuda`, which every machine lowers for, in blocks of 32; all int4."""
     folder, found = tmp_path_factory.mktemp("recipe"), {}
     for name, replaced in (("cpu", '"int8"'), ("cuda", '"fp16"')):
-        text = (resource_folder("engines") / f"{name}.toml").read_text(encoding="utf-8").replace("= 64", "= 32")
+        text = (resource_folder("engines") / f"{name}.toml").read_text(encoding="utf-8")
+        text = text.replace("block_size = 64", "block_size = 32").replace("block_size = 128", "block_size = 32")
         for part in ("layers", "qkv", "ungated", "head"):
             text = text.replace(f"{part} = {replaced}", f'{part} = "int4"')
         path = folder / f"small-{name}.toml"
@@ -142,7 +143,7 @@ def test_graphs_for_a_gpu_hold_what_was_calibrated(bundle: Bundle) -> None:
         values, scales = held(bundle, "small-cuda", engine, f"{node}/weight")
         np.testing.assert_array_equal(values.astype(np.float32), expected.codes.astype(np.float32) - 8)
         np.testing.assert_array_equal(scales, expected.scales.astype(scales.dtype))
-        assert expected.block == (32 if node == DOWN else 64)
+        assert expected.block == 32
     assert not np.array_equal(codes(bundle), codes(bundle, "small-cuda-nearest"))
     assert not bundle.path(f"engines/small-cuda-nearest/{FILE}").exists()
     one, other = (bundle.load_build(f"small-cuda{name}").verification for name in ("", "-nearest"))
@@ -237,7 +238,7 @@ def test_other_units_keep_it(
 def test_other_recipes(own: Bundle, target: str, tmp_path: Path) -> None:
     """To nearest under the same name, with other blocks; and without any int4."""
     path = tmp_path / "small-cuda.toml"
-    text = Path(target).read_text().replace('"gptq"', '"nearest"').replace("block_size = 128", "block_size = 16")
+    text = Path(target).read_text().replace('"gptq"', '"nearest"').replace("block_size = 32", "block_size = 16")
     path.write_text(text)
     build(own, str(path))
     assert held(own, "small-cuda", UNIT, f"{DOWN}/weight")[1].shape[0] == 96 // 16
@@ -249,7 +250,7 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
     odd = Bundle.open(tiny_bundle(tmp_path, intermediate_size=104))
     build(odd, target, verify=True)
     assert roundings_lookup(odd.path(f"engines/small-cuda/{FILE}"))(DOWN) is None
-    assert kept(odd, "layer_03/mlp/up_proj").block == 64
+    assert kept(odd, "layer_03/mlp/up_proj").block == 32
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -54,6 +54,7 @@ ungated = "int8"
 head = "fp16"
 embedding = "fp16"
 bypass = "fp16"
+block_size = 64
 symmetric = true
 [runtime]
 dispatch = "overlapped"
@@ -100,6 +101,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "int4 embedding": (gpu('embedding = "fp16"', 'embedding = "int4"'), "embedding = 'int4' is not one of 'fp16' "),
     "bf16 weights": (gpu('head = "fp16"', 'head = "bf16"'), "head = 'bf16' is not one of 'fp16'"),
     "fp32 activations": (gpu("kv_capacity", 'activations = "fp32"\nkv_capacity'), "no fp32 attention"),
+    "small blocks": (gpu("block_size = 64", "block_size = 32"), "TensorRT's int4 has blocks of 64 or 128"),
     "int4 on Turing": (gpu('"8.9"', '"7.5"'), "'int4' needs compute capability 8.0"),
     "fp8 on Ampere": (
         gpu('["8.9"]', '["8.6", "9.0"]').replace('"int4"', '"fp8"\nrounding = "gptq"'),

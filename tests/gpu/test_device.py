@@ -1,5 +1,6 @@
 """Memory, copies, streams, events and graphs: on the stand-in that other tests run on, and on a card."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -43,46 +44,69 @@ def test_memory_begins_at_zero_and_copies_are_exact(device: Cuda) -> None:
 def test_a_graph_decides(device: Cuda) -> None:
     """A recorded step decides anew at every launch: branches, the kernel's arithmetic, rows at a place that moves."""
     damage, limits = Mirror(device, (2,), np.float32), Mirror(device, (2,), np.float64)
-    position, rows = Mirror(device, (1,), np.int64), Mirror(device, (2, 16), np.uint8)
     skipped, chosen = Mirror(device, (2,), np.bool_), Mirror(device, (2, 64), np.uint8)
-    tables = Mirror(device, (2, 8, 16), np.uint8)
     half = [Mirror(device, (64,), np.uint8) for _ in range(2)]
     for value, each in enumerate(half):
         each.host[:] = value + 1
         device.copy(MAIN, each.memory, each.host)
-    rows.host[:] = np.arange(32).reshape(2, 16)
-    device.copy(MAIN, rows.memory, rows.host)
 
     def step(graph: Any) -> None:
-        for each in (damage, limits, position):
+        for each in (damage, limits):
             device.copy(MAIN, each.memory, each.host)
-        device.record(MAIN, "begun")
-        device.wait(BESIDE, "begun")
-        graph.write_rows(BESIDE, [(tables.memory, rows.memory)], 8 * 16, 16, position.memory)
-        device.record(BESIDE, "done")
         graph.decide(MAIN, damage.memory, limits.memory, skipped.memory)
         for unit in range(2):
             to = chosen.memory.part(64 * unit)
             run, skip = (partial(device.copy, to=to, source=each.memory) for each in half)
             graph.branch(MAIN, unit, run, skip)
-        device.wait(MAIN, "done")
-        for each in (skipped, chosen, tables):
+        for each in (skipped, chosen):
             device.copy(MAIN, each.host, each.memory)
 
     try:
         graph = device.graph(MAIN, 2, step)
     except BackendError as error:
         pytest.skip(f"no graphs with decisions here: {error}")
-    rng, expected = np.random.default_rng(0), np.zeros((2, 8, 16), np.uint8)
+    rng = np.random.default_rng(0)
     for place in range(8):
-        damage.host[:], limits.host[:], position.host[:] = rng.random(2), rng.random(2), place
+        damage.host[:], limits.host[:] = rng.random(2), rng.random(2)
+        limits.host[place % 3 :] = damage.host[place % 3 :]  # equal is not below; nor is 0, of a dense token
         graph.launch(MAIN)
         device.synchronize(MAIN)
         skips = damage.host.astype(np.float64) < limits.host
         np.testing.assert_array_equal(skipped.host, skips)
         np.testing.assert_array_equal(chosen.host, np.where(skips, 2, 1)[:, None].repeat(64, axis=1))
-        expected[:, place] = rows.host
-        np.testing.assert_array_equal(tables.host, expected)
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(1, 1), (3, 1), (1, 5)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_new_rows_go_to_their_tokens(recorded: bool, sequences: int, tokens: int, device: Cuda) -> None:
+    """Of two layers' K and V, with two heads, at once; to positions that are read when the kernel runs."""
+    pairs, heads, width, capacity = 4, 2, 24, 9
+    new = Mirror(device, (pairs, sequences, heads, tokens, width), np.uint8)
+    caches = Mirror(device, (pairs, sequences, heads, capacity, width), np.uint8)
+    position, table = Mirror(device, (sequences, tokens), np.int64), Mirror(device, (pairs, 2), np.uint64)
+    sizes = [each.memory.nbytes // pairs for each in (caches, new)]
+    memories = [(caches.memory.part(pair * sizes[0]), new.memory.part(pair * sizes[1])) for pair in range(pairs)]
+    table.host[:] = [[each.address for each in pair] for pair in memories]
+    device.copy(MAIN, table.memory, table.host)
+    numbers = [(tokens, ctypes.c_int), (width // 2, ctypes.c_longlong), (capacity * width // 2, ctypes.c_longlong)]
+
+    def write(_: Any = None) -> None:
+        for each in (new, position):
+            device.copy(MAIN, each.memory, each.host)
+        blocks = (sequences * tokens, pairs, heads)
+        device.kernel("write_rows", MAIN, blocks, 64, (table.memory, position.memory), numbers)
+        device.copy(MAIN, caches.host, caches.memory)
+
+    launch = partial(device.graph(MAIN, 0, write).launch, MAIN) if recorded else write
+    rng, expected = np.random.default_rng(0), np.zeros(caches.host.shape, np.uint8)
+    for place in range(4):
+        new.host[:] = rng.integers(0, 255, new.host.shape)
+        position.host[:] = place + np.arange(sequences)[:, None] + np.arange(tokens)
+        for sequence, places in enumerate(position.host):
+            expected[:, sequence][:, :, places] = new.host[:, sequence]
+        launch()
+        device.synchronize(MAIN)
+        np.testing.assert_array_equal(caches.host, expected)
 
 
 def test_a_token_follows_the_likeliest(device: Cuda) -> None:

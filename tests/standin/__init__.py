@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def installed(card: Card) -> Iterator[None]:
-    """Whoever asks for a driver, CUDA or TensorRT gets the card's. The kernels are compiled to PTX, by NVRTC."""
+    """Whoever asks for a driver, CUDA or TensorRT gets the card's."""
     from dash_export.backends.cuda import cuda_devices, kernels
     from dash_export.backends.tensorrt import trt_api
     from dash_export.bundle import recipe, records
     from tests.standin.modules import Runtime, driver, libcuda
-    from tests.standin.ptx import compile_ptx
     from tests.standin.trt import toolkit
 
     def faults(recipe: Any, sound: Any = recipe.recipe_faults) -> list[str]:
@@ -38,7 +37,7 @@ def installed(card: Card) -> Iterator[None]:
         patch.setattr(cuda_devices, "_driver", lambda: libcuda(card))
         patch.setattr(trt_api, "_logger", cache(trt_api._logger.__wrapped__))  # else it would keep the card for good
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
-        patch.setattr(kernels, "compile_kernels", lambda _: compile_ptx(kernels.KERNELS))
+        patch.setattr(trt_api, "Thread", card.thread)
         for module in (records, recipe):
             patch.setattr(module, "recipe_faults", faults)
         forget()

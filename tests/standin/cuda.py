@@ -12,7 +12,10 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import cuda.bindings.runtime as rt
@@ -64,15 +67,17 @@ class Card(Memory):
         super().__init__()
         self.run_in_order_of(first)
         self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
-        self.integrated = False
+        self.integrated, self.lock, self._acts = False, RLock(), False
         self.live = Graph(0, [])
         """What is enqueued and not recorded."""
         self.calls = Counter[str]()
         self.at_exit: list[tuple[Any, ...]] = []
         """What the product would do when the process ends, and with what."""
+        self.beside = list[Callable[[], Any]]()
         self.recorded: list[Graph] = []
         self.ran: list[tuple[int, Any]] = []
         """(stream, context) of every launch of an engine."""
+        self.priorities: dict[int, int] = {}
         self._handles = count(1)
         self._recording: dict[int, Graph] = {}
         self._events: dict[int, Event] = {}
@@ -81,6 +86,10 @@ class Card(Memory):
         self._owners: dict[int, Graph] = {}
         self._conditions: dict[int, bool] = {}
         self._functions: dict[int, Any] = {}
+
+    def thread(self, target: Callable[..., Any], args: Any, daemon: bool) -> Any:
+        """What the product would do in a thread of its own."""
+        return SimpleNamespace(start=lambda: self.beside.append(partial(target, *args)), is_alive=lambda: daemon)
 
     def run_in_order_of(self, first: str | int) -> None:
         """The stream of that name runs ahead of the others whenever it can, or chance chooses by that seed."""
@@ -106,7 +115,8 @@ class Card(Memory):
     # --- copies
 
     def drain(self) -> None:
-        self.run(self.live.nodes)
+        if not self._acts:  # else Python frees something while a node acts
+            self.run(self.live.nodes)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any]:  # noqa: N802
         self.enqueue(stream, "memset", "", lambda: self.view(address, nbytes).fill(value))
@@ -150,11 +160,12 @@ class Card(Memory):
 
     def enqueue(self, stream: int, what: str, of: Any, *acts: Callable[[], object]) -> None:
         """Work for a stream, one after another; what other streams do may come between."""
-        at = self._at(stream)
-        at.log.append((int(stream), what, of))
-        for act in acts:
-            at.nodes.append(Node(int(stream), act, at.ends[int(stream)]))
-            at.ends[int(stream)] = at.nodes[-1:]
+        with self.lock:
+            at = self._at(stream)
+            at.log.append((int(stream), what, of))
+            for act in acts:
+                at.nodes.append(Node(int(stream), act, at.ends[int(stream)]))
+                at.ends[int(stream)] = at.nodes[-1:]
 
     def _at(self, stream: int) -> Graph:
         """What the stream's work goes to."""
@@ -168,7 +179,7 @@ class Card(Memory):
             ahead = [node for node in ready if names.get(node.stream) == self.first]
             node = ahead[0] if ahead else ready[int(self._rng.integers(len(ready)))]
             pending.remove(node)
-            node.done = True
+            node.done, acts, self._acts = True, self._acts, True
             try:
                 node.act()
             except BaseException:  # as after an illegal access: the rest is lost
@@ -176,10 +187,16 @@ class Card(Memory):
                     lost.done = True
                 pending.clear()
                 raise
+            finally:
+                self._acts = acts
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[Any, ...]:  # noqa: N802
+        return OK, 0, -5
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:  # noqa: N802
         assert flags == rt.cudaStreamNonBlocking
         handle = next(self._handles)
+        self.priorities[handle] = priority
         self.live.ends[handle] = []
         return OK, rt.cudaStream_t(handle)
 
@@ -306,7 +323,8 @@ class Card(Memory):
         def act() -> None:
             rule(handle in self._conditions, "a branch before its decision")
             if self._conditions[handle]:
-                self._replay(body)
+                nodes = self._copied(body, [])
+                self.run(list(nodes), nodes)
 
         node = Node(at.origin, act, [self._nodes[int(each)] for each in before])
         at.nodes.append(node)
@@ -319,7 +337,7 @@ class Card(Memory):
         return OK, found
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:  # noqa: N802
-        assert flags == 0
+        assert flags == rt.cudaGraphInstantiateFlags.cudaGraphInstantiateFlagUseNodePriority
         made = next(self._handles)
         self._graphs[made] = self._graphs[int(graph)]
         self.recorded.append(self._graphs[made])
@@ -327,19 +345,22 @@ class Card(Memory):
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Any]:  # noqa: N802
         rule(stream not in self._recording, "cudaErrorStreamCaptureUnsupported: a graph launched in a recording")
+        """Its nodes run as its own streams ran when it was recorded, between what other streams do."""
         found = self._graphs[int(graph)]
-
-        def act() -> None:
-            self._conditions.clear()
-            self._replay(found)
-
-        self.enqueue(stream, "launch", "graph", act)
+        names = [of for _, what, of in found.log if what == "run"]
+        self.enqueue(stream, "launch", names[0] if len(names) == 1 else "graph", self._conditions.clear)
+        begun = self.live.ends[int(stream)]
+        nodes = self._copied(found, begun)
+        self.live.nodes += nodes
+        followed = {id(before) for node in nodes for before in node.before}
+        self.live.ends[int(stream)] = [node for node in nodes if id(node) not in followed] or begun
         return (OK,)
 
-    def _replay(self, graph: Graph) -> None:
+    def _copied(self, graph: Graph, begun: list[Node]) -> list[Node]:
+        copies: dict[int, Node] = {}
         for node in graph.nodes:
-            node.done = False
-        self.run(graph.nodes, list(graph.nodes))
+            copies[id(node)] = Node(node.stream, node.act, [copies[id(each)] for each in node.before] or begun)
+        return list(copies.values())
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:  # noqa: N802
         del self._graphs[int(graph)]
@@ -351,7 +372,7 @@ class Card(Memory):
 
     def load(self, code: bytes) -> tuple[Any, ...]:
         rule(not self.recording(), "drivers before CUDA 12.3 load no kernels within a recording")
-        return rt.cudaError_t(0), kernels(code.decode())
+        return rt.cudaError_t(0), kernels(code.rstrip(b"\0").decode())
 
     def function(self, module: dict[str, Any], name: bytes) -> tuple[Any, ...]:
         handle = next(self._handles)

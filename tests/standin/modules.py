@@ -27,14 +27,15 @@ class Runtime:
         made = getattr(card, re.sub(r"_v\d$", "", name))
 
         def call(*given: Any) -> Any:
-            card.calls[name] += 1
-            if (plain := name.removesuffix("_v2")) in card.failing:
-                return card.failing[plain], None
-            try:
-                return made(*given)
-            except BrokenRuleError:
-                card.break_recordings()
-                raise
+            with card.lock:
+                card.calls[name] += 1
+                if (plain := name.removesuffix("_v2")) in card.failing:
+                    return card.failing[plain], None
+                try:
+                    return made(*given)
+                except BrokenRuleError:
+                    card.break_recordings()
+                    raise
 
         return call
 

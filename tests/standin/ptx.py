@@ -1,4 +1,4 @@
-"""Runs the PTX that NVRTC makes of a kernel, thread by thread: the kernel's own instructions, not another telling.
+"""Runs the PTX of a kernel, thread by thread: the kernel's own instructions, not another telling.
 What no kernel uses is not here and raises KeyError.
 """
 
@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from cuda.bindings import nvrtc
 
 FORMATS = {"f32": "f", "f64": "d", "u8": "B", "b8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q"}
 COMPARE = {"lt": "{} < {}", "gt": "{} > {}", "ge": "{} >= {}", "le": "{} <= {}", "eq": "{} == {}"}
@@ -20,6 +19,7 @@ ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
     "add": "{} + {}",
     "and": "{} & {}",
     "mul": "{} * {}",
+    "div": "{} // {}",  # of numbers without a sign
     "mad": "{} * {} + {}",
     "sub": "{} - {}",
     "or": "{} | {}",
@@ -50,8 +50,8 @@ class Kernel:
         steps = [line.strip("{} ") for line in lines]
         steps = [step for step in steps if step and not step.startswith(".")]
         labels = {step[:-1]: str(index) for index, step in enumerate(steps) if step.endswith(":")}
-        names = [*parameters, "tid_x", "ntid_x", "nctaid_x", "ctaid_x", "ctaid_y", "ctaid_z", "load", "store", "call"]
-        source = [f"def thread({', '.join(names)}):", " at = -1"]
+        names = [*parameters, "tid_x", "ntid_x", "nctaid_x", "nctaid_z", "ctaid_x", "ctaid_y", "ctaid_z"]
+        source = [f"def thread({', '.join(names)}, load, store, call):", " at = -1"]
         source += [" while True:", "  if at == -1:"]
         for index, step in enumerate(steps):
             if step.endswith(":"):
@@ -80,7 +80,7 @@ class Kernel:
 
         for block in np.ndindex(blocks):
             for thread in range(threads):
-                self._thread(*arguments, thread, threads, blocks[0], *block, load, store, call)
+                self._thread(*arguments, thread, threads, blocks[0], blocks[2], *block, load, store, call)
 
 
 def _python(step: str, labels: dict[str, str]) -> str:
@@ -131,13 +131,3 @@ def _read(value: str, kind: str) -> str:
         return f"unpack('I', pack('f', {value}))[0]"
     half = 1 << (bits - 1) if kind[0] == "s" else 0
     return f"((({value}) + {half}) % {1 << bits} - {half})"
-
-
-@cache
-def compile_ptx(source: str) -> bytes:
-    """NVRTC's PTX of CUDA C, for 9.0: with that of later architectures registers have no types."""
-    program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])[1]
-    assert not int(nvrtc.nvrtcCompileProgram(program, 1, [b"--gpu-architecture=compute_90"])[0])
-    text = bytes(nvrtc.nvrtcGetPTXSize(program)[1])
-    nvrtc.nvrtcGetPTX(program, text)
-    return text

@@ -2,7 +2,8 @@
 streams, by the rules of `IExecutionContext`. The same under TensorRT-RTX's name, with the rules of its own.
 
 An engine works on its memory from its launch to its end, and what other streams do may come between: its outputs and
-scratch memory are rubbish meanwhile, and what it reads must stay as it is.
+scratch memory are rubbish meanwhile, and what it reads must stay as it is. In memory its numbers have 16 bits where the
+graph says so; between them it computes in float32, as ONNX Runtime has no bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -13,21 +14,38 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import numpy_helper
 
 from dash_export.backends.onnxruntime.ort_engine import session_options
 from tests.standin.cuda import Card
 from tests.standin.memory import POISON, rule
 
-TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
+TYPES: dict[int, Any] = {1: np.float32, 7: np.int64, 9: np.bool_, 10: np.float16, 16: ml_dtypes.bfloat16}
+"""By the number of an element type in ONNX."""
+FLOAT, HALVES = 1, (10, 16)
 SCRATCH = 512
+
+
+def widened(model: onnx.ModelProto) -> dict[str, Any]:
+    """Make every number of 16 bits one of 32, in place. Return the types that inputs and outputs had."""
+    graph, types = model.graph, dict[str, Any]()
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type
+        types[value.name] = np.dtype(TYPES[kind.elem_type])
+        kind.elem_type = FLOAT if kind.elem_type in HALVES else kind.elem_type
+    for held in graph.initializer:
+        if held.data_type in HALVES:
+            held.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(held).astype(np.float32), held.name))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i in HALVES:
+                attribute.i = FLOAT
+    del graph.value_info[:]
+    return types
 
 
 class Network:
@@ -71,7 +89,8 @@ class Config(SimpleNamespace):
         self.set_memory_pool_limit = lambda *_: None
         self.set_timing_cache = lambda *_, **__: True
         self.add_optimization_profile, self.set_flag = self.profiles.append, self.flags.append
-        self.create_timing_cache = lambda _: SimpleNamespace(serialize=lambda: b"timings")
+        # An engine's times are a byte, after those that were known.
+        self.create_timing_cache = lambda known: SimpleNamespace(known=known, serialize=lambda: known + b"t")
         self.set_compute_capability = lambda *_: True
 
 
@@ -104,8 +123,10 @@ class Engine:
 
     def __init__(self, card: Card, rtx: bool, plan: bytes) -> None:
         self.card, self.rtx = card, rtx
-        self.name, model, self.profiles, self.user_memory = pickle.loads(plan)
-        self.session = ort.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
+        self.name, plan, self.profiles, self.user_memory = pickle.loads(plan)
+        model = onnx.load_from_string(plan)
+        self.types, options = widened(model), session_options()
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.num_optimization_profiles = len(self.profiles)
         self.tensors = {item.name: item for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = [item.name for item in self.session.get_inputs()]
@@ -113,13 +134,22 @@ class Engine:
         self.num_io_tensors = len(self.tensors)
 
     def run(self, feeds: dict[str, Any]) -> list[Any]:
-        return self.session.run(self.outputs, feeds)  # type: ignore[no-any-return]
+        """Of 16 bits at both ends, where the graph says so."""
+        asked = {name: np.asarray(array, self.session_type(name)) for name, array in feeds.items()}
+        found = self.session.run(self.outputs, asked)
+        return [array.astype(self.types[name]) for name, array in zip(self.outputs, found, strict=True)]
+
+    def session_type(self, name: str) -> Any:
+        return np.float32 if self.types[name].itemsize == 2 else self.types[name]
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> str:
         return "INPUT" if name in self.inputs else "OUTPUT"
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+        return self.profiles[profile].get(name, (tuple(self.tensors[name].shape),) * 3)  # type: ignore[no-any-return]
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH * (profile + 1)
@@ -180,7 +210,7 @@ class Context:
 
         def tensor(name: str) -> Any:
             shape = [known.get(size, size) for size in self.engine.tensors[name].shape]
-            kind, place = np.dtype(TYPES[self.engine.tensors[name].type]), self.places[name]
+            kind, place = self.engine.types[name], self.places[name]
             nbytes = int(np.prod(shape)) * kind.itemsize
             return lambda: self.engine.card.view(place, nbytes).view(kind).reshape(shape)
 

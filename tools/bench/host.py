@@ -27,11 +27,12 @@ from dash_export.core.sampling import Sampler, Sampling
 class Nothing:
     """A device that does nothing at once, and counts what it is asked."""
 
-    name = "nothing"
+    name, records = "nothing", True
 
     def __init__(self) -> None:
         self.calls = 0
-        self.copy = self.copy_rows = self.record = self.wait = self.wait_for_event = self.synchronize = self._called
+        for name in ("copy", "copy_rows", "kernel", "record", "wait", "wait_for_event", "synchronize"):
+            setattr(self, name, self._called)
 
     def _called(self, *_: Any) -> None:
         self.calls += 1
@@ -40,7 +41,7 @@ class Nothing:
         pass
 
     def memory(self, nbytes: int) -> Any:
-        memory = SimpleNamespace(nbytes=nbytes)
+        memory = SimpleNamespace(nbytes=nbytes, address=0)
         memory.part = lambda *_: memory
         return memory
 

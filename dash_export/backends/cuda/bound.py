@@ -5,6 +5,8 @@ Hidden states alternate between two buffers, as on the host.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +15,6 @@ import numpy as np
 
 from dash_export.backends.base import Launch as HostLaunch
 from dash_export.backends.cuda.cuda import MAIN, CudaMemory, DeviceEngine, Launch, Mirror
-from dash_export.backends.cuda.cuda_graph import CudaGraph
 from dash_export.bundle.layout import new_names, past_names, present_names
 from dash_export.core.sampling import Draw
 
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 READY = "state ready"
 """Event: the state that the policy reads is there."""
+POLICY = -1
+"""Place of the policy, where a segment's is its number."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One segment, bound to a step's memory. `unit`: its place among the units. Where its engines leave the writing of
-    K and V to the runtime, `new_rows` has (cache, rows), and `copies` has (sequence, its cache, its rows) of the same.
+    K and V to the runtime, `new_rows` has the addresses (cache, new rows) of each.
 
     A Part does not refer to its step: without a cycle, a step that is dropped frees its memory and contexts at once.
     """
@@ -35,8 +38,7 @@ class Part:
     unit: int | None
     run: Launch
     bypass: Launch | None
-    new_rows: list[tuple[CudaMemory, CudaMemory]]
-    copies: list[tuple[int, CudaMemory, CudaMemory]]
+    new_rows: Mirror | None
 
 
 class BoundEngines:
@@ -50,7 +52,6 @@ class BoundEngines:
         self._cache = cache
         model, units, item = engines.model, len(engines.units), engines.itemsize
         space = self._space = self.device if sequence == 1 else cache.prompts.again()
-        self._new_bytes = sequence * model.num_kv_heads * cache.row_bytes
         sides = 2 if sequence == 1 else 1  # of results: a step may run ahead while the host reads the last one's
         self._ids = Mirror(space, (batch, sequence), np.int64, 1 + sides)  # given, and drawn ahead
         self._draws = Mirror(space, (batch, len(Draw._fields)), np.float64, sides)
@@ -81,21 +82,22 @@ class BoundEngines:
 
     def _bind_part(self, index: int, loaded: LoadedSegment) -> Part:
         memory = {"hidden": self._hidden[index % 2], "hidden_out": self._hidden[(index + 1) % 2]}
-        new_rows = []
+        rows = list[tuple[int, int]]()
+        nbytes = self.batch * self.sequence * self.engines.model.num_kv_heads * self._cache.row_bytes
         for layer in loaded.segment.layers:
             names = zip(past_names(layer), present_names(layer), new_names(layer), strict=True)
             for (past, present, new), caches in zip(names, (self._cache.keys, self._cache.values), strict=True):
                 memory[past] = memory[present] = caches[layer]
                 if new in loaded.run.outputs:
-                    memory[new] = self._space.memory(self.batch * self._new_bytes)
-                    new_rows.append((caches[layer], memory[new]))
+                    memory[new] = self._space.memory(nbytes)
+                    rows.append((caches[layer].address, memory[new].address))
         bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
-        copies = [
-            (index, into.part(index * self._cache.sequence_bytes), rows.part(index * self._new_bytes))
-            for into, rows in new_rows
-            for index in range(self.batch)
-        ]
-        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows, copies)
+        table = Mirror(self._space, (len(rows), 2), np.uint64) if rows else None
+        if table is not None:
+            table.host[:] = rows
+            self.device.copy("setup", table.memory, table.host)
+            self.device.synchronize("setup")
+        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, table)
 
     def _bind(self, engine: DeviceEngine, memory: dict[str, CudaMemory]) -> Launch:
         memory = self._memory | memory
@@ -104,37 +106,36 @@ class BoundEngines:
         profile = 0 if self.engines.recipe.profiles == 1 else 2 if self.batch > 1 else int(self.sequence > 1)
         return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 
-    def _launch_before_units(self, asks: bool, graph: CudaGraph | None = None) -> None:
-        """Enqueue the segments before the first unit, and the policy if `asks`. On a stream of its own the policy waits
-        only for the state that it reads, and runs beside the last of these segments. That state is not overwritten
-        before the decision: the first unit would overwrite it, and is launched later.
+    def _launch_before_units(self, asks: bool, launch: Callable[..., None]) -> None:
+        """`launch` the segments before the first unit, and the policy if `asks`. On a stream of its own the policy
+        waits only for the state that it reads, and is there before the segment that hides it. That state is not
+        overwritten before the decision: the first unit would overwrite it, and is launched later.
         """
         stream = self.engines.policy_stream
-        for index, part in enumerate(self.parts[: self.engines.first]):
-            if asks and index == self.engines.first - 1:
+        for place in range(self.engines.first):
+            if asks and stream != MAIN and place == self.engines.first - 1:
                 self.device.record(MAIN, READY)
-            self.launch(part, graph=graph)
-        if asks:
-            assert self._policy is not None
-            if stream != MAIN:
                 self.device.wait(stream, READY)
-            self._policy(stream)
+                launch(POLICY, stream=stream)
+            launch(place)
+        if asks and stream == MAIN:
+            launch(POLICY)
 
-    def launch(self, part: Part, bypass: bool = False, graph: CudaGraph | None = None, stream: str = MAIN) -> None:
-        """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime. New rows go
-        after the cached ones or, where the step is recorded in `graph`, to a position that is read when it runs.
+    def launch(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
+        """Enqueue the policy, or a segment or its bypass with the cache writes that its engine leaves to the runtime:
+        of all new rows in one kernel, to the positions of the tokens, which it reads when it runs.
         """
-        launch = part.bypass if bypass else part.run
+        part = self.parts[place]
+        launch = self._policy if place == POLICY else part.bypass if bypass else part.run
         assert launch is not None
         launch(stream)
-        cache, heads = self._cache, self.engines.model.num_kv_heads
-        if graph is not None and part.new_rows:
-            graph.write_rows(stream, part.new_rows, cache.pitch, cache.row_bytes, self._positions.memory)
+        if place == POLICY or part.new_rows is None:
             return
-        width = self.sequence * cache.row_bytes
-        for index, into, rows in part.copies:
-            free = into.part(cache.lengths[index] * cache.row_bytes)
-            self.device.copy_rows(stream, free, cache.pitch, rows, width, width, heads)
+        cache, table = self._cache, part.new_rows
+        blocks = self.batch * self.sequence, len(table.host), self.engines.model.num_kv_heads
+        sizes = [(size // 2, ctypes.c_longlong) for size in (cache.row_bytes, cache.pitch)]
+        memories, numbers = (table.memory, self._positions.memory), [(self.sequence, ctypes.c_int), *sizes]
+        self.device.kernel("write_rows", stream, blocks, 64, memories, numbers)
 
     def _note_positions(self) -> None:
         for index, length in enumerate(self._cache.lengths[: self.batch]):
@@ -154,8 +155,11 @@ class BoundEngines:
     def launches(self) -> list[tuple[HostLaunch, HostLaunch | None]]:
         """Return (run, bypass) of every segment, to be timed one by one after `place`. A call waits for its own end."""
 
-        def run(part: Part, bypass: bool) -> None:
-            self.launch(part, bypass)
+        def run(place: int, bypass: bool) -> None:
+            self.launch(place, bypass)
             self.device.synchronize(MAIN)
 
-        return [(partial(run, part, False), partial(run, part, True) if part.bypass else None) for part in self.parts]
+        return [
+            (partial(run, place, False), partial(run, place, True) if part.bypass else None)
+            for place, part in enumerate(self.parts)
+        ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.cuda.cuda_devices import CudaDevice, cuda_devices
+from dash_export.backends.cuda.kernels import launch
 from dash_export.bundle.records import Build
 from dash_export.errors import BackendError
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAIN, BESIDE = "main", "beside"
-"""Names of streams: layers run on MAIN; in `overlapped` and `device` dispatch the policy runs on BESIDE."""
+"""Names of streams: layers run on MAIN; in `overlapped` and `device` dispatch the policy runs on BESIDE, before them
+where a card has no room for both: everything after it waits for what it says.
+"""
 Launch = Callable[[str], None]
 """Enqueue a bound engine on the stream of that name. Launches of engines loaded for different streams may overlap."""
 LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
@@ -70,6 +73,9 @@ class DeviceEngine(Protocol):
 
 class Cuda:
     """CUDA runtime on the first device: the common part of all backends on CUDA."""
+
+    records = True
+    """Whether what engines do can become part of a graph."""
 
     def __init__(self) -> None:
         """Open the first device. Raises BackendError that names what is missing: driver, device or bindings."""
@@ -185,12 +191,26 @@ class Cuda:
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpy2DAsync(to.address, pitch, source.address, source_pitch, width, rows, kind, handle))
 
+    def kernel(
+        self,
+        name: str,
+        stream: str,
+        blocks: tuple[int, int, int],
+        threads: int,
+        memories: Sequence[CudaMemory],
+        numbers: Sequence[tuple[int, Any]],
+    ) -> None:
+        """Enqueue one of the kernels that no engine has (`kernels`)."""
+        launch(name, self.stream(stream), blocks, threads, [memory.address for memory in memories], numbers)
+
     # --- order
 
     def stream(self, name: str) -> int:
         """Return the handle of the stream of that name; create the stream at first use."""
         if name not in self._streams:
-            self._streams[name] = int(self(self.rt.cudaStreamCreateWithFlags(self.rt.cudaStreamNonBlocking)))
+            _, first = self(self.rt.cudaDeviceGetStreamPriorityRange())
+            flags, priority = self.rt.cudaStreamNonBlocking, first if name == BESIDE else 0
+            self._streams[name] = int(self(self.rt.cudaStreamCreateWithPriority(flags, priority)))
         return self._streams[name]
 
     def _event(self, name: str) -> Any:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_export.backends.cuda.cuda import Cuda, CudaMemory
 from dash_export.backends.cuda.kernels import BINS, PART, load_kernels
@@ -27,10 +25,10 @@ BODY = "body"
 
 
 class CudaGraph:
-    """A step that is recorded once and launched again and again: an executable graph, and the graph it was instantiated
+    """Work that is recorded once and launched again and again: an executable graph, and the graph it was instantiated
     from, which owns the bodies of its conditional nodes. Both are freed with this object.
 
-    `decide`, `branch` and `write_rows` are called by the step while it is recorded. All work that streams are given
+    `decide`, `branch` and `follow` are called by the step while it is recorded. All work that streams are given
     meanwhile is recorded. Streams must wait for one another as ever; the host must not wait for anything.
     """
 
@@ -45,15 +43,12 @@ class CudaGraph:
         # Handles of conditional nodes, which `decide` creates: per unit one to run it and one to skip it.
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes) if units else None
-        self._tables: list[tuple[CudaMemory, npt.NDArray[np.uint64]]] = []
         self._scratch: list[CudaMemory] = []
-        if self._device_handles is not None:
-            self._tables.append((self._device_handles, self._handles))
         # Relaxed: Python may free some memory meanwhile, which stricter modes treat as an error.
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         handle, _ = cuda.stream(stream), cuda.stream(BODY)  # create both streams before the recording
         with suppress(BackendError):  # before the recording, in which older drivers load nothing; some steps need none
-            load_kernels(cuda.device.capability)
+            load_kernels()
         cuda(rt.cudaStreamBeginCapture(handle, mode), " beginning to record")
         try:
             step(self)
@@ -66,11 +61,12 @@ class CudaGraph:
             raise
         graph = cuda(rt.cudaStreamEndCapture(handle), " at the end of a recording")
         weakref.finalize(self, rt.cudaGraphDestroy, graph)
-        self._handle = cuda(rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording")
+        keep_priorities = int(rt.cudaGraphInstantiateFlags.cudaGraphInstantiateFlagUseNodePriority)  # of streams
+        self._handle = cuda(rt.cudaGraphInstantiate(graph, keep_priorities), " making a graph of a recording")
         weakref.finalize(self, rt.cudaGraphExecDestroy, self._handle)
-        for memory, table in self._tables:  # once: the tables are the same in every launch
-            cuda.copy(stream, memory, table)
-        cuda.synchronize(stream)
+        if self._device_handles is not None:  # once: they are the same in every launch
+            cuda.copy(stream, self._device_handles, self._handles)
+            cuda.synchronize(stream)
 
     def launch(self, stream: str) -> None:
         self._cuda(self._cuda.rt.cudaGraphLaunch(self._handle, self._cuda.stream(stream)), " launching a step")
@@ -87,7 +83,7 @@ class CudaGraph:
         assert self._device_handles is not None
         memories = (damage, limits, skipped, self._device_handles)
         sizes = [(size, ctypes.c_int) for size in (len(self._handles), limits.nbytes // 8)]
-        self._run("decide", stream, (1, 1, 1), 32, memories, sizes)
+        self._cuda.kernel("decide", stream, (1, 1, 1), 32, memories, sizes)
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
         """Record a branch: one of `run` and `skip`, as decided about the unit, runs before what follows in `stream`.
@@ -95,21 +91,6 @@ class CudaGraph:
         """
         for side, fill in enumerate((run, skip)):
             self._node(stream, int(self._handles[unit, side]), fill)
-
-    def write_rows(
-        self, stream: str, pairs: Sequence[tuple[CudaMemory, CudaMemory]], pitch: int, width: int, position: CudaMemory
-    ) -> None:
-        """Record the write of new K and V rows into the cache, for pairs (cache, new rows). The cache has tables of
-        rows, `pitch` bytes apart: equally many for each sequence, one sequence after another. Each table gets the next
-        `width` bytes of the new rows, at the row that `position` [sequences] (int64, on the device) says.
-        """
-        table = np.array([[to.address, rows.address] for to, rows in pairs], np.uint64)
-        memory = self._cuda.memory(table.nbytes)
-        self._tables.append((memory, table))
-        sizes = [(size // 2, ctypes.c_longlong) for size in (width, pitch)]
-        sequences = position.nbytes // 8
-        heads = pairs[0][1].nbytes // width // sequences
-        self._run("write_rows", stream, (heads, len(pairs), sequences), 64, (memory, position), sizes)
 
     def follow(
         self, stream: str, logits: CudaMemory, draws: CudaMemory, ids: CudaMemory, positions: CudaMemory
@@ -124,28 +105,11 @@ class CudaGraph:
         best, bins, sums = (self._cuda.memory(sequences * size) for size in (8, 8 * BINS, 4 * parts))
         self._scratch = [best, bins, sums]
         blocks, size = (min(64, parts), sequences, 1), [(vocab, ctypes.c_int)]
-        self._run("likeliest", stream, blocks, 64, (logits, best), size)
-        self._run("weigh", stream, blocks, 64, (logits, best, draws, bins), size)
-        self._run("add_up", stream, (parts, sequences, 1), 32, (logits, best, draws, bins, sums), size)
-        self._run("follow", stream, (1, 1, 1), sequences, (logits, best, draws, bins, sums, ids, positions), size)
-
-    def _run(
-        self,
-        name: str,
-        stream: str,
-        blocks: tuple[int, int, int],
-        threads: int,
-        memories: Sequence[CudaMemory],
-        numbers: Sequence[tuple[int, Any]],
-    ) -> None:
-        driver: Any = import_module("cuda.bindings.driver")
-        addresses: list[tuple[int, Any]] = [(each.address, ctypes.c_void_p) for each in memories]
-        arguments = tuple(zip(*addresses, *numbers, strict=True))
-        kernel, handle = load_kernels(self._cuda.device.capability)[name], self._cuda.stream(stream)
-        x, y, z = blocks
-        (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, handle, arguments, 0)
-        if int(code):
-            raise BackendError(f"CUDA on {self._cuda.device.name} could not launch {name}: {code.name} ({int(code)}).")
+        run = self._cuda.kernel
+        run("likeliest", stream, blocks, 64, (logits, best), size)
+        run("weigh", stream, blocks, 64, (logits, best, draws, bins), size)
+        run("add_up", stream, (parts, sequences, 1), 32, (logits, best, draws, bins, sums), size)
+        run("follow", stream, (1, 1, 1), sequences, (logits, best, draws, bins, sums, ids, positions), size)
 
     def _recorded(self, stream: str) -> tuple[Any, Any]:
         """Return the graph that is being recorded, and the nodes that the stream's next node will depend on."""

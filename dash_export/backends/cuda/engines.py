@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,6 +15,7 @@ from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
 from dash_export.core.units import Unit
 from dash_export.errors import BundleError, ContextLengthError
 
+logger = logging.getLogger(__name__)
 ALIGNED = 256
 """Alignment of the address of an engine's tensor, in bytes."""
 
@@ -45,10 +47,13 @@ class DeviceEngines:
         """
         recipe = build.recipe
         assert recipe.engine is not None
+        if dispatch == "device" and not device.records:
+            logger.warning("dispatch 'device' is not possible with %s: this is 'overlapped'", build.backend)
+            dispatch = "overlapped"
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
         self.sequences = recipe.engine.sequences
         self.policy_stream = MAIN if dispatch == "sync" else BESIDE
-        self.records = True
+        self.records = device.records
         """Whether a token can be recorded: true until an attempt fails."""
         self.launches_ahead = True
         """Whether a token can be recorded that takes the likeliest one on the device: true until an attempt fails."""

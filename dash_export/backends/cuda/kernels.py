@@ -1,180 +1,49 @@
-"""Kernels that no engine has, compiled by NVRTC when they are first needed. Not yet run on a GPU."""
+"""Kernels that no engine has: kernels.cu, shipped as PTX that every driver of CUDA 12 or newer takes. Not yet run on a
+GPU.
+"""
 
+import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from dash_export.errors import BackendError
 
 BINS, PART = 512, 512
-"""Bins of a distribution, by how likely a token is; tokens whose weights are added up first."""
-
-# No library defines cudaGraphSetConditional: the driver resolves it when it loads the module, so nothing is linked
-# (cuda-python tests conditional nodes with such a cubin; XLA sets two handles from one kernel in the same way).
-KERNELS = (
-    f"const int BINS = {BINS}, PART = {PART};"
-    + r"""
-typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
-extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
-    cudaGraphConditionalHandle handle, unsigned int value);
-
-// Compares in double, as the host does. A unit's handles: run, skip.
-extern "C" __global__ void decide(const float* damage, const double* limit, bool* skipped,
-    const cudaGraphConditionalHandle* handles, int units, int numbers)
-{
-    for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
-        bool skips = true;
-        for (int at = unit; at < numbers; at += units) skips &= (double)damage[at] < limit[at];
-        skipped[unit] = skips;
-        cudaGraphSetConditional(handles[2 * unit], !skips);
-        cudaGraphSetConditional(handles[2 * unit + 1], skips);
-    }
-}
-
-// A block per head, layer's K or V, and sequence; rows are of two-byte elements at least. A pair: the first of its
-// tables, their new rows.
-extern "C" __global__ void write_rows(
-    short* const* pairs, const long long* position, long long width, long long pitch)
-{
-    const long long table = blockIdx.z * gridDim.x + blockIdx.x;
-    short* row = pairs[2 * blockIdx.y] + table * pitch + position[blockIdx.z] * width;
-    const short* rows = pairs[2 * blockIdx.y + 1] + table * width;
-    for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[i];
-}
-
-// A row of blocks per sequence. `best` is zero, and gets the largest logit, as bits that are ordered as numbers are,
-// before the number of its token, counted down: of equals the first wins, as in numpy. -0 + 0 is 0, which equals it.
-extern "C" __global__ void likeliest(const float* logits, unsigned long long* best, int vocab)
-{
-    unsigned long long largest = 0;
-    for (int token = blockIdx.x * blockDim.x + threadIdx.x; token < vocab; token += gridDim.x * blockDim.x) {
-        const unsigned int bits = __float_as_uint(logits[(long long)blockIdx.y * vocab + token] + 0.0f);
-        const unsigned int ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-        const unsigned long long found = (unsigned long long)ordered << 32 | (unsigned int)(0x7fffffff - token);
-        if (found > largest) largest = found;
-    }
-    atomicMax(best + blockIdx.y, largest);
-}
-
-__device__ int token_of(unsigned long long best) { return 0x7fffffff - (int)(unsigned int)best; }
-
-// How far a logit is below the largest, over the temperature: its weight is e to the minus that. Bins of 1 / 32.
-struct Draw { double sharpness, top_k, top_p, lowest, share; };
-const float FINE = 32;
-
-__device__ float below(const float* logits, unsigned long long best, const Draw& draw, int token)
-{
-    return (logits[token_of(best)] - logits[token]) * (float)draw.sharpness;
-}
-
-// A row of blocks per sequence. A bin gets the sum of its weights, and their number.
-extern "C" __global__ void weigh(const float* logits, const unsigned long long* best, const Draw* draws, float* bins,
-    int vocab)
-{
-    const Draw& draw = draws[blockIdx.y];
-    if (!draw.sharpness) return;
-    for (int token = blockIdx.x * blockDim.x + threadIdx.x; token < vocab; token += gridDim.x * blockDim.x) {
-        const float far = below(logits + (long long)blockIdx.y * vocab, best[blockIdx.y], draw, token) * FINE;
-        if (!(far < BINS)) continue;
-        float* bin = bins + 2 * (BINS * blockIdx.y + (int)far);
-        atomicAdd(bin, __expf(far / -FINE));
-        atomicAdd(bin + 1, 1.0f);
-    }
-}
-
-// How many bins top-k, top-p and min-p leave: the last of them whole.
-__device__ int bins_left(const float* bins, const Draw& draw)
-{
-    int left = BINS, last = 0;
-    float count = 0, mass = 0, sum = 0;
-    if (draw.top_k) for (left = 0; left < BINS && count < draw.top_k; left++) count += bins[2 * left + 1];
-    for (int bin = 0; bin < left; bin++) mass += bins[2 * bin];
-    for (; last < left && sum < draw.top_p * mass; last++) sum += bins[2 * last];
-    return draw.lowest * FINE + 1 < last ? (int)(draw.lowest * FINE) + 1 : last;
-}
-
-// A row of blocks per sequence, a block per PART tokens: the sum of the weights that are left.
-extern "C" __global__ void add_up(const float* logits, const unsigned long long* best, const Draw* draws,
-    const float* bins, float* parts, int vocab)
-{
-    const Draw& draw = draws[blockIdx.y];
-    if (!draw.sharpness) return;
-    const int left = bins_left(bins + 2 * BINS * blockIdx.y, draw);
-    float sum = 0;
-    for (int token = blockIdx.x * PART + threadIdx.x; token < vocab && token < (blockIdx.x + 1) * PART;
-         token += blockDim.x) {
-        const float far = below(logits + (long long)blockIdx.y * vocab, best[blockIdx.y], draw, token) * FINE;
-        if (far < left) sum += __expf(far / -FINE);
-    }
-    atomicAdd(parts + gridDim.x * blockIdx.y + blockIdx.x, sum);
-}
-
-// A thread per sequence. The token at which the running sum of the weights that are left passes the share of all.
-extern "C" __global__ void follow(const float* logits, unsigned long long* best, const Draw* draws, float* bins,
-    float* parts, long long* ids, long long* positions, int vocab)
-{
-    const Draw& draw = draws[threadIdx.x];
-    const int number = (vocab + PART - 1) / PART;
-    int token = token_of(best[threadIdx.x]);
-    logits += (long long)threadIdx.x * vocab, bins += 2 * BINS * threadIdx.x, parts += number * threadIdx.x;
-    if (draw.sharpness) {
-        const int left = bins_left(bins, draw);
-        float sum = 0;
-        for (int part = 0; part < number; part++) sum += parts[part];
-        sum *= (float)draw.share;
-        int part = 0;
-        while (part < number - 1 && sum >= parts[part]) sum -= parts[part++];
-        for (int at = part * PART; at < vocab && sum >= 0; at++) {
-            const float far = below(logits, best[threadIdx.x], draw, at) * FINE;
-            if (far < left) sum -= __expf(far / -FINE), token = at;
-        }
-        for (int bin = 0; bin < 2 * BINS; bin++) bins[bin] = 0;
-        for (int part = 0; part < number; part++) parts[part] = 0;
-    }
-    ids[threadIdx.x] = token;
-    positions[threadIdx.x] += 1;
-    best[threadIdx.x] = 0;
-}
-"""
-)
-NAMES = ("decide", "write_rows", "likeliest", "weigh", "add_up", "follow")
-
-
-def compile_kernels(capability: str) -> bytes:
-    """Compile the kernels for a compute capability ("9.0") to machine code, without a device. Raises BackendError."""
-    try:
-        nvrtc: Any = import_module("cuda.bindings.nvrtc")
-        program = _checked(nvrtc.nvrtcCreateProgram(KERNELS.encode(), b"dash_export.cu", 0, [], []))
-        option = f"--gpu-architecture=sm_{capability.replace('.', '')}".encode()
-        (code,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
-        if int(code):
-            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise BackendError(f"NVRTC does not compile for {capability}: {log.decode(errors='replace').strip()}")
-        cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    except (ImportError, RuntimeError) as error:
-        raise BackendError(
-            f"NVRTC, which compiles small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc "
-            "(CUDA 13) or nvidia-cuda-nvrtc-cu12 (CUDA 12)"
-        ) from error
-    return cubin
+"""Bins of a distribution, by how likely a token is; tokens whose weights are added up first. As in kernels.cu."""
+PTX = Path(__file__).with_suffix(".ptx")
 
 
 @cache
-def load_kernels(capability: str) -> dict[str, Any]:
-    """Return the kernels by name, loaded into this process once. Raises BackendError."""
+def load_kernels() -> dict[str, Any]:
+    """Return the kernels by name, loaded into this process once. Raises BackendError where the driver refuses them."""
     driver: Any = import_module("cuda.bindings.driver")
-    code = compile_kernels(capability)
-    try:
-        module = _checked(driver.cuModuleLoadData(code))
-        return {name: _checked(driver.cuModuleGetFunction(module, name.encode())) for name in NAMES}
-    except RuntimeError as error:
-        raise BackendError(f"the driver does not load the kernels: {error}") from error
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    code, *values = result
+    text = PTX.read_bytes()
+    code, module = driver.cuModuleLoadData(text + b"\0")
     if int(code):
-        raise RuntimeError(f"{code.name} ({int(code)})")
-    return values[0] if values else None
+        raise BackendError(
+            f"The driver does not load {PTX.name}: {code.name} ({int(code)}). It needs a driver of CUDA 12.0 and a "
+            "card of compute capability 7.5 or newer."
+        )
+    names = [line.split()[2].rstrip(b"(") for line in text.splitlines() if line.startswith(b".visible .entry")]
+    return {name.decode(): driver.cuModuleGetFunction(module, name)[1] for name in names}
+
+
+def launch(
+    name: str,
+    stream: int,
+    blocks: tuple[int, int, int],
+    threads: int,
+    addresses: Sequence[int],
+    numbers: Sequence[tuple[int, Any]],
+) -> None:
+    """Enqueue a kernel. `numbers`: its arguments after the addresses, with their types. Raises BackendError."""
+    driver: Any = import_module("cuda.bindings.driver")
+    pointers: list[tuple[int, Any]] = [(address, ctypes.c_void_p) for address in addresses]
+    arguments = tuple(zip(*pointers, *numbers, strict=True))
+    kernel, (x, y, z) = load_kernels()[name], blocks
+    (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, stream, arguments, 0)
+    if int(code):
+        raise BackendError(f"CUDA could not launch {name}: {code.name} ({int(code)}).")

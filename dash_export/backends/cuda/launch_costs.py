@@ -1,9 +1,11 @@
 """Costs of a token on a card apart from its engines: launches, waits, copies, graphs with decisions.
 
-The probe's token has UNITS units, and a copy of a few bytes stands for each engine. The token is launched one by one
-with a wait for the policy (`overlapped`), as a graph that decides (`device`), and as a graph without decisions (dense).
+The probe's token has UNITS units, and KERNELS kernels that write two bytes stand for each engine. The token is launched
+in pieces, each a graph, with a wait for the policy (`overlapped`), as a graph that decides, with the policy beside the
+layers (`device`), and as a graph without decisions (dense).
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,34 +19,53 @@ from dash_export.errors import BackendError
 
 UNITS, AHEAD = 8, 2
 """Number of units, and of segments before the first unit."""
+KERNELS = 48
+"""Of an engine: a few layers of a dozen each."""
 REPEATS = 200
 _COPIED = 256 << 20
 
 
 def probe(device: Cuda) -> dict[str, Any]:
     """Measure microseconds (medians, by the host's clock to the end of the work) and bytes per second; of a graph that
-    cannot be recorded, return the reason. Takes a second or two.
+    cannot be recorded, return the reason. Takes a few seconds. Raises BackendError where the kernels do not load.
     """
-    found: dict[str, Any] = {"units": UNITS, "token_us": {}}
-    small = [device.memory(256) for _ in range(2)]
-    work = partial(device.copy, to=small[0], source=small[1])
+    found: dict[str, Any] = {"units": UNITS, "kernels": KERNELS, "token_us": {}}
+    small, table = [device.memory(256) for _ in range(3)], Mirror(device, (1, 2), np.uint64)
+    table.host[:] = small[0].address, small[1].address
+    device.copy(MAIN, table.memory, table.host)
+    numbers = [(1, ctypes.c_int), (1, ctypes.c_longlong), (1, ctypes.c_longlong)]
 
-    def launches(count: int) -> None:
+    def launches(count: int, stream: str = MAIN) -> None:
         for _ in range(count):
-            work(MAIN)
+            device.kernel("write_rows", stream, (1, 1, 1), 1, (table.memory, small[2]), numbers)
+
+    def work(stream: str) -> None:
+        launches(KERNELS, stream)
 
     found["launch_us"] = _timed(lambda: launches(100), lambda: device.synchronize(MAIN), ended=False) / 100
-    found["wait_us"] = _timed(lambda: work(MAIN), lambda: device.synchronize(MAIN))
+    found["wait_us"] = _timed(lambda: launches(1), lambda: device.synchronize(MAIN))
     found["bytes_per_second"] = _bandwidth(device)
+    try:
+        pieces = {stream: device.graph(stream, 0, lambda _, on=stream: work(on)).launch for stream in (MAIN, BESIDE)}
+    except BackendError as error:
+        found["not_recorded"] = {"overlapped": str(error)}
+        pieces = dict.fromkeys((MAIN, BESIDE), work)
+
+    def fork(piece: Callable[[str], None]) -> None:
+        """Enqueue the segments before the first unit, and the policy beside the last of them."""
+        for _ in range(AHEAD - 1):
+            piece(MAIN)
+        device.record(MAIN, "ready")
+        device.wait(BESIDE, "ready")
 
     def overlapped() -> None:
-        device.record(MAIN, "ready")
-        launches(AHEAD)
-        device.wait(BESIDE, "ready")
-        work(BESIDE)
+        fork(pieces[MAIN])
+        pieces[BESIDE](BESIDE)
+        pieces[MAIN](MAIN)
         device.record(BESIDE, "decided")
         device.wait_for_event("decided")
-        launches(UNITS)
+        for _ in range(UNITS):
+            pieces[MAIN](MAIN)
 
     found["token_us"]["overlapped"] = _timed(overlapped, lambda: device.synchronize(MAIN))
     damage, limits = Mirror(device, (UNITS,), np.float32), Mirror(device, (UNITS,), np.float64)
@@ -52,14 +73,18 @@ def probe(device: Cuda) -> dict[str, Any]:
 
     def decided(graph: Any) -> None:
         device.copy(MAIN, limits.memory, limits.host)
-        launches(AHEAD)
+        fork(work)
+        work(BESIDE)
+        work(MAIN)
+        device.record(BESIDE, "decided")
+        device.wait(MAIN, "decided")
         graph.decide(MAIN, damage.memory, limits.memory, skipped.memory)
         for unit in range(UNITS):
             graph.branch(MAIN, unit, work, work)
         device.copy(MAIN, skipped.host, skipped.memory)
 
     records: dict[str, tuple[int, Callable[[Any], None], float]] = {
-        "dense": (0, lambda _: launches(AHEAD + UNITS), 0.0),
+        "dense": (0, lambda _: launches((AHEAD + UNITS) * KERNELS), 0.0),
         "device": (UNITS, decided, 0.0),
         "device, all skipped": (UNITS, decided, np.inf),
     }

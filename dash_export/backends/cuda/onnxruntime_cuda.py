@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -34,6 +33,8 @@ def require_cuda() -> None:
 class OrtCuda(Cuda):
     """Device with a session of ONNX Runtime per engine. All sessions of a stream launch on it; none waits for it."""
 
+    records = False
+
     def __init__(self) -> None:
         super().__init__()
         require_cuda()
@@ -42,9 +43,6 @@ class OrtCuda(Cuda):
 
     def load(self, path: Path, stream: str) -> OrtCudaEngine:
         return OrtCudaEngine(path, self.device.index, self.stream(stream))
-
-    def graph(self, *_: Any) -> Any:
-        raise BackendError("ONNX Runtime's runs cannot be recorded")
 
 
 class OrtCudaEngine:

@@ -1,8 +1,8 @@
 """One token, or many, on a device: the counterpart of `decode.BoundStep` where engines run later than they are
 launched.
 
-A token is one launch per segment, and one of the policy where a rule uses damage. The dispatch modes differ in who
-waits for the policy:
+A token is one launch per segment, and one of the policy where a rule uses damage: each is a small graph, so that its
+dozens of kernels cost the host one call. The dispatch modes differ in who waits for the policy:
 
 - `sync`: the policy runs in the layers' stream. The host waits for its damage, decides, and launches the rest.
 - `overlapped`: while the last layers before the first unit run on the main stream, the policy, which reads the state
@@ -10,10 +10,10 @@ waits for the policy:
   the layers ahead of it have ended.
 - `device`: as `overlapped`, but recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The
   host fills inputs and limits, launches, and waits once for the end of the token. The kernel knows no `max_layers`
-  (which ranks units by damage) and no forced actions: such tokens are launched one by one, as in `overlapped`.
+  (which ranks units by damage) and no forced actions: such tokens are launched as in `overlapped`.
 
 In every mode a token whose actions are known beforehand (dense, static) is a graph of its own without decisions: this
-is what skipping has to beat. Where nothing can be recorded, it is launched one by one too.
+is what skipping has to beat. Where nothing can be recorded, engines themselves are launched.
 
 Where logits alone say what follows, a token that is a graph is launched ahead: kernels draw it on the device from the
 logits, by the number that the host will draw with, while the host still samples and writes. The host draws each, too:
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.cuda.bound import BoundEngines
+from dash_export.backends.cuda.bound import POLICY, BoundEngines
 from dash_export.backends.cuda.cuda import BESIDE, MAIN
 from dash_export.backends.cuda.cuda_graph import CudaGraph
 from dash_export.core.rule import DENSE, DecisionRule, Rule
@@ -80,6 +80,7 @@ class DeviceStep(BoundEngines):
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
         self.logits: npt.NDArray[np.float32] = self._logits.host
         self._graphs = OrderedDict[tuple[bytes | None, int, bool], CudaGraph]()
+        self._pieces: dict[tuple[int, bool], CudaGraph] = {}
         self._warm = False
         self._last: Actions | None = None
         self._ahead: Ahead | None = None
@@ -128,12 +129,12 @@ class DeviceStep(BoundEngines):
                 self._cache.lengths[index] += self.sequence
 
     def _launched(self, tokens: Tokens, rules: Sequence[Rule], actions: Actions | None) -> Actions | None:
-        """Launch a step of known tokens. Return what it does as a graph; None where it was launched one by one."""
+        """Launch a step of known tokens. Return what it does as one graph; None where it was launched in pieces."""
         self._ids.host[:] = tokens
         self._note_positions()
         graph = None if actions is None else self._graph(actions, 0)
         if graph is None:
-            self._launch_all(rules)
+            self._launch_pieces(rules)
             return None
         graph.launch(MAIN)
         return actions
@@ -186,22 +187,54 @@ class DeviceStep(BoundEngines):
         first, *others = (rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules))
         return np.logical_and.reduce([first, *others]) if others else first
 
-    def _launch_all(self, rules: Sequence[Rule]) -> None:
-        """Launch a step one by one, as in `sync` and `overlapped`."""
-        asks = self._asks(rules)
-        self._upload_inputs()
-        self._launch_before_units(asks)
+    def _launch_pieces(self, rules: Sequence[Rule]) -> None:
+        """Launch a step piece by piece, as in `sync` and `overlapped`."""
+        asks, first = self._asks(rules), self.engines.first
+        launch = self._launch_piece if self._records_pieces() else self._enqueue_piece
+        self._launch_before_units(asks, launch)
         self.damage.fill(0.0)
         if asks:
-            stream = self.engines.policy_stream
-            self.device.copy(stream, self._damage.host, self._damage.memory)
-            self.device.record(stream, DECIDED)
+            self.device.record(self.engines.policy_stream, DECIDED)
             self.device.wait_for_event(DECIDED)
             self.damage[:] = self._damage.host[:, 0].T
         self.skipped[:] = self._agreed(rules)
-        for part in self.parts[self.engines.first :]:
-            self.launch(part, part.unit is not None and bool(self.skipped[part.unit, 0]))
-        self.device.copy(MAIN, self._logits.host, self._logits.memory)
+        for place, part in enumerate(self.parts[first:], first):
+            launch(place, part.unit is not None and bool(self.skipped[part.unit, 0]))
+
+    def _enqueue_piece(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
+        """Enqueue a part of a token, with the copies from and to the host that go with it."""
+        if place == 0:
+            self._upload_inputs()
+        self.launch(place, bypass, stream)
+        if place == POLICY:
+            self.device.copy(stream, self._damage.host, self._damage.memory)
+        elif place == len(self.parts) - 1:
+            self.device.copy(stream, self._logits.host, self._logits.memory)
+
+    def _launch_piece(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
+        self._pieces[place, bypass].launch(stream)
+
+    def _records_pieces(self) -> bool:
+        """Return whether every piece of a token is a graph. Record them the first time."""
+        engines = self.engines
+        if self._pieces or self.sequence > 1 or not engines.records:
+            return bool(self._pieces)
+        self._warm_up()
+        wanted = [(place, False, MAIN) for place in range(len(self.parts))]
+        wanted += [(place, True, MAIN) for place, part in enumerate(self.parts) if part.bypass is not None]
+        wanted += [(POLICY, False, engines.policy_stream)] if self._policy is not None else []
+        try:
+            for place, bypass, stream in wanted:
+                enqueue = partial(self._enqueue_piece, place, bypass, stream)
+                self._pieces[place, bypass] = self.device.graph(stream, 0, lambda _, enqueue=enqueue: enqueue())
+        except BackendError as error:
+            self._pieces.clear()
+            self._record_nothing(error)
+        return bool(self._pieces)
+
+    def _record_nothing(self, error: BackendError) -> None:
+        logger.warning("steps are not recorded here (%s): the host launches every kernel, which is slower", error)
+        self.engines.records = False
 
     def _asks(self, rules: Sequence[Rule]) -> bool:
         """Return whether damage matters: not where the rules known beforehand (a dense one) leave no unit to skip."""
@@ -244,14 +277,13 @@ class DeviceStep(BoundEngines):
                 )
             except BackendError as error:
                 if ahead:
-                    logger.info("no token is launched ahead here (%s)", error)
+                    logger.warning("no token is launched ahead here (%s)", error)
                     engines.launches_ahead = False
                 elif known is None:
                     logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", error)
                     engines.dispatch = "overlapped"
                 else:
-                    logger.info("steps are not recorded here (%s): engines are launched one by one", error)
-                    engines.records = False
+                    self._record_nothing(error)
                 return None
             self._graphs[place] = made
             if len(self._graphs) > GRAPHS:
@@ -289,20 +321,20 @@ class DeviceStep(BoundEngines):
             results += [self._damage, self._skipped]
             self._record_decided(graph)
         else:
-            for part in self.parts:
-                self.launch(part, part.unit is not None and bool(known[part.unit]), graph)
+            for place, part in enumerate(self.parts):
+                self.launch(place, part.unit is not None and bool(known[part.unit]))
         for result in results:
             self.device.copy(MAIN, result.hosts[side], result.memory)
 
     def _record_decided(self, graph: CudaGraph) -> None:
         self.device.copy(MAIN, self._limits.memory, self._limits.host)
-        self._launch_before_units(True, graph)
+        self._launch_before_units(True, self.launch)
         self.device.record(BESIDE, DECIDED)
         self.device.wait(MAIN, DECIDED)
         graph.decide(MAIN, self._damage.memory, self._limits.memory, self._skipped.memory)
-        for part in self.parts[self.engines.first :]:
+        for place, part in enumerate(self.parts[self.engines.first :], self.engines.first):
             if part.unit is None:
-                self.launch(part, graph=graph)
+                self.launch(place)
             else:
-                run, skip = (partial(self.launch, part, bypass, graph) for bypass in (False, True))
+                run, skip = (partial(self.launch, place, bypass) for bypass in (False, True))
                 graph.branch(MAIN, part.unit, run, skip)

@@ -79,14 +79,20 @@ class TensorRTEngine:
             for profile in range(engine.num_optimization_profiles)
         )
         self._engine = engine
-        # Contexts that dropped launches leave, per profile, and whether they are recorded: making a context takes
+        entry = "hidden" if "hidden" in inputs else "input_ids"
+        self._most = [
+            engine.get_tensor_profile_shape(entry, profile)[2][1] for profile in range(engine.num_optimization_profiles)
+        ]
+        # Contexts that dropped launches leave, per profile, and whether they are eager: making a context takes
         # milliseconds, and every prompt length needs its own binding.
         self._free: defaultdict[tuple[int, bool], list[Any]] = defaultdict(list)
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
-        recorded = shapes.get("hidden", shapes.get("input_ids", (1, 1)))[1] == 1  # prompts are not
-        device, free = self._device, self._free[profile, recorded]
-        context = free.pop() if free else self._new_context(profile, recorded)
+        # Of one token, because fallback kernels would be recorded for good, and of whole chunks of prompts, which come
+        # again. Lengths of other prompts are many.
+        eager = shapes.get("hidden", shapes.get("input_ids", (1, 1)))[1] in (1, self._most[profile])
+        device, free = self._device, self._free[profile, eager]
+        context = free.pop() if free else self._new_context(profile, eager)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise BackendError(f"{self._name} does not take {name} {list(shape)}: build it again.")
@@ -102,12 +108,13 @@ class TensorRTEngine:
 
         launch.memory = (memory, scratch)  # type: ignore[attr-defined]  # the context holds bare addresses
         weakref.finalize(launch, free.append, context).atexit = False
+        device.toolkit.keep_kernels()
         return launch
 
-    def _new_context(self, profile: int, recorded: bool) -> Any:
+    def _new_context(self, profile: int, eager: bool) -> Any:
         device = self._device
         with device.toolkit.logger.collected() as complaints:
-            context = device.toolkit.context(self._engine, device.device.capability, recorded)
+            context = device.toolkit.context(self._engine, device.device.capability, eager)
             if context is None:
                 raise BackendError(f"TensorRT made no context of {self._name}: {last_reason(complaints)}.")
             try:

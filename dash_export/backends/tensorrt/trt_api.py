@@ -5,11 +5,13 @@ Nothing here needs a device except `tensorrt` itself, which compiles for the dev
 
 import atexit
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ PORTABLE_SINCE = (10, 15)
 """First TensorRT with KVCacheUpdate: older versions need the `trt10` dialect."""
 
 _LARGEST_KERNELS = 1 << 30
+_KEEP_EVERY = 2.0
+"""Seconds after which kernels that TensorRT-RTX has compiled meanwhile are written."""
 Sizes = tuple[int, int]
 Profile = tuple[Sizes, Sizes, Sizes]
 """One optimisation profile: the smallest, best and largest (sequences, tokens of each). An input's first axis is the
@@ -49,6 +53,8 @@ class Toolkit:
         self.version = str(self.trt.__version__)
         self.logger = _logger(self.trt)
         self._kernels: Any = None
+        self._kernels_file = Path()
+        self._keeper: Thread | None = None
 
     def describe(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
@@ -141,11 +147,10 @@ class Toolkit:
                 if tensor is not None and tensor.name in replaced:
                     layer.set_input(index, replaced[tensor.name])
 
-    def context(self, engine: Any, capability: str, recorded: bool) -> Any:
+    def context(self, engine: Any, capability: str, eager: bool) -> Any:
         """Return an engine's execution context whose scratch memory the caller gives; None where there is no memory for
-        it. TensorRT-RTX compiles kernels for the shapes of what is `recorded` at once, because fallback kernels would
-        be recorded for good; of others, whose lengths are many, beside the work. It keeps kernels for the next process
-        on a card of this compute capability.
+        it. TensorRT-RTX compiles kernels for its shapes at once where it is `eager`, or else beside the work, which
+        fallback kernels do meanwhile. It keeps kernels for the next process on a card of this compute capability.
         """
         trt = self.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -154,15 +159,21 @@ class Toolkit:
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         strategies = trt.DynamicShapesKernelSpecializationStrategy
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if recorded else strategies.LAZY
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if eager else strategies.LAZY
         if self._kernels is None:
             self._kernels = runtime_config.create_runtime_cache()
-            file = cache_folder() / f"{self.backend}-{self.version}-{capability}.kernels"
+            file = self._kernels_file = cache_folder() / f"{self.backend}-{self.version}-{capability}.kernels"
             with suppress(OSError):  # TensorRT-RTX takes nothing of another version or card
                 self._kernels.deserialize(read_bounded(file, _LARGEST_KERNELS))
             atexit.register(_keep, self._kernels, file)
         runtime_config.set_runtime_cache(self._kernels)
         return engine.create_execution_context(runtime_config)
+
+    def keep_kernels(self) -> None:
+        """Write the kernels of a new shape soon, beside the work: a kill loses the last seconds' only."""
+        if self._kernels is not None and (self._keeper is None or not self._keeper.is_alive()):
+            self._keeper = Thread(target=_keep_while_new, args=(self._kernels, self._kernels_file), daemon=True)
+            self._keeper.start()
 
     def _configure(self, config: Any, settings: EngineRecipe) -> None:
         trt = self.trt
@@ -183,13 +194,22 @@ def _layers(network: Any) -> list[Any]:
     return [network.get_layer(index) for index in range(network.num_layers)]
 
 
-def _keep(kernels: Any, file: Path) -> None:
-    """Write a runtime cache at the end of a process, unless the file already has the same size."""
+def _keep(kernels: Any, file: Path) -> bool:
+    """Write a runtime cache, unless the file already has the same size. Return whether it was written."""
     with suppress(OSError, OutputError):
         made = bytes(kernels.serialize())
         if not file.is_file() or file.stat().st_size != len(made):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, made)
+            return True
+    return False
+
+
+def _keep_while_new(kernels: Any, file: Path) -> None:
+    """Write a runtime cache again and again, until there is nothing new."""
+    time.sleep(_KEEP_EVERY)
+    while _keep(kernels, file):
+        time.sleep(_KEEP_EVERY)
 
 
 def last_reason(complaints: Sequence[str]) -> str:

@@ -18,7 +18,6 @@ from dash_export.errors import BundleError
 from dash_export.files.artifacts import open_regular
 
 FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-SMALLEST_BLOCK = 16
 
 
 def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
@@ -37,8 +36,11 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
 
 
 def block_of(rows: int, wanted: int) -> int | None:
-    """Halve `wanted` until it divides the matrix's input size (576 takes 64); None if no size down to 16 does."""
-    while wanted >= SMALLEST_BLOCK:
+    """Halve `wanted` until it divides the matrix's input size (576 takes 64), down to 64 unless it is smaller itself;
+    None if no such size does.
+    """
+    least = min(wanted, 64)
+    while wanted >= least:
         if rows % wanted == 0:
             return wanted
         wanted //= 2

@@ -1,4 +1,4 @@
-"""A tiny model's GPU engines at float32, where rounding hides nothing, on a stand-in for a card."""
+"""A tiny model's GPU engines on a stand-in for a card: at float32, where rounding hides nothing, and as recipes are."""
 
 import os
 import shutil
@@ -26,17 +26,18 @@ backend = "{backend}"
 dialect = "{dialect}"
 [engine]
 capabilities = ["12.0"]
-activations = "fp32"
+activations = "{own}"
 kv_capacity = 96
 sequences = {sequences}
 profiles = {profiles}
 [weights]
-layers = "fp32"
-qkv = "fp32"
-ungated = "fp32"
-head = "fp32"
-embedding = "fp32"
-bypass = "fp32"
+layers = "{layers}"
+qkv = "{own}"
+ungated = "{own}"
+head = "{layers}"
+embedding = "{own}"
+bypass = "{own}"
+block_size = 64
 symmetric = true
 [runtime]
 dispatch = "overlapped"
@@ -48,6 +49,8 @@ BUILDS = {"trt10": ("tensorrt", "trt10"), "portable": ("tensorrt", "portable"), 
 """Target -> its backend and dialect."""
 TOGETHER = {f"{name}-together": BUILDS[name] for name in ("trt10", "portable")}
 """The same for four sequences, one dialect with a profile for all shapes."""
+HALVES = {"trt10-fp16": ("trt10", 2, "fp16", "int4"), "portable-bf16": ("portable", 1, "bf16", "bf16")}
+"""Of 16 bits, as the shipped recipes are, for four sequences: dialect, profiles, activations, layers."""
 DISPATCH = ("sync", "overlapped", "device")
 ORDERS = ("main", "beside", *range(int(os.environ.get("DASH_EXPORT_ORDERS", "2"))))
 """Which stream runs ahead, or seeds of chance; the environment may ask for more."""
@@ -64,21 +67,31 @@ IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 
 @pytest.fixture(scope="session")
 def device_bundle(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Built for `cpu-fp32` and all of BUILDS and TOGETHER."""
+    """Built for `cpu-fp32` and all of BUILDS, TOGETHER and HALVES."""
     folder = tmp_path_factory.mktemp("device")
     root = Path(shutil.copytree(tiny_root, folder / "tiny.dash"))
     with installed(Card()):
         for name, (backend, dialect) in (BUILDS | TOGETHER).items():
             together = (4, 1 if dialect == "portable" else 2) if name in TOGETHER else ()
             built(root, folder / f"{name}.toml", backend, dialect, *together)
+        for name, (dialect, *rest) in HALVES.items():
+            built(root, folder / f"{name}.toml", "tensorrt", dialect, 4, *rest)
     return Bundle.open(root)
 
 
 def built(
-    root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10", sequences: int = 1, profiles: int = 2
+    root: Path,
+    path: Path,
+    backend: str = "tensorrt",
+    dialect: str = "trt10",
+    sequences: int = 1,
+    profiles: int = 2,
+    own: str = "fp32",
+    layers: str = "fp32",
 ) -> Build:
     """By a recipe that is written to `path`; nothing is measured."""
-    path.write_text(RECIPE.format(backend=backend, dialect=dialect, sequences=sequences, profiles=profiles))
+    given = {"backend": backend, "dialect": dialect, "sequences": sequences, "profiles": profiles}
+    path.write_text(RECIPE.format(**given, own=own, layers=layers))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GpuBackend, "run_obstacle", lambda _: "later")
         return build(root, str(path))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import gc
 import os
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import kernels as tools
 import pytest
 
 from dash_export.backends.base import BACKENDS, load_backend
@@ -17,8 +20,9 @@ from dash_export.backends.cuda import cuda, cuda_graph, kernels
 from dash_export.backends.cuda.cuda import Cuda
 from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.cuda.cuda_graph import CudaGraph
-from dash_export.backends.cuda.kernels import KERNELS, NAMES, compile_kernels
+from dash_export.backends.cuda.kernels import PTX
 from dash_export.backends.tensorrt import tensorrt, trt_api
+from dash_export.bundle.layout import TIMING_CACHE
 from dash_export.errors import BackendError
 from tests.standin.trt import Engine
 
@@ -38,7 +42,6 @@ def held() -> dict[str, Any]:
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX bindings: pip install 'dash-export[rtx]'")
     return {
         "rt": rt,
-        "nvrtc": import_module("cuda.bindings.nvrtc"),
         "driver": import_module("cuda.bindings.driver"),
         "trt": rtx,
         "engine": rtx.ICudaEngine,
@@ -69,7 +72,7 @@ def test_every_name_is_in_the_installed_bindings() -> None:
                 assert hasattr(value, name), ".".join(chain)
                 value = getattr(value, name)
             seen.add(".".join(chain[at:]))
-    assert {"rt.cudaMemcpy2DAsync", "context.set_input_shape", "context.execute_async_v3"} <= seen
+    assert {"rt.cudaMemcpy2DAsync", "rt.cudaStreamCreateWithPriority", "context.execute_async_v3"} <= seen
     assert {name.partition(".")[0] for name in seen} == set(known)
 
 
@@ -82,7 +85,7 @@ def argument_count(function: Any) -> int:
     return count + bool(inside.strip())
 
 
-@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 8), (kernels, 4)])
+@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 8), (kernels, 3)])
 def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
     chosen = {"add": "cudaGraphAddNode", "follow": "cudaStreamUpdateCaptureDependencies"}  # by version
     libraries, checked = held().values(), 0
@@ -100,15 +103,22 @@ def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: i
     assert checked >= least
 
 
-@pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
-def test_kernels_compile_without_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
-    code = compile_kernels(capability)
-    assert code.startswith(b"\x7fELF")
-    assert all(name.encode() in code for name in NAMES)
-    monkeypatch.setattr(kernels, "KERNELS", KERNELS.replace("bool skips", "number skips"))
-    with pytest.raises(BackendError, match='identifier "number" is undefined'):
-        compile_kernels(capability)
+def test_shipped_kernels_are_those_of_the_source() -> None:
+    """For every driver of CUDA 12 or newer: PTX 8.0 is what the first of them takes, and every card from 7.5 on."""
+    shipped, source = PTX.read_text(), tools.SOURCE.read_text()
+    assert re.findall(r"\.(version|target) (\S+)", shipped) == [("version", "8.0"), ("target", "sm_75")]
+    pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12==12.0.76")
+    assert tools.compiled(source) == shipped, "python tools/kernels.py"
+    with pytest.raises(ValueError, match='identifier "number" is undefined'):
+        tools.compiled(source.replace("bool skips", "number skips"))
+
+
+def test_a_driver_that_refuses_the_kernels(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = rt.cudaError_t.cudaErrorUnsupportedPtxVersion  # as the driver numbers it
+    driver = SimpleNamespace(cuModuleLoadData=lambda _: (refused, None))
+    monkeypatch.setattr(kernels, "import_module", lambda _: driver)
+    with pytest.raises(BackendError, match=r"UnsupportedPtxVersion \(222\)\. It needs a driver of CUDA 12\.0"):
+        recorded(card)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "onnxruntime"])
@@ -189,10 +199,22 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
 
 
 def test_kernels_are_kept(on_card: MakeOnCard, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled by one process, read by the next, and written again only where there are more."""
+    """Compiled by one process, read by the next, and written again only where there are more: soon, and at its end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     on_card("rtx").runtime.generate([1, 2, 3], 2)
     ((keep, kernels, file),) = card.at_exit
+    (beside,), slept = card.beside, list[bool]()
+
+    def sleep(_: float) -> None:
+        slept.append(file.is_file())
+        if len(slept) == 2:
+            kernels.kernels.add("another")
+
+    monkeypatch.setattr(trt_api.time, "sleep", sleep)
+    beside()
+    assert slept == [False, True, True], "as long as there are new ones"
+    assert "another" in file.read_text()
+    file.unlink()
     keep(kernels, file)
     assert file == tmp_path / "dash-export" / "tensorrt_rtx-10.16.0-12.0.kernels"
     assert set(file.read_text().split()) >= {"layer_00", "policy", "bypass_04-04"}
@@ -239,6 +261,20 @@ def test_engines_of_another_version_or_card_are_refused(device_bundle: Bundle) -
     recipe = replace(build.recipe, engine=replace(build.recipe.engine, capabilities=("9.0", "9.1")))
     with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 12\.0"):
         device.accept(replace(build, recipe=recipe), "rebuild me")
+
+
+@pytest.mark.usefixtures("card")
+def test_engines_are_tuned_for_what_runs(device_bundle: Bundle) -> None:
+    """A prompt's chunk and a token have a profile each, whose best size that is. Times of kernels are kept: every
+    engine's were added to those of the engines before it.
+    """
+    for target, together in (("trt10", []), ("trt10-together", [((2, 1, 64), (4, 1, 64), (4, 1, 64))])):
+        build = device_bundle.load_build(target)
+        file = device_bundle.path(build.engines["layer_01"].file)
+        profiles = tensorrt.TensorRT("tensorrt").engine(file, "main")._engine.profiles  # type: ignore[attr-defined]
+        sizes = [each["hidden"] for each in profiles]
+        assert sizes == [((1, 1, 64),) * 3, ((1, 1, 64), (1, 16, 64), (1, 16, 64)), *together]
+        assert (file.parent / TIMING_CACHE).read_bytes() == b"t" * len(build.engines)
 
 
 @pytest.mark.usefixtures("card")

@@ -1,6 +1,8 @@
 """What `doctor --probe` finds of a card."""
 
 import json
+import re
+from pathlib import Path
 
 import cuda.bindings.runtime as rt
 import pytest
@@ -21,7 +23,7 @@ def test_everything_is_tried(card: Card) -> None:
     assert list(found["token_us"]) == ["overlapped", "dense", "device", "device, all skipped"]
     assert "wrong" not in found
     assert min(found["launch_us"], found["wait_us"], found["bytes_per_second"], *found["token_us"].values()) > 0
-    assert len(card.recorded) == 3
+    assert len(card.recorded) == 5, "two pieces, and three whole tokens"
     assert "dispatch '" in dash("doctor", "--probe").stdout
 
 
@@ -34,8 +36,10 @@ def test_a_card_without_decisions(card: Card) -> None:
     assert "adding a branch" in " ".join(dash("doctor", "--probe").stdout.split())
 
 
-def test_a_card_that_decides_wrongly(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", kernels.KERNELS.replace("< limit[at]", "> limit[at]"))
+def test_a_card_that_decides_wrongly(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "wrong.ptx"
+    wrong.write_text(re.sub(r"setp\.(lt|leu|geu|gt)\.f64", "setp.eq.f64", kernels.PTX.read_text()))
+    monkeypatch.setattr(kernels, "PTX", wrong)
     result = dash("doctor", "--probe")
     assert result.exit_code == 1
     assert "device, all skipped: decided [False" in " ".join(result.stdout.split())

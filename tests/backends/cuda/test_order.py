@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dash_export.backends.cuda.bound import READY
+from dash_export.backends.cuda.bound import POLICY, READY
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda
 from dash_export.backends.cuda.cuda_graph import BODY, CudaGraph
 from dash_export.backends.cuda.engines import DeviceEngines
@@ -36,32 +36,34 @@ def one_token(made: OnCard, host: Host) -> list[Call]:
 
 
 def check_overlap(log: list[Call]) -> None:
-    """The policy is launched before anybody waits for the layers it runs beside, waits for its state and for nothing
-    else, and is the one thing that is waited for inside a token.
+    """Every engine is a graph of its own, with the copies and cache writes that go with it. The policy is launched
+    before the segment that hides it, first where both want the card; it waits for its state and for nothing else, and
+    is the one thing that is waited for inside a token.
     """
     waits = [index for index, (stream, _, _) in enumerate(log) if stream == "host"]
     assert [log[index] for index in waits] == [("host", "wait", "decided"), ("host", "synchronize", MAIN)]
     assert waits[-1] == len(log) - 1
-    runs = [(stream, of) for stream, what, of in log[: waits[0]] if what == "run"]
-    assert runs == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy")]
+    runs = [(stream, of) for stream, what, of in log[: waits[0]] if what == "launch"]
+    assert runs == [(MAIN, BEFORE[0]), (BESIDE, "policy"), (MAIN, BEFORE[1])]
     assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", READY)]
     assert log.count((MAIN, "record", READY)) == 1, "recorded once"
     ready = log.index((MAIN, "record", READY))
-    assert log.index((MAIN, "run", BEFORE[0])) < ready < log.index((MAIN, "run", BEFORE[1]))
+    assert log.index((MAIN, "launch", BEFORE[0])) < ready < log.index((MAIN, "launch", BEFORE[1]))
+    assert {what for _, what, _ in log} == {"launch", "record", "wait", "synchronize"}
 
 
 def check_recording(log: list[Call]) -> None:
     """The policy beside the layers before the first unit, one kernel that decides about all, then a branch per unit."""
     ran = [(stream, of) for stream, what, of in log if what == "run"]
     units = [(BODY, of) for pair in SIDES.items() for of in pair]
-    assert ran == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy"), *units, (MAIN, "layer_05")]
+    assert ran == [(MAIN, BEFORE[0]), (BESIDE, "policy"), (MAIN, BEFORE[1]), *units, (MAIN, "layer_05")]
     done = Counter(what for _, what, _ in log)
     assert (done["decide"], done["branch"]) == (1, 2 * len(SIDES)), "one for each side"
     policy = log.index((BESIDE, "run", "policy"))
     assert log[policy - 1] == (BESIDE, "wait", READY)
-    decided = [(BESIDE, "record", "decided"), (MAIN, "wait", "decided"), (MAIN, "decide", "")]
-    assert log[policy + 1 : policy + 4] == decided
-    assert log.index((MAIN, "record", READY)) < log.index((MAIN, "run", BEFORE[1]))
+    decided = log.index((BESIDE, "record", "decided"))
+    assert log[decided + 1 : decided + 3] == [(MAIN, "wait", "decided"), (MAIN, "decide", "")]
+    assert policy < log.index((MAIN, "run", BEFORE[1])) < decided
     assert not [call for call in log if call[0] == "host"]
 
 
@@ -109,25 +111,38 @@ def test_sound(target: str, on_card: MakeOnCard, host: Host) -> None:
     check_recording(made.card.named(made.card.recorded[-1].log))
     check_scratch(recorded)
     check_memory(recorded)
+    names = made.card.names()
+    assert {names[handle]: priority for handle, priority in made.card.priorities.items() if priority} == {BESIDE: -5}
     in_turn = one_token(on_card(target, "sync"), host)
     assert {stream for stream, _, _ in in_turn} == {MAIN, "host"}
-    assert [of for _, what, of in in_turn if what == "run"][:3] == [*BEFORE, "policy"]
+    assert [of for _, what, of in in_turn if what == "launch"][:3] == [*BEFORE, "policy"]
 
 
 @pytest.mark.parametrize("skipped", [[False, False], [True, False], [True, True]])
 def test_launches_of_a_token(skipped: list[bool], on_card: MakeOnCard) -> None:
-    """One per segment, whatever a unit's size, and one of the policy; new rows are two copies per layer, skipped or
-    not, of engines that leave them to the runtime.
+    """One per segment, whatever a unit's size, and one of the policy. Where nothing is recorded, a segment's new rows
+    are one more, skipped or not, of engines that leave them to the runtime.
     """
-    for target, copies in (("trt10", 2 * 6), ("portable", 0)):
-        made = on_card(target)
+    units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
+    rule = ForcedRule(np.array(skipped)[:, None])
+    for target, dispatch, waits in product(("trt10", "portable"), ("overlapped", "sync"), (True, False)):
+        made = on_card(target, dispatch)
+        made.runtime.engines.records = waits  # type: ignore[union-attr]
+        step = decode_step(made)
+        step.decode(1, rule)
         made.card.forget()
-        decode_step(made).decode(1, ForcedRule(np.array(skipped)[:, None]))
-        units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
-        ran = [of for _, what, of in made.card.log if what == "run"]
+        step.decode(1, rule)
+        log, calls = made.card.log, made.card.calls
+        ran = [of for _, what, of in log if what == ("launch" if waits else "run")]
         assert sorted(ran) == sorted([*BEFORE, "policy", *units, "layer_05"])
-        done = Counter(what for _, what, _ in made.card.log)
-        assert (done["upload"], done["copy_rows"], done["download"]) == (2, copies, 2)
+        between = 3 + (dispatch == "overlapped") * 2  # events and waits
+        freed = sum(many for name, many in calls.items() if "Free" in name or "Destroy" in name)
+        if waits:
+            assert calls.total() - freed == len(ran) + between, "no call more"
+        else:
+            done = Counter(what for _, what, _ in log)
+            assert (done["upload"], done["download"]) == (2, 2)
+            assert done["write_rows"] == (len(ran) - 1 if target == "trt10" else 0)
 
 
 def test_nobody_asks_a_policy_whose_answer_is_not_wanted(on_card: MakeOnCard) -> None:
@@ -150,6 +165,13 @@ def test_nobody_asks_a_policy_whose_answer_is_not_wanted(on_card: MakeOnCard) ->
 def launch_and_wait(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> None:
     sound(step, *given, **named)
     step.device.synchronize(MAIN)
+
+
+def policy_after_what_hides_it(sound: Any, step: Any, asks: bool, launch: Any) -> None:
+    later: list[Any] = []
+    sound(step, asks, lambda place, **named: later.append((place, named)) if place == POLICY else launch(place))
+    for place, named in later:
+        launch(place, **named)
 
 
 def wait_for_the_layers_beside(sound: Any, device: Cuda, stream: str, event: str) -> None:
@@ -188,31 +210,30 @@ def new_rows(kept: int) -> Callable[..., Any]:
 
     def bind_part(sound: Any, *given: Any) -> Any:
         part = sound(*given)
-        return replace(part, new_rows=part.new_rows[:kept], copies=part.copies[:kept])
+        part.new_rows.host = part.new_rows.host[:kept]
+        return part
 
     return bind_part
 
 
-def copy_late(sound: Any, device: Cuda, _stream: str, *given: Any) -> None:
+def write_late(sound: Any, device: Cuda, name: str, _stream: str, *given: Any) -> None:
     """On a stream that the next token does not wait for."""
-    sound(device, "late", *given)
+    sound(device, name, "late", *given)
 
 
-def policy_inside_a_branch(
-    sound: Any, step: Any, part: Any, bypass: bool = False, graph: Any = None, stream: str = MAIN
-) -> None:
-    sound(step, part, bypass, graph, stream)
-    if stream != MAIN:
+def policy_inside_a_branch(sound: Any, step: Any, place: int, bypass: bool = False, stream: str = MAIN) -> None:
+    sound(step, place, bypass, stream)
+    if stream == BODY:
         step._policy(BESIDE)
 
 
-def policy_starts_with_the_step(sound: Any, step: Any, asks: bool, graph: Any = None) -> None:
+def policy_starts_with_the_step(sound: Any, step: Any, asks: bool, launch: Any) -> None:
     """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
-    if graph is not None:
+    if asks:
         step.device.record(MAIN, READY)
         step.device.wait(BESIDE, READY)
-        step._policy(BESIDE)
-    sound(step, asks and graph is None, graph)
+        launch(POLICY, stream=BESIDE)
+    sound(step, False, launch)
 
 
 def policy_that_nobody_waits_for(sound: Any, step: Any, *given: Any) -> None:
@@ -231,14 +252,16 @@ def decide_by_other_limits(sound: Any, graph: Any, stream: str, damage: Any, lim
     sound(graph, stream, damage, graph.kept, skipped)
 
 
-def write_where_the_first_token_was(sound: Any, graph: Any, *given: Any) -> None:
+def write_where_the_first_token_was(sound: Any, device: Cuda, name: str, *given: Any) -> None:
     """An address computed by the host is the same at every launch."""
-    *others, position = given
-    copy = graph._cuda.memory(position.nbytes)
-    graph._cuda.copy("late", copy, position)
-    graph._cuda.synchronize("late")
-    vars(graph).setdefault("kept", []).append(copy)
-    sound(graph, *others, copy)
+    if name == "write_rows":
+        stream, blocks, threads, (table, position), numbers = given
+        copy = device.memory(position.nbytes)
+        device.copy("late", copy, position)
+        device.synchronize("late")
+        vars(device).setdefault("kept", []).append(copy)
+        given = stream, blocks, threads, (table, copy), numbers
+    sound(device, name, *given)
 
 
 def memory_that_is_not_pinned(_sound: Any, _device: Cuda, nbytes: int) -> Any:
@@ -254,7 +277,8 @@ def kernels_that_stand_in(_sound: Any, _toolkit: Toolkit, engine: Any, *_: Any) 
 NUMBERS = "numbers"
 LOST, ELSEWHERE = "Unjoined: nobody waits for the end of beside", "Isolation: the event was recorded elsewhere"
 MISTAKES: list[tuple[Any, str, Callable[..., Any], str, Any]] = [
-    (DeviceStep, "launch", launch_and_wait, "overlapped", check_overlap),
+    (DeviceStep, "_launch_piece", launch_and_wait, "overlapped", check_overlap),
+    (DeviceStep, "_launch_before_units", policy_after_what_hides_it, "overlapped", check_overlap),
     (Cuda, "wait", wait_for_the_layers_beside, "overlapped", check_overlap),
     (Cuda, "wait", wait_except(BESIDE, recorded=False), "overlapped, beside first", NUMBERS),
     (Cuda, "wait", wait_except(MAIN), "device", LOST),
@@ -266,19 +290,19 @@ MISTAKES: list[tuple[Any, str, Callable[..., Any], str, Any]] = [
     (TensorRTEngine, "bind", bind_apart, "overlapped, portable", NUMBERS),
     (TensorRTEngine, "bind", bind_apart, "overlapped, portable", check_memory),
     (DeviceStep, "_bind", bind_to_one_buffer, "overlapped", "is written while it is read"),
-    (DeviceStep, "_bind_part", new_rows(0), "overlapped", NUMBERS),
-    (DeviceStep, "_bind_part", new_rows(2), "overlapped", NUMBERS),
-    (DeviceStep, "_bind_part", new_rows(0), "device", NUMBERS),
-    (Cuda, "copy_rows", copy_late, "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(1), "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(2), "device", NUMBERS),
+    (Cuda, "kernel", write_late, "overlapped", NUMBERS),
     (DeviceStep, "launch", policy_inside_a_branch, "device", LOST),
     (DeviceStep, "_launch_before_units", policy_starts_with_the_step, "device, beside first", NUMBERS),
+    (DeviceStep, "_launch_before_units", policy_starts_with_the_step, "overlapped, beside first", NUMBERS),
     (DeviceStep, "_record", policy_that_nobody_waits_for, "device", LOST),
     (DeviceStep, "_record", event_from_outside, "device", ELSEWHERE),
     (Cuda, "pinned", memory_that_is_not_pinned, "device", "memory that is not pinned"),
     (DeviceStep, "_warm_up", nothing, "device", "is recorded before its first launch"),
     (Toolkit, "context", kernels_that_stand_in, "device, rtx", "or its kernels LAZY"),
     (CudaGraph, "decide", decide_by_other_limits, "device", NUMBERS),
-    (CudaGraph, "write_rows", write_where_the_first_token_was, "device", NUMBERS),
+    (Cuda, "kernel", write_where_the_first_token_was, "device", NUMBERS),
 ]
 """(whose method, its name, what it does instead, where, what sees it)"""
 

@@ -24,7 +24,7 @@ from dash_export.building.cost_table import measure_cost
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Segment
-from dash_export.core.dial import DialPoint
+from dash_export.core.dial import DialPoint, Mode
 from dash_export.core.kinds import Setting
 from dash_export.core.policy import no_policy
 from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule
@@ -49,7 +49,8 @@ def test_decode(target: str, dispatch: str, first: str | int, on_card: MakeOnCar
     assert 0.2 < actions[:, 2:5].mean() < 0.8
     assert (actions[:, 2] == actions[:, 3]).all(), "one unit"
     assert not host.differs(made)
-    assert len(made.card.recorded) == (dispatch == "device"), "one recording serves every token"
+    pieces = 5 + len(TINY_UNITS) + 1
+    assert len(made.card.recorded) == (1 if dispatch == "device" else pieces), "recordings serve every token"
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
@@ -106,7 +107,7 @@ def test_one_recording_serves_every_rule(on_card: MakeOnCard, host: Host) -> Non
             one, other = (session.bound(1).damage for session in live)
             np.testing.assert_allclose(one, other, atol=1e-5)
         np.testing.assert_array_equal(taken, layer_actions(every, TINY_UNITS, 6)[0])
-    assert len(made.card.recorded) == 1
+    assert len(made.card.recorded) == 1 + 8, "and the pieces of the others"
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
@@ -130,13 +131,19 @@ def test_known_actions_are_graphs_of_their_own(
     assert recorded == [1, 2, 2, 3, 4, 5, 5]
 
 
-def test_a_device_that_records_nothing(on_card: MakeOnCard, host: Host) -> None:
-    """It is asked once."""
-    made = on_card("trt10", "overlapped", 0)
-    made.card.failing["cudaStreamBeginCapture"] = NOT_HERE
-    assert not host.differs(made, DENSE)
-    assert not made.runtime.engines.records  # type: ignore[union-attr]
-    assert not made.card.recorded
+def test_a_device_that_records_nothing(on_card: MakeOnCard, host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked once, and said once."""
+    for rule in (DENSE, None):
+        made = on_card("trt10", "overlapped", 0)
+        made.card.failing["cudaStreamBeginCapture"] = NOT_HERE
+        caplog.clear()
+        for _ in range(2):
+            assert not host.differs(made, rule)
+        assert not made.runtime.engines.records  # type: ignore[union-attr]
+        assert not made.card.recorded
+        (said,) = caplog.records
+        assert said.levelname == "WARNING"
+        assert "steps are not recorded here (CUDA on a card failed beginning to record" in said.message
 
 
 def test_sessions_in_threads_take_turns(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,15 +165,38 @@ def test_sessions_in_threads_take_turns(on_card: MakeOnCard, host: Host, monkeyp
     np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
 
 
+def test_a_fork_waits_for_a_recording(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies would become part of it."""
+    made, sound, forks = on_card("trt10", "device"), Cuda.graph, list[Any]()
+    other = made.runtime.session()
+    other.prefill(IDS[:17])
+    thread = threading.Thread(target=lambda: forks.append(other.fork()))
+
+    def graph(*given: Any) -> Any:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.3)
+            assert not forks, "a copy during a recording"
+        return sound(*given)
+
+    monkeypatch.setattr(Cuda, "graph", graph)
+    assert not host.differs(made)
+    thread.join()
+    expected = host.runtime.generate(IDS[:19].tolist(), 5).tokens
+    np.testing.assert_array_equal(forks[0].generate(IDS[17:19].tolist(), 5).tokens, expected)
+
+
 def test_kernels_for_prompts_are_compiled_beside_the_work(on_card: MakeOnCard) -> None:
-    """Every prompt has another length, and the first one would wait; what is recorded keeps the kernels it had."""
+    """Where its length is another one every time, and the first would wait. Whole chunks come again, and what is
+    recorded keeps the kernels that it had.
+    """
     made = on_card("rtx", "device")
     session = made.runtime.session()
     session.prefill(IDS[:20])
-    prompts = {context for _, context in made.card.ran}
     session.decode_one(5)
-    tokens = {context for _, context in made.card.ran} - prompts
-    assert [{context.captures for context in each} for each in (prompts, tokens)] == [{False}, {True}]
+    eager = {(context.shapes["position_ids"][1], context.captures) for _, context in made.card.ran if context.profile}
+    assert eager == {(16, True), (4, False)}
+    assert all(context.captures for _, context in made.card.ran if not context.profile)
 
 
 def test_what_a_context_does_not_take_is_told(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +230,7 @@ def test_a_model_without_units(tmp_path: Path, card: Card) -> None:
     card.forget()
     DashRuntime.load(root, "whole", dispatch="device").generate(IDS[:9].tolist(), 4)
     launched = [of for _, what, of in card.log if what in ("run", "launch")]
-    assert launched == ["layers_00-01"] * 2 + ["graph"] * 4, "the prompt, before a recording, the tokens and one more"
+    assert launched == ["layers_00-01"] * 6, "the prompt, before a recording, the tokens and one more"
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
@@ -252,7 +282,7 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
     cost = measure_cost(device_bundle, made, TensorRT("tensorrt"))
     assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)
     assert cost.device == "a card (compute capability 12.0)"
-    cost = replace(cost, cost=(0.2, 0.1), asks=0.05)
+    cost = replace(cost, cost=(0.2, 0.1), asks=0.05, modes={"device": Mode(0.02, 1.25)})
     made = replace(made, cost=cost)
     points = dial_table.calibrate_dial(device_bundle, made, TensorRT("tensorrt"))
     assert [points[0].layers, points[-1].layers] == [6, 3]
@@ -261,7 +291,12 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
     build = replace(made, dial=points)
     session = DashRuntime(device_bundle, build, TensorRT("tensorrt")).session("token", budget=0.9)
     assert session.rules.rule.limits[0] > 0
-    other = DashRuntime(device_bundle, build, TensorRT("tensorrt"), "device")
+    device = DashRuntime(device_bundle, build, TensorRT("tensorrt"), "device")
+    asked = 1.02 - 1.25 * (1.05 - 0.9)  # of the same skips, by the times of that mode
+    limits = device.session("token", budget=asked).rules.rule.limits
+    np.testing.assert_allclose(limits, session.rules.rule.limits, rtol=1e-6)
+    assert device.cost.token_time(np.ones((2, 1)), asked=True)[0] == pytest.approx(1.02 - 1.25 * 0.3)
+    other = DashRuntime(device_bundle, build, TensorRT("tensorrt"), "sync")
     with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
         other.session("token", budget=0.9)
     with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
@@ -269,36 +304,43 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
     found = (DialPoint(0.0, 6, 1.0, 0.0), DialPoint(1.0, 4, 0.8, 0.1, 1.01))
     runtimes = (
         DashRuntime(device_bundle, replace(build, dial=found), TensorRT("tensorrt"), dispatch)
-        for dispatch in ("overlapped", "device")
+        for dispatch in ("overlapped", "sync")
     )
     assert [runtime.recommended for runtime in runtimes] == [Setting("token", budget=0.8, hold=False), Setting("dense")]
 
 
-@pytest.mark.parametrize("dispatch", DISPATCH)
+@pytest.mark.parametrize("dispatch", [*DISPATCH, "fastest"])
 def test_what_a_skip_saves_is_measured_by_whole_tokens(
     dispatch: str, on_card: MakeOnCard, device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they are dispatched: by a clock that each engine's run moves, and each call of the host."""
-    made, clock = on_card("trt10", dispatch), [0.0]
+    made, clock = on_card("trt10"), [0.0]
     takes = {"layers_02-03": 0.4, "layer_04": 0.2, "bypass_02-03": 0.1, "bypass_04-04": 0.05, "policy": 0.07}
-    sound = Engine.run
+    sound, waited = Engine.run, Cuda.wait_for_event
 
     def run(engine: Engine, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         clock[0] += takes.get(engine.name, 0.1)
         return sound(engine, feeds)
 
+    def wait(device: Cuda, event: str) -> None:  # what decisions in a graph save
+        clock[0] += 0.045
+        waited(device, event)
+
     monkeypatch.setattr(Engine, "run", run)
+    monkeypatch.setattr(Cuda, "wait_for_event", wait)
     monkeypatch.setattr(cost_table.time, "perf_counter", lambda: clock[0])
-    build = replace(
-        made.runtime.build,
-        recipe=replace(made.runtime.recipe, runtime=replace(made.runtime.recipe.runtime, dispatch=dispatch)),
-    )
+    recipe = made.runtime.recipe
+    build = replace(made.runtime.build, recipe=replace(recipe, runtime=replace(recipe.runtime, dispatch=dispatch)))
+    assert build.dispatch == ("overlapped" if dispatch == "fastest" else dispatch)
     cost = measure_cost(device_bundle, build, TensorRT("tensorrt"))
-    dense = 0.3 + 0.4 + 0.2
-    assert cost.dispatch == dispatch
+    dense, best = 0.3 + 0.4 + 0.2, "device" if dispatch == "fastest" else dispatch
+    assert cost.dispatch == replace(build, cost=cost).dispatch == best
+    asks = {mode: (0.07 if mode == "device" else 0.115) / dense for mode in DISPATCH}
+    np.testing.assert_allclose(cost.asks, asks.pop(best), atol=1e-5)
+    assert {mode: pytest.approx(own.asks, abs=1e-5) for mode, own in cost.modes.items()} == asks
+    np.testing.assert_allclose([own.saved for own in cost.modes.values()], 1.0, rtol=1e-4)
     np.testing.assert_allclose(cost.dense_us, 1e6 * dense, rtol=1e-6)
     np.testing.assert_allclose(cost.cost, [0.3 / dense, 0.15 / dense], rtol=1e-6)
-    np.testing.assert_allclose(cost.asks, 0.07 / dense, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", BUILDS)
@@ -376,17 +418,18 @@ def test_a_launch_that_fails(
     live, other = runtime.session_under(host.rule), runtime.session_under(host.rule)
     for session in (live, other):
         session.prefill(IDS[:20])
-    sound, launched = Context.execute_async_v3, 0
+        session.decode_one(5)  # all is recorded
+    sound, launched = Card.cudaGraphLaunch, 0
     for number, token in enumerate(IDS[20:26].tolist()):
 
-        def failing(context: Context, stream: int, last: int = number % 4) -> bool:
+        def failing(card: Card, graph: Any, stream: int, last: int = number % 4) -> Any:
             nonlocal launched
             launched += 1
-            return launched <= last and sound(context, stream)
+            return sound(card, graph, stream) if launched <= last else (rt.cudaError_t.cudaErrorLaunchFailure,)
 
         launched = 0
-        monkeypatch.setattr(Context, "execute_async_v3", failing)
-        with pytest.raises(BackendError, match="could not launch"):
+        monkeypatch.setattr(Card, "cudaGraphLaunch", failing)
+        with pytest.raises(BackendError, match="failed launching a step"):
             live.decode_one(token)
         monkeypatch.undo()
         assert live.tokens == other.tokens

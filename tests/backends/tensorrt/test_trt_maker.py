@@ -47,7 +47,7 @@ def write_recipe(path: Path, weights: str = "fp16", engine: str = "", bypass: st
     path.write_text(
         f'backend = "tensorrt_rtx"\ndialect = "portable"\n'
         f'[engine]\ncapabilities = ["8.9"]\nkv_capacity = 64\n{engine}\n'
-        f'[weights]\n{parts}embedding = "{own}"\nbypass = "{bypass or own}"\nblock_size = 32\nsymmetric = true\n'
+        f'[weights]\n{parts}embedding = "{own}"\nbypass = "{bypass or own}"\nblock_size = 64\nsymmetric = true\n'
         f'rounding = "{rounding}"\n'
         '[runtime]\ndispatch = "overlapped"\nprefill_chunk = 32\n'
     )
@@ -180,8 +180,8 @@ def test_no_scale_is_zero_in_float16(precision: str, own: Path, tmp_path: Path) 
     _, scales = quantize_symmetric(np.full((32, 2), [1e-9, 0], np.float32), int(precision[3:]), 32)
     assert (scales.astype(np.float16) > 0).all()
     hidden = Bundle.open(own / "tiny.dash").manifest.model.hidden_size
-    codes, zeros = (np.full((rows, hidden), 8, np.uint8) for rows in (hidden, hidden // 32))
-    rounded = Rounded(codes, np.full(zeros.shape, 1e-9, np.float32), zeros, 32)
+    codes, zeros = (np.full((rows, hidden), 8, np.uint8) for rows in (hidden, hidden // 64))
+    rounded = Rounded(codes, np.full(zeros.shape, 1e-9, np.float32), zeros, 64)
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", precision))
     graphs = lowered(Bundle.open(own / "tiny.dash"), recipe, {"layer_00/attention/o_proj": rounded}.get)
     stored = [item for graph in graphs.values() for item in graph.initializer if ".scales" in item.name]

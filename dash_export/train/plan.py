@@ -10,7 +10,7 @@ from dash_export.files.artifacts import Progress
 from dash_export.models import DecoderSpec
 from dash_export.train import TrainingSettings
 from dash_export.train.corpus import OWN
-from dash_export.train.model import layer_size
+from dash_export.train.model import activations, layer_size, rows_at_once
 from dash_export.train.partition import candidate_groups
 from dash_export.train.stages import CLOSED_FORM
 
@@ -67,7 +67,7 @@ def training_plan(
         {name: steps for name, (steps, _) in stages.items() if steps},
         {name: passes for name, (_, passes) in stages.items()},
         _pass_seconds(spec, tokens, dtype, device),
-        _memory(spec, tokens, dtype),
+        _memory(spec, settings, dtype, device),
     )
 
 
@@ -83,11 +83,11 @@ def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: to
     return OTHER * min(times) / (2 * weight.numel()) * spec.num_layers * layer_size(spec)
 
 
-def _memory(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
+def _memory(spec: DecoderSpec, settings: TrainingSettings, dtype: torch.dtype, device: torch.device) -> float:
     """Return about what a training needs: weights, activations of all layers for the backward pass, torch itself."""
     weights = spec.num_layers * layer_size(spec) + spec.vocab_size * spec.hidden_size
-    kept = tokens * spec.num_layers * (16 * spec.hidden_size + 10 * spec.intermediate_size)
-    return (weights + kept) * torch.finfo(dtype).bits / 8 + 2**29
+    rows = min(settings.windows, rows_at_once(spec, settings.window, dtype, device))
+    return weights * torch.finfo(dtype).bits / 8 + activations(spec, rows * settings.window, dtype) + 2**29
 
 
 def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:

@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere; on stderr, so stdout holds only the result."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ import click
 from dash_export.files.artifacts import Progress
 
 PLAIN_LINES = 10
-"""Lines that a step of known length prints where there is no terminal; a slow step prints one every EVERY seconds."""
+"""Lines that a step of known length prints where there is no terminal; slow work prints one every EVERY seconds."""
 EVERY, PERIOD = 20.0, 1800.0
 """Seconds. A bar's time left is estimated from the last PERIOD: a step may take minutes."""
 
@@ -19,7 +20,8 @@ EVERY, PERIOD = 20.0, 1800.0
 def progress_bar(title: str) -> Iterator[Progress]:
     """Yield the progress callback for the library."""
     if not sys.stderr.isatty():
-        yield _lines(title)
+        with _lines(title) as progress:
+            yield progress
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, TimeRemainingColumn
@@ -33,29 +35,43 @@ def progress_bar(title: str) -> Iterator[Progress]:
         )
 
 
-def _lines(title: str) -> Progress:
+@contextmanager
+def _lines(title: str) -> Iterator[Progress]:
     last, said = (0, 0), time.monotonic()
     begun = (0, 0, said)  # total, done and time of a step's first report
+    doing, ended = "", threading.Event()
+
+    def tell(text: str) -> None:
+        nonlocal said
+        with suppress(OSError):  # a full disk under the log must not end work of hours
+            click.echo(f"{title}: {text}", err=True)
+        said = time.monotonic()
 
     def progress(name: str, done: int, total: int) -> None:
-        nonlocal last, said, begun
+        nonlocal last, begun, doing
         now = time.monotonic()
         if total != begun[0]:
             begun = total, done, now
         part = (total, done * PLAIN_LINES // total if total else 0)
+        doing = name + (f" ({done}/{total})" if total else "")
         if total == 0 or (done and (part != last or now - said >= EVERY)):
-            pace = (now - begun[2]) / max(1, done - begun[1])
-            left = (
-                f", about {_duration(pace * (total - done))} left"
-                if done > begun[1] and pace * (total - done) > 5
-                else ""
-            )
-            with suppress(OSError):  # a full disk under the log must not end work of hours
-                click.echo(f"{title}: {name}" + (f" ({done}/{total}{left})" if total else ""), err=True)
-            said = now
+            left = (now - begun[2]) / max(1, done - begun[1]) * (total - done)
+            timed = f"{doing[:-1]}, about {_duration(left)} left)" if done > begun[1] and left > 5 else doing
+            tell(timed)
         last = part
 
-    return progress
+    def repeat() -> None:
+        while not ended.wait(1.0):
+            if doing and time.monotonic() - said >= EVERY - 1:
+                tell(f"{doing}, still at it")
+
+    repeater = threading.Thread(target=repeat, daemon=True)  # one step may take minutes
+    repeater.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        repeater.join()
 
 
 def _duration(seconds: float) -> str:

@@ -48,13 +48,14 @@ def torch_model(
 
     def weight(name: str) -> torch.Tensor:  # one at a time in float32
         offset = spec.norm_offset if name.endswith("norm.weight") else 0
-        return (torch.from_numpy(checkpoint.read(name)) - offset).to(dtype)
+        read = torch.from_numpy(checkpoint.read(name))
+        return (read - offset if offset else read).to(dtype, copy=True)
 
     state = {}
     for done, name in enumerate(checkpoint.weights, 1):
         state[name] = weight(name)
         progress("reading the model", done, len(checkpoint.weights))
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)  # no second copy
     assert not unexpected, f"{unexpected} are not of such a model"
     assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"
     model.tie_weights()

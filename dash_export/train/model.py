@@ -26,6 +26,8 @@ from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, 
 
 BITS, BYPASS_BITS = 4, 8
 """Bits of a weight of the model and of a bypass, as engines for a CPU have them."""
+KEPT = 2 << 30
+"""Bytes of activations that a backward pass on a CPU may keep: as many windows go through it at once."""
 FIRST_SCORE = -1.5
 """softplus(-1.5) = 0.2 nats, about what skipping a unit costs."""
 
@@ -253,6 +255,18 @@ def saved(spec: DecoderSpec, layers: int) -> float:
     bypass = spec.hidden_size * (spec.hidden_size + 2 * key_value_size(spec) * layers)
     token = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
+
+
+def rows_at_once(spec: DecoderSpec, window: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many windows go through a backward pass at once. On a GPU all do: layers are run again there."""
+    return 1 << 30 if device.type == "cuda" else max(1, int(KEPT // activations(spec, window, dtype)))
+
+
+def activations(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
+    """Return about the bytes that all layers keep of `tokens` tokens for the backward pass."""
+    return (
+        tokens * spec.num_layers * (16 * spec.hidden_size + 10 * spec.intermediate_size) * torch.finfo(dtype).bits / 8
+    )
 
 
 def layer_size(spec: DecoderSpec) -> int:

@@ -101,6 +101,7 @@ def _answered(run: Run, text: Text, rows: Sequence["Row"], stage: str, done: int
 
     def make() -> list[list[int]]:
         model, part = run.model, run.work.kept(f"{stage}-part") or ()
+        run.progress(OWN, done * tokens, total * tokens)  # reading the prompts may take a minute
         made = answers(model.model, model.spec, rows, tokens, text.eos_ids, part, each)
         run.progress(OWN, (done + len(rows)) * tokens, total * tokens)
         return made

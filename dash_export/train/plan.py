@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import silu
 
 from dash_export.files.artifacts import Progress
 from dash_export.models import DecoderSpec
 from dash_export.train import TrainingSettings
 from dash_export.train.corpus import OWN
-from dash_export.train.model import layer_size
+from dash_export.train.model import activations, layer_size, rows_at_once
 from dash_export.train.partition import candidate_groups
 from dash_export.train.stages import CLOSED_FORM
 
-OTHER = 2.0
-"""Time of a pass over that of its layers' products: attention, norms, all that is no product."""
+OTHER = 1.5
+"""Time of a pass over that of products and activations like its layers': attention, norms, smaller products."""
 
 
 @dataclass(frozen=True)
@@ -48,46 +49,50 @@ def training_plan(
     """Return the plan of a training: of a `search` for units or without, with answers to `prompts` prompts."""
     groups = candidate_groups(spec.num_layers, settings.search_every) if search and settings.search_steps else []
     trials, tokens = sum(map(len, groups)), settings.window * settings.windows
-    # (steps, passes): seconds of all steps over the seconds of a pass, for SmolLM2-135M in bfloat16 on 2 cores.
+    # (steps, passes): seconds of all steps over the seconds of a pass, for a 135M and a 0.5B in bfloat16 on an EPYC.
     answered = min(prompts, settings.own_prompts)
     first = {
-        OWN: (answered, 16.0 * answered * settings.own_tokens / tokens),  # in batches of 64 rows a product is slower
-        "candidates": (trials, 1.7 * settings.search_steps * len(groups) + 4.5 * trials),
-        CLOSED_FORM: (settings.fit_steps, 1.6 * settings.fit_steps),
+        OWN: (answered, 3.0 * answered * settings.own_tokens / tokens),  # in batches of 64 rows a product is slower
+        "candidates": (trials, 1.4 * settings.search_steps * len(groups) + 1.3 * trials),
+        CLOSED_FORM: (settings.fit_steps, 1.4 * settings.fit_steps),
     }
-    order = {"static order": (1, 140.0)}
+    order = {"static order": (1, 35.0)}
     if kind == "token":
         regression, tuning = settings.regression_steps, settings.tuning_steps
-        last = {"regression": (regression, 10.0 * regression), "tuning": (tuning, 15.0 * tuning), **order}
+        last = {"regression": (regression, 4.0 * regression), "tuning": (tuning, 3.6 * tuning), **order}
     else:
-        last = {**order, "tuning": (settings.tuning_steps, 20.0 * settings.tuning_steps)}
-    stages = {**first, **last, "held-out text": (settings.judged_batches, 70.0 * settings.judged_batches)}
+        last = {**order, "tuning": (settings.tuning_steps, 4.0 * settings.tuning_steps)}
+    stages = {**first, **last, "held-out text": (settings.judged_batches, 18.0 * settings.judged_batches)}
     dtype = getattr(torch, settings.precision or "float32")
     return Plan(
         {name: steps for name, (steps, _) in stages.items() if steps},
         {name: passes for name, (_, passes) in stages.items()},
         _pass_seconds(spec, tokens, dtype, device),
-        _memory(spec, tokens, dtype),
+        _memory(spec, settings, dtype, device),
     )
 
 
 def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the time of a forward pass of all layers over `tokens` tokens, from two products like theirs."""
+    """Return the time of a forward pass of all layers over `tokens` tokens, from two products like theirs. On a CPU by
+    processor time: the plan is that of a quiet machine, whatever runs beside it now.
+    """
+    on_cpu = device.type == "cpu"
+    clock, threads = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
     x = torch.ones(tokens, spec.hidden_size, dtype=dtype, device=device)
     weight = torch.ones(spec.hidden_size, 4 * spec.hidden_size, dtype=dtype, device=device)
     times = []
     for _ in range(3):
-        began = time.perf_counter()
-        ((x @ weight) @ weight.T)[0, 0].item()
-        times.append(time.perf_counter() - began)
+        began = clock()
+        (silu(x @ weight) @ weight.T)[0, 0].item()
+        times.append((clock() - began) / threads)
     return OTHER * min(times) / (2 * weight.numel()) * spec.num_layers * layer_size(spec)
 
 
-def _memory(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
+def _memory(spec: DecoderSpec, settings: TrainingSettings, dtype: torch.dtype, device: torch.device) -> float:
     """Return about what a training needs: weights, activations of all layers for the backward pass, torch itself."""
     weights = spec.num_layers * layer_size(spec) + spec.vocab_size * spec.hidden_size
-    kept = tokens * spec.num_layers * (16 * spec.hidden_size + 10 * spec.intermediate_size)
-    return (weights + kept) * torch.finfo(dtype).bits / 8 + 2**29
+    rows = min(settings.windows, rows_at_once(spec, settings.window, dtype, device))
+    return weights * torch.finfo(dtype).bits / 8 + activations(spec, rows * settings.window, dtype) + 2**29
 
 
 def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:

@@ -30,7 +30,7 @@ from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
 from dash_export.train.merging import merged
-from dash_export.train.model import GatedModel, SkipModules, always, initial_network, saved
+from dash_export.train.model import GatedModel, SkipModules, always, initial_network, rows_at_once, saved
 from dash_export.train.partition import (
     Candidate,
     best_partition,
@@ -116,11 +116,12 @@ def trained_policy(
 
     if kind == "token":
         rates: Rates = [(modules.network, settings.network_rate)]
-        _optimise(run, "regression", modules, settings.regression_steps, rates, regression)
+        _optimise(run, "regression", modules, settings.regression_steps, rates, regression, settings.windows)
     rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
     # A policy has seen the batches of the tunings before; its origin tells the last of them from all others.
     stage, drawn = ("further tuning", start.origin) if start else ("tuning", "")
-    _optimise(run, stage, modules, settings.tuning_steps, rates, tuning, drawn)
+    rows = rows_at_once(model.spec, settings.window, model.dtype, model.device)
+    _optimise(run, stage, modules, settings.tuning_steps, rates, tuning, rows, drawn)
     if kind == "token" and not given:
         modules = SkipModules(_paying(run, modules)).to(model.device)
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
@@ -241,9 +242,11 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
 
 
 def _optimise(
-    run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, drawn: str = ""
+    run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, rows: int, drawn: str = ""
 ) -> None:
-    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `drawn` adds to what draws batches."""
+    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `rows` windows go through a backward pass
+    at once; `drawn` adds to what draws batches.
+    """
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]
@@ -265,19 +268,31 @@ def _optimise(
         for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.zero_grad()
-        value = loss(batch, rng, step)
-        (weight * value).backward()  # type: ignore[no-untyped-call]
+        value = _backward(loss, batch, rng, step, weight, rows)
         run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
-        if not torch.stack([value.detach(), *norms]).isfinite().all():
+        if not torch.stack([value, *norms]).isfinite().all():
             raise PolicyError(
                 f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step {saved}. "
                 "Try --precision float32, or other text."
             )
         optimizer.step()
         done = step + 1
-        recent = [*recent[-19:], float(value.detach())]
+        recent = [*recent[-19:], float(value)]
         run.progress(f"{stage}, loss {np.mean(recent):.3f}", done, steps)
         if run.work.save_if_due(stage, state):
             saved = done
     run.work.save(stage, state())
+
+
+def _backward(loss: Loss, batch: Batch, rng: np.random.Generator, step: int, weight: float, rows: int) -> torch.Tensor:
+    """Add the gradient of `weight` times the batch's mean loss, which is returned. It is made of `rows` windows at a
+    time: what a backward pass needs of all layers is most of a training's memory.
+    """
+    total, whole = torch.zeros((), device=batch.ids.device), batch.counted.sum()
+    for start in range(0, len(batch.ids), rows):
+        piece = Batch(*(part[start : start + rows] for part in batch))
+        value = loss(piece, rng, step) * (piece.counted.sum() / whole)
+        (weight * value).backward()  # type: ignore[no-untyped-call]
+        total += value.detach()
+    return total

@@ -62,7 +62,8 @@ def train(
     Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
     tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
     beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
-    A network that did not read the layer before the first unit is learnt anew.
+    A network that did not read the layer before the first unit is learnt anew. Without prompts its held-out answers are
+    kept: a build sets its dial on what a model decodes.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model answers itself; without any, the
     prompts that come with this package are answered (by a model without a chat template their texts are read). The
@@ -126,7 +127,7 @@ def train(
         gated = GatedModel(checkpoint, place, getattr(torch, precision), progress)
         checkpoint.check_same()
         run = Run(gated, corpus, settings, work, whole_training_progress(progress, plan.passes))
-        answers = _add_own(run, held, text, chats) if chats else ""
+        answers = _add_own(run, held, text, chats) if chats else before.answers if before else ""
         gated.learn_on(corpus.frequent(spec.vocab_size, COMMON))
         policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(

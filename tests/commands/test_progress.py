@@ -1,5 +1,7 @@
 """What long work says where there is no terminal."""
 
+import time
+
 import pytest
 
 from dash_export.commands import progress as module
@@ -26,3 +28,14 @@ def test_a_line_every_twenty_seconds(capsys: pytest.CaptureFixture[str], monkeyp
         *(f"train: step {step} ({step}/1000, about {left} min left)" for step, left in LEFT.items()),
         *("train: reading", "train: step 1 (1/1000)"),
     ]
+
+
+def test_one_long_step_is_not_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.5)
+    with progress_bar("train") as said:
+        said("own answers", 3, 100)
+        time.sleep(2.5)
+    time.sleep(1.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: own answers (3/100)"
+    assert lines[1:] in (["train: own answers (3/100), still at it"] * count for count in (1, 2, 3))

@@ -1,3 +1,6 @@
+import time
+
+import pytest
 import torch
 
 from dash_export.models import Checkpoint
@@ -31,6 +34,14 @@ def test_more_effort_takes_longer(checkpoint: Checkpoint) -> None:
     said = str(plan(checkpoint))
     assert "GiB of memory" in said
     assert "tuning 500" in said
+
+
+def test_what_runs_beside_does_not_count(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is that of a quiet machine."""
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda value: (time.sleep(0.2), item(value))[1])
+    alone = plan(checkpoint)
+    assert alone.pass_seconds < 0.2
 
 
 def test_progress_is_that_of_the_whole() -> None:

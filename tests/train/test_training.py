@@ -171,6 +171,23 @@ def test_a_killed_training_goes_on_where_it_stopped(
     assert set(totals) == {dones[-1]}
 
 
+@pytest.mark.parametrize("kind", ["token", "static"])
+def test_windows_one_after_the_other_make_the_gradient_of_all(
+    learn: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where the activations of a step do not fit into the memory that it may take."""
+    settings = replace(SETTINGS, precision="float32", tuning_steps=3)
+    passed, backward = list[int](), torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda value: (passed.append(1), backward(value))[1])
+    whole = learn(kind=kind, settings=settings, output=tmp_path / "whole.safetensors").weights()
+    steps = len(passed)
+    monkeypatch.setattr("dash_export.train.model.KEPT", 1)
+    apart = learn(kind=kind, settings=settings, output=tmp_path / "apart.safetensors").weights()
+    assert len(passed) - steps == steps + 3 * settings.tuning_steps, "only in the tuning"
+    for name, value in whole.items():
+        np.testing.assert_allclose(apart[name].astype(np.float32), value.astype(np.float32), atol=2e-3, err_msg=name)
+
+
 def test_what_appears_at_the_output_during_a_training_is_kept(trained: Trained, learn: Learn, output: Path) -> None:
     card, heard = output.with_suffix(".json"), list[str]()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.bundle.policy_file import save_policy
+from dash_export.bundle.policy_file import load_policy, save_policy
 from dash_export.core.units import parse_units
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
@@ -35,6 +35,17 @@ def test_a_trained_policy_is_tuned_further(trained: Trained, learn: Learn, tmp_p
     assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
     assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
     assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
+
+
+def test_answers_are_kept_where_none_are_made(
+    trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
+) -> None:
+    """So that a build sets its dial on them, not on prose, after a training for text alone."""
+    start, answers = tmp_path / "start.safetensors", '{"prompt": "Why?", "answer": "Because."}\n'
+    save_policy(start, replace(trained[1], answers=answers), checkpoint.spec, {})
+    settings = replace(SETTINGS, tuning_steps=1)
+    assert learn(start=start, units=None, settings=settings).answers == answers
+    assert load_policy(output, checkpoint.spec).answers == answers
 
 
 def test_it_sees_other_batches_than_the_trainings_before(

@@ -127,32 +127,22 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     )
 
 
-def key_value_size(spec: ModelFacts) -> int:
-    """Return the number of columns of one layer's K, or V."""
-    return spec.num_kv_heads * spec.head_dim
-
-
-def stored_columns(unit: Unit, spec: ModelFacts) -> int:
-    """Return how many columns of a bypass a policy holds: the update's, then K and V of each layer but the first."""
-    return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
-
-
 def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     """Raise PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
     check_static_order(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
-    hidden, found = spec.hidden_size, policy.weights()
-    needed: dict[str, tuple[int, ...]] = {}
+    found, needed = policy.weights(), dict[str, tuple[int, ...]]()
     if policy.network is not None:
-        needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+        given = {name: array.shape for name, array in policy.network.items()}
+        shapes = spec.network_shapes(len(policy.units), given)
+        needed |= {f"network.{name}": shape for name, shape in shapes.items()}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass:
-            columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
-            needed |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+            needed |= {f"bypass.{unit.name}.{name}": shape for name, shape in spec.bypass_shapes(unit).items()}
     if policy.final_norm is not None:
-        found[FINAL_NORM], needed[FINAL_NORM] = policy.final_norm, (hidden,)
+        found[FINAL_NORM], needed[FINAL_NORM] = policy.final_norm, (spec.hidden_size,)
         if not policy.final_norm.any():
             raise PolicyError("The final norm by which the policy knows its model is zero.")
     if missing := needed.keys() - found.keys():

@@ -5,10 +5,10 @@ long context they would be a quarter of a small model.
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.facts import ModelFacts
+from dash_export.core.facts import DecoderFacts
 
 
-def rope_tables(model: ModelFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:
+def rope_tables(model: DecoderFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:
     """Return `rope.cos` and `rope.sin`, float32 [rows, rotary_dim / 2], for the positions from 0 on; and
     `rope.window.cos` and `rope.window.sin` where layers with a window have others.
     """

@@ -17,7 +17,7 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import POLICY, Build, Segment
 from dash_export.bundle.signing import check_trusted
-from dash_export.core.facts import ModelFacts
+from dash_export.core.facts import DecoderFacts
 from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.polygraphy import polygraphy_errors
@@ -130,7 +130,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         del self.engine
 
 
-def _places(model: ModelFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
+def _places(model: DecoderFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
     start, count = int(positions[0]), len(positions)
     if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
         raise RequestError(

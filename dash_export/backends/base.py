@@ -20,6 +20,7 @@ from dash_export.errors import BackendError
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.host.decode import EngineSet
+    from dash_export.backends.host.encode import EncoderEngines
     from dash_export.bundle.bundle import Bundle
     from dash_export.bundle.records import Build
 
@@ -72,7 +73,7 @@ enqueued (CUDA).
 class Started(Protocol):
     """A started backend."""
 
-    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | DeviceEngines:
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines | DeviceEngines:
         """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
         that this kind of backend has not.
         """

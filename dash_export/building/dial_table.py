@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.building.input_dial import held_out, input_dial
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.records import Build
@@ -44,6 +45,8 @@ def calibrate_dial(
 
     KL is measured against the dense mode of the same build. Return () where the model's context is a few tokens only.
     """
+    if bundle.manifest.model.decides == "input":
+        return _of_inputs(bundle, build)
     runtime = DashRuntime(bundle, build, backend)
     items = _calibration_items(runtime)
     if not items:  # the model's context has only a few tokens
@@ -63,6 +66,16 @@ def calibrate_dial(
         layers = round(num_layers - skipped, 4)
         points.append(DialPoint(trade_off, layers, round(time, 5), round(max(0.0, kl), 6), perplexity))
     return tuple(points)
+
+
+def _of_inputs(bundle: Bundle, build: Build) -> tuple[DialPoint, ...]:
+    """Return the dial of a policy that decides about whole inputs; () where it came without held-out ones."""
+    path, manifest = bundle.root / ANSWERS, bundle.manifest
+    if not path.is_file():
+        return ()
+    units = manifest.policy.units
+    table = held_out(bounded_text(path, MAX_TEXT_BYTES), len(units))
+    return input_dial(table, build.cost, units, manifest.model.num_layers)
 
 
 def _trade_offs(runtime: DashRuntime, items: Sequence[Continuation]) -> list[float]:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from dash_export.core.units import Unit
 from dash_export.files.typed_json import NotNegative, Within
 
@@ -87,6 +90,10 @@ class ModelFacts:
         """Yield what does not go together."""
         return iter(())
 
+    def sizes(self) -> dict[str, str]:
+        """Return what only this kind of model has, in words, for a table."""
+        raise NotImplementedError
+
     def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:
         """Return the shapes of the weights that a policy holds for the bypass of a unit."""
         raise NotImplementedError
@@ -95,6 +102,10 @@ class ModelFacts:
         """Return the shapes of a policy network's weights for so many units. `given`: the shapes that it has, from
         which a free dimension is taken.
         """
+        raise NotImplementedError
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        """Return a policy network in these shapes that gives noise, to measure and test with."""
         raise NotImplementedError
 
 
@@ -138,6 +149,13 @@ class DecoderFacts(ModelFacts):
         if 2 * max(len(self.rope_frequencies), len(self.window_frequencies)) > self.head_dim:
             yield "it rotates more dimensions than a head has."
 
+    def sizes(self) -> dict[str, str]:
+        return {
+            "attention": f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for K and V",
+            "vocabulary": str(self.vocab_size),
+            "context": f"{self.max_positions} positions",
+        }
+
     def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:
         """Return the shapes: the columns are the update's, then K and V of each layer but the first."""
         columns = self.hidden_size + 2 * self.key_value_size * (len(unit.layers) - 1)
@@ -145,6 +163,10 @@ class DecoderFacts(ModelFacts):
 
     def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:  # noqa: ARG002
         return {"weight": (self.hidden_size, units), "bias": (units,)}
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        weight = rng.standard_normal((self.hidden_size, units)) * 1.5 * self.hidden_size**-0.5
+        return {"weight": weight.astype(np.float32), "bias": np.full(units, -2.0, np.float32)}
 
 
 MOST_TOKENS = 1 << 14
@@ -182,6 +204,14 @@ class EncoderFacts(ModelFacts):
         elif self.tokens > MOST_TOKENS:
             yield f"a picture has over {MOST_TOKENS} tokens."
 
+    def sizes(self) -> dict[str, str]:
+        height, width = self.image_size
+        return {
+            "attention": f"{self.num_heads} heads of {self.head_dim}",
+            "pictures": f"{width} x {height} pixels, {self.labels or 'no'} classes",
+            "tokens": f"{self.patches} patches of {self.patch_size} x {self.patch_size} pixels, {self.special} special",
+        }
+
     def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:  # noqa: ARG002
         """Return the shapes: one product for patches and one for the special tokens."""
         hidden = self.hidden_size
@@ -198,3 +228,11 @@ class EncoderFacts(ModelFacts):
             "bias": (units,),
             "limit": (1,),
         }
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        kept = min(8, self.hidden_size)
+        found = {
+            name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
+            for name, shape in self.network_shapes(units, {"components": (0, kept)}).items()
+        }
+        return found | {"bias": np.full(units, -2.0, np.float32), "limit": np.array([1e30], np.float32)}

@@ -98,9 +98,7 @@ def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed
     policy = no_policy(spec.num_layers, units)
     if not policy.units:
         return policy
-    rng, hidden, count = np.random.default_rng(seed), spec.hidden_size, len(policy.units)
-    weight = (rng.standard_normal((hidden, count)) * 1.5 * hidden**-0.5).astype(np.float32)
-    network = {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
+    network = spec.random_network(len(policy.units), np.random.default_rng(seed))
     return replace(policy, network=network, origin=f"untrained (seed {seed})")
 
 

@@ -153,4 +153,5 @@ def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray[Any, np.dtype[np
             if antialias and not 0 <= at < old:
                 continue
             found[place, min(max(at, 0), old - 1)] += weight
-    return found / found.sum(1, keepdims=True)
+    found /= found.sum(1, keepdims=True)
+    return found

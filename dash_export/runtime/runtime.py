@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from dash_export.backends.base import load_backend
 from dash_export.backends.host.decode import MAX_SEQUENCES
@@ -23,12 +23,16 @@ from dash_export.core.sampling import Sampling
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.files.artifacts import FileRecord
 from dash_export.runtime.batch import Batch
+from dash_export.runtime.encoder import Encoder
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.session import Session
 from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
     from dash_export.backends.base import Started
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.host.decode import EngineSet
+    from dash_export.backends.host.encode import EncoderEngines
 
 DISPATCH_MODES = get_args(Dispatch)
 
@@ -43,8 +47,19 @@ class DashRuntime:
         dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
-        self.text = Text(bundle.root)
-        self.engines = backend.load_build(bundle, build, dispatch)
+        self._loaded = backend.load_build(bundle, build, dispatch)
+
+    @property
+    def engines(self) -> EngineSet | DeviceEngines:
+        """Engines of a causal LM. Raises BundleError for an encoder."""
+        assert self.bundle.manifest.decoder
+        return cast("EngineSet | DeviceEngines", self._loaded)
+
+    @cached_property
+    def text(self) -> Text:
+        """Tokenizer and chat template of a causal LM. Raises BundleError for an encoder."""
+        assert self.bundle.manifest.decoder
+        return Text(self.bundle.root)
 
     @classmethod
     @check_arguments
@@ -96,7 +111,7 @@ class DashRuntime:
     @property
     def dispatch(self) -> str:
         """Dispatch mode in use: `overlapped` where `device` was wanted but is not possible."""
-        return self.engines.dispatch
+        return self._loaded.dispatch
 
     @property
     def cost(self) -> CostTable:
@@ -152,6 +167,18 @@ class DashRuntime:
         if isinstance(rules.calibrated, OwnRule) and not self.engines.shows_states:
             raise PolicyError(CPU_ONLY)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
+
+    def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
+        """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for
+        an encoder decides once for a picture. Raises PolicyError, and BundleError for a causal LM.
+        """
+        return self.encoder_with(Setting(policy, **amounts))
+
+    @check_arguments
+    def encoder_with(self, setting: Setting) -> Encoder:
+        """Return the encoder as `encoder` does, with the arguments in one object."""
+        assert self.bundle.manifest.encoder
+        return Encoder(cast("EncoderEngines", self._loaded), self.bundle.root, self.rules(setting).calibrated)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """Make a batch: at most `size` sequences decoded together, each as in a `session`. Raises PolicyError, and

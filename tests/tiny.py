@@ -59,7 +59,9 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
     for unit in policy.units:
         shapes = spec.bypass_shapes(unit).items()
         scale = {2: 0.1, 1: 0.2}
-        bypasses.append({name: (scale[len(shape)] * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes})
+        bypasses.append(
+            {name: (scale[len(shape)] * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes}
+        )
     return replace(policy, bypasses=tuple(bypasses))
 
 

@@ -81,7 +81,7 @@ def load_segments(bundle: Bundle, build: Build, backend: HostBackend) -> list[Se
 
 
 Timed = tuple[int, list[tuple[str, Launch, Launch | None]], Any]
-"""What is timed to measure costs: cached tokens, (name, run, bypass) of every segment, and a decoder's (step, cache)."""
+"""What is timed for costs: cached tokens, (name, run, bypass) of every segment, and a decoder's (step, cache)."""
 
 
 def timed_token(engines: Any, context: int) -> Timed:
@@ -97,7 +97,7 @@ def timed_token(engines: Any, context: int) -> Timed:
 
 
 class EngineSet:
-    """All engines of a decoder's build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
+    """All engines of a decoder's build, shared between sessions. `mixes`: whether rows of a step may skip differently."""
 
     dispatch = "sync"
     shows_states = True

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.host.decode import HostBackend, HostEngine, SegmentEngines, Timed, load_segments
+from dash_export.backends.host.decode import HostBackend, HostEngine, Timed, load_segments
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, STATES
 from dash_export.bundle.records import POLICY, Build
@@ -89,7 +89,9 @@ class EncoderEngines:
                 state = self._run(item.run, state, count)
         return state
 
-    def _run(self, engines: Sequence[tuple[str, HostEngine]], state: dict[str, Floats], count: int) -> dict[str, Floats]:
+    def _run(
+        self, engines: Sequence[tuple[str, HostEngine]], state: dict[str, Floats], count: int
+    ) -> dict[str, Floats]:
         for _, engine in engines:
             state = self._launched(engine, state, count)
         return state

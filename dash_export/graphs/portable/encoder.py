@@ -146,9 +146,7 @@ def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
     special, patches = g.apart(g.unit_norm(g.state_input(), "policy/norm"), "policy")
     axis = g.constant("policy.tokens", [1])
     mean = g.op("ReduceMean", [patches, axis], "policy/mean", keepdims=0)
-    square = g.op(
-        "ReduceMean", [g.op("Mul", [patches, patches], "policy/square"), axis], "policy/squares", keepdims=0
-    )
+    square = g.op("ReduceMean", [g.op("Mul", [patches, patches], "policy/square"), axis], "policy/squares", keepdims=0)
     variance = g.op("Sub", [square, g.op("Mul", [mean, mean], "policy/mean_square")], "policy/variance")
     spread = g.op("Sqrt", [g.op("Relu", [variance], "policy/positive")], "policy/spread")
     features = [mean, spread]
@@ -227,7 +225,9 @@ class EncoderWriter(ModelWriter):
 
     def rotated(self, value: ir.Value, node: str) -> ir.Value:
         """Rotate the patches of [batch, tokens, hidden] by their places (DINOv3); special tokens stay as they are."""
-        cos, sin = (self.initializer(f"rope.{name}", table) for name, table in zip(("cos", "sin"), rope(self.spec), strict=True))
+        cos, sin = (
+            self.initializer(f"rope.{name}", table) for name, table in zip(("cos", "sin"), rope(self.spec), strict=True)
+        )
         batch = self.op("Shape", [value], f"{node}/batch", start=0, end=1)
         shape = self.op("Concat", [batch, self.constant("rope.tokens", [self.spec.tokens])], f"{node}/shape", axis=0)
         places = self.initializer("rope.places", np.arange(self.spec.tokens)[None])

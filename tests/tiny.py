@@ -57,8 +57,7 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
     """The policy with random bypasses, large enough that leaving out any part of them shows."""
     rng, bypasses = np.random.default_rng(seed), []
     for unit in policy.units:
-        shapes = spec.bypass_shapes(unit).items()
-        scale = {2: 0.1, 1: 0.2}
+        shapes, scale = spec.bypass_shapes(unit).items(), {2: 0.1, 1: 0.2}
         bypasses.append(
             {name: (scale[len(shape)] * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes}
         )

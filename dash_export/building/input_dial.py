@@ -66,9 +66,8 @@ def held_out_text(pictures: Sequence[Picture]) -> str:
 def held_out(text: str, units: int) -> HeldOut:
     """Read the table. Raises PolicyError for anything else."""
     try:
-        pictures = [
-            typed(Picture, json.loads(line), f"picture {number}") for number, line in enumerate(text.splitlines())
-        ]
+        lines = enumerate(text.splitlines())
+        pictures = [typed(Picture, json.loads(line), f"picture {number}") for number, line in lines]
     except (WrongFieldError, ValueError, RecursionError) as error:
         raise PolicyError(f"The policy's held-out pictures cannot be read: {error} Train it again.") from error
     sizes = {(len(one.damage), len(one.divergence), len(one.changed)) for one in pictures}

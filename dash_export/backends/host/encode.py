@@ -1,5 +1,5 @@
-"""The loop of an encoder on the host: run what lies before the first unit, decide for each picture, then run or skip each
-unit for all pictures that decided alike. Nothing is computed twice.
+"""The loop of an encoder on the host: run what lies before the first unit, decide for each picture, then run or skip
+each unit for all pictures that decided alike. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dash_export.bundle.records import POLICY, Build
 from dash_export.core.units import Damages, Skips
 
 Floats = npt.NDArray[np.float32]
+Arrays = dict[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class EncoderEngines:
         """
         count = len(pixels)
         damage = np.zeros((len(self.units), count), np.float32)
-        state: dict[str, Floats] = {"pixel_values": pixels}
+        state: Arrays = {"pixel_values": pixels}
         for place, item in enumerate(self.segments[: self._first], 1):
             state = self._run(item.run, state, count)
             if place == self._read and asks and self.policy is not None:
@@ -68,7 +69,7 @@ class EncoderEngines:
         skipped: Skips = np.zeros(damage.shape, np.bool_)
         skipped[:] = decide(damage)
         choices, groups = np.unique(skipped, axis=1, return_inverse=True)
-        found: dict[str, Floats] = {}
+        found: Arrays = {}
         for number, choice in enumerate(choices.T):
             rows = np.flatnonzero(groups.reshape(-1) == number)
             own = state if len(rows) == count else {name: array[rows] for name, array in state.items()}
@@ -79,7 +80,7 @@ class EncoderEngines:
                     found.setdefault(name, np.empty((count, *array.shape[1:]), np.float32))[rows] = array
         return Pass(found[POOLED], found[STATES], found.get("logits"), damage, skipped)
 
-    def _rest(self, state: dict[str, Floats], skipped: npt.NDArray[np.bool_], count: int) -> dict[str, Floats]:
+    def _rest(self, state: Arrays, skipped: npt.NDArray[np.bool_], count: int) -> Arrays:
         unit = 0
         for item in self.segments[self._first :]:
             if item.bypass is not None:
@@ -89,20 +90,18 @@ class EncoderEngines:
                 state = self._run(item.run, state, count)
         return state
 
-    def _run(
-        self, engines: Sequence[tuple[str, HostEngine]], state: dict[str, Floats], count: int
-    ) -> dict[str, Floats]:
+    def _run(self, engines: Sequence[tuple[str, HostEngine]], state: Arrays, count: int) -> Arrays:
         for _, engine in engines:
             state = self._launched(engine, state, count)
         return state
 
-    def _launched(self, engine: HostEngine, state: dict[str, Floats], count: int) -> dict[str, Floats]:
+    def _launched(self, engine: HostEngine, state: Arrays, count: int) -> Arrays:
         """Run an engine and return its outputs; `hidden_out` is called as the next engine takes it."""
         launch, outputs = self._bound(engine, state, count)
         launch()
         return outputs
 
-    def _bound(self, engine: HostEngine, state: dict[str, Floats], count: int) -> tuple[Launch, dict[str, Floats]]:
+    def _bound(self, engine: HostEngine, state: Arrays, count: int) -> tuple[Launch, Arrays]:
         outputs = {name: np.empty((count, *self._shape(name)), np.float32) for name in engine.outputs}
         inputs: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(array) for name, array in state.items()}
         launch = engine.bind(inputs, outputs)
@@ -118,9 +117,7 @@ class EncoderEngines:
         their own for `batch` pictures, to be timed one by one.
         """
         rng = np.random.default_rng(0)
-        state: dict[str, Floats] = {
-            "pixel_values": rng.standard_normal((batch, 3, *self.model.image_size)).astype(np.float32)
-        }
+        state: Arrays = {"pixel_values": rng.standard_normal((batch, 3, *self.model.image_size)).astype(np.float32)}
         found: list[tuple[str, Launch, Launch | None]] = []
         for place, item in enumerate(self.segments, 1):
             launches, bypass, entering = [], None, state

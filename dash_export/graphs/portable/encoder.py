@@ -225,9 +225,8 @@ class EncoderWriter(ModelWriter):
 
     def rotated(self, value: ir.Value, node: str) -> ir.Value:
         """Rotate the patches of [batch, tokens, hidden] by their places (DINOv3); special tokens stay as they are."""
-        cos, sin = (
-            self.initializer(f"rope.{name}", table) for name, table in zip(("cos", "sin"), rope(self.spec), strict=True)
-        )
+        tables = zip(("cos", "sin"), rope(self.spec), strict=True)
+        cos, sin = (self.initializer(f"rope.{name}", table) for name, table in tables)
         batch = self.op("Shape", [value], f"{node}/batch", start=0, end=1)
         shape = self.op("Concat", [batch, self.constant("rope.tokens", [self.spec.tokens])], f"{node}/shape", axis=0)
         places = self.initializer("rope.places", np.arange(self.spec.tokens)[None])

@@ -68,7 +68,7 @@ class Never:
 
     def begin(self, *_: object) -> None: ...
 
-    def decide(self, state: State) -> np.ndarray:
+    def skips(self, state: State) -> np.ndarray:
         return np.zeros(state.damage.shape, bool)
 
 

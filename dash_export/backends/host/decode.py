@@ -97,7 +97,7 @@ def timed_token(engines: Any, context: int) -> Timed:
 
 
 class EngineSet:
-    """All engines of a decoder's build, shared between sessions. `mixes`: whether a step's rows may skip differently."""
+    """All engines of a decoder, shared between sessions. `mixes`: whether the rows of a step may skip differently."""
 
     dispatch = "sync"
     shows_states = True

@@ -78,6 +78,7 @@ def build(
 
 def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
     backend = backend_of(recipe)
+    backend.check_model(bundle.manifest)
     if measure and (obstacle := backend.run_obstacle()) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:

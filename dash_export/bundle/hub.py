@@ -19,7 +19,7 @@ from dash_export import __version__
 from dash_export.bundle.bundle import LARGEST_RECORD, Bundle, parsed
 from dash_export.bundle.layout import ANSWERS, BUILD, MANIFEST, NO_HUB_ID, SIGNATURE, TEXT_FILES, cache_folder
 from dash_export.bundle.records import Build, Manifest
-from dash_export.core.dial import recommended_budget
+from dash_export.core.dial import Measure, recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.files.artifacts import identity, read_bounded, write_atomic
 from dash_export.files.outputs import folder_locked, lock_while_alive, remove
@@ -229,7 +229,7 @@ def _card(
     `old`, only the measured part is replaced; None where that card has no place for it.
     """
     model, policy = bundle.manifest.model, bundle.manifest.policy
-    measured = "\n".join(_measured(build) for build in builds) or "Not built yet."
+    measured = "\n".join(_measured(build, bundle.manifest.measure) for build in builds) or "Not built yet."
     measured = f"{_BEGIN}\n{measured}\n{_END}"
     if old is not None:
         text = read_bounded(old, _LONGEST_CARD).decode("utf-8", "replace")
@@ -262,14 +262,14 @@ Time is that of a decoded token, of dense; KL and perplexity are on the calibrat
 """
 
 
-def _measured(build: Build) -> str:
+def _measured(build: Build, measure: Measure) -> str:
     """Return one build's figures as Markdown: its dial, or the dense token's time."""
     cost = build.cost
     lines = [f"`{build.target}`: dense takes {cost.dense_us / 1000:.2f} ms a token on {build.device}.", ""]
     lines = lines if cost.segment_us else [f"`{build.target}`: not measured.", ""]
     if build.dial:
-        budget = recommended_budget(build.dial)
-        lines += ["| time | layers | KL, nats | perplexity |", "|---|---|---|---|"]
+        budget = recommended_budget(build.dial, measure)
+        lines += [f"| time | layers | {measure.divergence} | perplexity |", "|---|---|---|---|"]
         lines += [f"| {at.time:.3f} | {at.layers:.1f} | {at.kl:.3f} | {at.perplexity:.3f} |" for at in build.dial]
         lines += ["", f"Recommended budget: {budget:g}." if budget else "Recommended: dense.", ""]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dash_export.bundle.recipe import Recipe, recipe_faults
-from dash_export.core.dial import CostTable, DialPoint
+from dash_export.core.dial import MEASURES, CostTable, DialPoint, Measure
 from dash_export.core.facts import DecoderFacts, EncoderFacts
 from dash_export.core.policy import PolicyFacts
 from dash_export.core.units import Unit, check_static_order, check_units
@@ -43,6 +43,11 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     builds: dict[str, tuple[FileRecord, ...]] = field(default_factory=dict)
     sha256: str = ""
+
+    @property
+    def measure(self) -> Measure:
+        """What its decisions are about, and what divergence from dense means."""
+        return MEASURES[self.model.decides]
 
     @property
     def decoder(self) -> DecoderFacts:

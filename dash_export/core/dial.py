@@ -1,6 +1,6 @@
 """The dial: what skipping each unit saves, and which trade-off reaches a wanted amount (numpy only)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Annotated
@@ -12,8 +12,8 @@ from dash_export.core.units import Skips
 from dash_export.errors import PolicyError
 from dash_export.files.typed_json import NotNegative, Within
 
-RECOMMENDED_LOSS, WORTH = 0.02, 0.05
-"""Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
+WORTH = 0.05
+"""Fraction of the dense time that a recommended setting saves at least."""
 QUIET = 0.2
 """Processors that other work may take while costs are measured; above that the machine counts as busy."""
 _ROUNDING = 1e-9
@@ -61,8 +61,9 @@ class CostTable:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting. Per token of the calibration text, at this trade-off: mean layers run, mean decode time
-    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over that mode's.
+    """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean layers
+    run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`), and, of
+    text, perplexity over that mode's.
     """
 
     trade_off: NotNegative
@@ -72,19 +73,53 @@ class DialPoint:
     perplexity: NotNegative = 1.0
 
 
-def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
-    """Return the budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated;
-    None where that budget saves less than WORTH of the decode time.
+@dataclass(frozen=True)
+class Measure:
+    """What divergence from dense means where a decision is about one `item`. `lost` of a point of the dial is what a
+    recommended setting may lose up to `allowed` of, `loss` in words. `example` of what a model takes, for a command.
+    """
+
+    item: str
+    divergence: str
+    lost: Callable[[DialPoint], float]
+    allowed: float
+    loss: str
+    example: str
+
+    def at(self, context: int) -> str:
+        """Return what a measured time is of."""
+        return f"{self.item} at {context} cached tokens" if context else self.item
+
+
+MEASURES = {
+    "token": Measure(
+        "token",
+        "KL, nats",
+        lambda point: point.perplexity - 1,
+        0.02,
+        "2% of perplexity on the calibration text",
+        '"Why is the sky blue?"',
+    ),
+    "input": Measure(
+        "picture", "1 - cosine", lambda point: point.kl, 0.01, "0.01 of the cosine on held-out pictures", "photo.jpg"
+    ),
+}
+"""By what a decision is about (`ModelFacts.decides`)."""
+
+
+def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | None:
+    """Return the budget that loses as much as `measure` allows on the calibration data, interpolated; None where that
+    budget saves less than WORTH of the time.
     """
     points = sorted(dial, key=lambda point: -point.time)
-    after = next((index for index, point in enumerate(points) if point.perplexity > 1 + RECOMMENDED_LOSS), len(points))
+    lost = [measure.lost(point) for point in points]
+    after = next((index for index, own in enumerate(lost) if own > measure.allowed), len(points))
     if not after:
         return None
     budget = points[after - 1].time
     if after < len(points):
-        low, high = points[after - 1], points[after]
-        share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
-        budget -= share * (low.time - high.time)
+        share = (measure.allowed - lost[after - 1]) / (lost[after] - lost[after - 1])
+        budget -= share * (points[after - 1].time - points[after].time)
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
 
 

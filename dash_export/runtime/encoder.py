@@ -60,6 +60,10 @@ class Encoder:
             raise PolicyError("A policy of your own decides about tokens: an encoder takes dense, static and token.")
         self.engines, self.rule, self._root = engines, rule, root
 
+    def under(self, rule: Rule) -> Encoder:
+        """Return an encoder of the same engines under another rule."""
+        return Encoder(self.engines, self._root, rule)
+
     @cached_property
     def processor(self) -> Any:
         """Preparation of pictures, as the model's folder describes it."""

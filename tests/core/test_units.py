@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.core.dial import DialPoint, recommended_budget
+from dash_export.core.dial import MEASURES, DialPoint, recommended_budget
 from dash_export.core.kinds import Setting
 from dash_export.core.rule import decision_rule
 from dash_export.core.units import (
@@ -177,4 +177,4 @@ def test_bad_settings(name: str) -> None:
 )
 def test_the_recommended_budget(dial: list[tuple[float, float]], budget: float | None) -> None:
     points = [DialPoint(place, 30, time, 0.0, perplexity) for place, (time, perplexity) in enumerate(dial)]
-    assert recommended_budget(points) == budget
+    assert recommended_budget(points, MEASURES["token"]) == budget

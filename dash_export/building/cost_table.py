@@ -47,7 +47,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     """
     units, recipe = bundle.manifest.policy.units, build.recipe.cost
     engines: Any = backend.load_build(bundle, build, build.recipe.runtime.dispatch)
-    context, bound, step = engines.timed(recipe.context)
+    context, bound, bound_step = engines.timed(recipe.context)
     gated = [name for name, _, bypass in bound if bypass is not None]
     bypasses = dict(zip(gated, (unit.bypass for unit in units), strict=True))
     passes = [
@@ -72,7 +72,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     dense, device, dispatch = sum(runs.values()), cpu_name(), "sync"
     saved = [runs[name] - medians[unit.bypass] for name, unit in zip(gated, units, strict=True)]
     if isinstance(engines, DeviceEngines):
-        dense, asks, saved = _whole_tokens(*step, units, engines.policy is not None, recipe.repeats)
+        dense, asks, saved = _whole_tokens(*bound_step, units, engines.policy is not None, recipe.repeats)
         device, dispatch = engines.device.name, engines.dispatch
     load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)

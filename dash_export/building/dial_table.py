@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.building.input_dial import held_out, input_dial
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.records import Build
 from dash_export.core.dial import DialPoint
 from dash_export.core.divergence import DenseRows
+from dash_export.core.input_table import held_out, input_dial
 from dash_export.core.units import DENSE_POSITIONS, unit_skips
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress

@@ -61,9 +61,9 @@ class CostTable:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean layers
-    run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`), and, of
-    text, perplexity over that mode's.
+    """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean
+    layers run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`),
+    and, of text, perplexity over that mode's.
     """
 
     trade_off: NotNegative

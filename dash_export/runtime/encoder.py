@@ -107,7 +107,7 @@ class Encoder:
             found.pooled,
             found.states,
             layer_actions(found.skipped, self.engines.units, self.engines.model.num_layers),
-            np.isinf(found.damage).any(axis=0),
+            np.asarray(np.isinf(found.damage).any(axis=0)),
             np.ascontiguousarray(found.damage.T, np.float32),
             seconds,
             probabilities,

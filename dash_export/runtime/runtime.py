@@ -122,7 +122,8 @@ class DashRuntime:
     def recommended(self) -> Setting:
         """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
         perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that budget saves less
-        than 5 % of the time or times are of another dispatch. It is not held: the same trade-off skips less of a text where skipping costs more.
+        than 5 % of the time or times are of another dispatch. It is not held: the same trade-off skips less of a text
+        where skipping costs more.
         """
         measure = self.bundle.manifest.measure
         budget = recommended_budget(self.build.dial, measure) if self._times_hold else None

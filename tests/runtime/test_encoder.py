@@ -9,7 +9,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.building.input_dial import Picture, held_out_text
+from dash_export.core.input_table import Picture, held_out_text
 from dash_export.core.policy import SkipPolicy
 from dash_export.core.rule import State
 from dash_export.errors import BundleError, PolicyError, RequestError

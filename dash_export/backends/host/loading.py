@@ -7,7 +7,7 @@ from dash_export.backends.host.encode import EncoderEngines
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
 
-_KINDS = {"token": EngineSet, "input": EncoderEngines}
+_KINDS: dict[str, type[EngineSet] | type[EncoderEngines]] = {"token": EngineSet, "input": EncoderEngines}
 
 
 def load_on_host(bundle: Bundle, build: Build, backend: HostBackend) -> EngineSet | EncoderEngines:

@@ -72,7 +72,8 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     dense, device, dispatch = sum(runs.values()), cpu_name(), "sync"
     saved = [runs[name] - medians[unit.bypass] for name, unit in zip(gated, units, strict=True)]
     if isinstance(engines, DeviceEngines):
-        dense, asks, saved = _whole_tokens(*bound_step, units, engines.policy is not None, recipe.repeats)
+        step, cache = bound_step
+        dense, asks, saved = _whole_tokens(step, cache, units, engines.policy is not None, recipe.repeats)
         device, dispatch = engines.device.name, engines.dispatch
     load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)

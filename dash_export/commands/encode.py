@@ -138,7 +138,7 @@ def _write(output: Path, given: Path, results: list[tuple[Path, Encoded]]) -> No
     root = given if given.is_dir() else given.parent
     np.savez(
         packed,
-        **{MARK: np.array(1)},
+        dash_export_features=np.array(1),
         files=np.array([path.relative_to(root).as_posix() for path, _ in results]),
         pooled=np.concatenate([found.pooled for _, found in results]),
         actions=np.concatenate([found.actions for _, found in results]),

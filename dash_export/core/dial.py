@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, lgamma, log, log1p
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +16,8 @@ WORTH = 0.05
 """Fraction of the dense time that a recommended setting saves at least."""
 QUIET = 0.2
 """Processors that other work may take while costs are measured; above that the machine counts as busy."""
+COSINE = 0.95
+"""A picture whose pooled vector has a lower cosine with dense's has another answer."""
 _ROUNDING = 1e-9
 """Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 
@@ -63,7 +65,8 @@ class CostTable:
 class DialPoint:
     """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean
     layers run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`),
-    and, of text, perplexity over that mode's.
+    and, of text, perplexity over that mode's. `differing` of the `judged` tokens or pictures have another answer than
+    in that mode: another next token, another class, or without classes a cosine under COSINE.
     """
 
     trade_off: NotNegative
@@ -71,6 +74,8 @@ class DialPoint:
     time: NotNegative
     kl: NotNegative
     perplexity: NotNegative = 1.0
+    differing: Annotated[int, Within(0)] = 0
+    judged: Annotated[int, Within(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,37 @@ def trade_off_for(
     # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
     # dense on it begins at half the first one that skips: far below that nothing is skipped.
     return low * (high / low) ** share if high else 0.0
+
+
+def trade_off_at_most(dial: Sequence[DialPoint], at_most: float, confidence: float) -> float:
+    """Return the largest trade-off of the dial at which at most a share `at_most` of answers differs from dense, with
+    this confidence, for data like the calibration's. Raises PolicyError where the dial cannot promise that.
+
+    Learn then Test (arXiv 2110.01052) by fixed sequence: trade-offs are tested from dense on, each by the exact
+    binomial test of "more than `at_most` differ", up to the first that the test does not reject.
+    """
+    points = sorted(dial, key=lambda point: point.trade_off)[1:]
+    judged = min((point.judged for point in points), default=0)
+    if not judged:
+        raise PolicyError("This build's dial promises nothing: it has no count of differing answers. Build again.")
+    chosen = None
+    for point in points:
+        if binomial(point.differing, point.judged, at_most) > 1 - confidence:
+            break
+        chosen = point
+    if chosen is None:
+        needed = ceil(log(1 - confidence) / log(1 - at_most))
+        why = f"{judged} were judged and {needed} are needed" if judged < needed else "more of those judged differ"
+        raise PolicyError(f"No setting is sure to differ in at most {at_most:g} of answers at {confidence:g}: {why}.")
+    return chosen.trade_off
+
+
+def binomial(count: int, trials: int, share: float) -> float:
+    """Return the probability of at most `count` of so many trials, each with probability `share`."""
+    at = np.arange(min(count, trials) + 1)
+    logs = [lgamma(trials + 1) - lgamma(k + 1) - lgamma(trials - k + 1) for k in at.tolist()]
+    terms = np.array(logs) + at * log(share) + (trials - at) * log1p(-share)
+    return float(min(1.0, np.exp(terms).sum()))
 
 
 def out_of_reach(

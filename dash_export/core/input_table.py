@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.dial import CostTable, DialPoint
+from dash_export.core.dial import COSINE, CostTable, DialPoint
 from dash_export.core.rule import decision_rule
 from dash_export.core.units import Skips, Unit
 from dash_export.errors import PolicyError
@@ -47,6 +47,11 @@ class HeldOut:
     damage: npt.NDArray[np.float64]
     divergence: npt.NDArray[np.float64]
     changed: npt.NDArray[np.bool_] | None
+
+    @property
+    def differs(self) -> npt.NDArray[np.bool_]:
+        """Whether the answer is another one than dense's [n, choices]."""
+        return self.divergence > 1 - COSINE if self.changed is None else self.changed
 
     def of(self, skipped: Skips) -> npt.NDArray[np.intp]:
         """Return the index of each picture's choice [n] for skips [units, n]."""
@@ -91,8 +96,11 @@ def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layer
     found = {float(f"{trade_off:.6g}") for trade_off in (*np.quantile(ratios, SHARES), 1.01 * ratios.max() + 1e-9)}
     for trade_off in sorted(found - {0.0}):
         skipped = decision_rule(units, cost.cost, trade_off).skips(table.damage)
-        lost = table.divergence[np.arange(skipped.shape[1]), table.of(skipped)].mean()
+        at = np.arange(skipped.shape[1]), table.of(skipped)
+        lost = table.divergence[at].mean()
+        differing = int((table.differs[at]).sum())
         time = cost.token_time(skipped, asked=True).mean()
         layers = num_layers - float((sizes @ skipped).mean())
-        points.append(DialPoint(trade_off, round(layers, 4), round(float(time), 5), round(float(lost), 6)))
+        figures = (round(layers, 4), round(float(time), 5), round(float(lost), 6))
+        points.append(DialPoint(trade_off, *figures, differing=differing, judged=skipped.shape[1]))
     return tuple(points)

@@ -86,7 +86,8 @@ def divergence(dense: Floats, found: Floats) -> npt.NDArray[np.float64]:
     """Return 1 - cosine of pooled vectors [n, hidden], row by row."""
     one, other = dense.astype(np.float64), found.astype(np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return 1 - (one * other).sum(axis=1) / np.maximum(lengths, 1e-12)
+    found: npt.NDArray[np.float64] = 1 - (one * other).sum(axis=1) / np.maximum(lengths, 1e-12)
+    return found
 
 
 class Regression:

@@ -355,7 +355,8 @@ def unit_damages(lost: Doubles) -> Doubles:
     choices = np.arange(lost.shape[1])
     found = [lost[:, choices >> unit & 1 == 1].mean(axis=1) - lost[:, choices >> unit & 1 == 0].mean(axis=1)
              for unit in range(count)]  # fmt: skip
-    return np.maximum(np.stack(found, axis=1), 1e-7)
+    damages: Doubles = np.maximum(np.stack(found, axis=1), 1e-7)
+    return damages
 
 
 def fitted_network(features: Floats, damages: Doubles, settings: ImageSettings) -> dict[str, Floats]:

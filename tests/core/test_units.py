@@ -1,5 +1,6 @@
 """Units, the decision rule and the budget dial, by property."""
 
+from contextlib import suppress
 from math import comb
 
 import numpy as np
@@ -204,14 +205,12 @@ def test_the_binomial_sum(count: int, trials: int, share: float) -> None:
 
 def test_the_promise_holds_as_often_as_it_says() -> None:
     """Of many calibrations by samples, at most 10 % promise a share that the truth breaks, at confidence 0.9."""
-    rng, truth = np.random.default_rng(0), np.array([0.005, 0.01, 0.018, 0.026, 0.05])
+    rng, truth = np.random.default_rng(0), np.array([0.005, 0.0205, 0.05])
     broken, trials = 0, 400
     for _ in range(trials):
         counts = rng.binomial(500, truth)
         dial = [DialPoint(0.0, 5, 1.0, 0.0)]
         dial += [DialPoint(at + 1.0, 4, 0.9, 0.0, differing=int(n), judged=500) for at, n in enumerate(counts)]
-        try:
+        with suppress(PolicyError):  # nothing is promised
             broken += truth[int(trade_off_at_most(dial, 0.02, 0.9)) - 1] > 0.02
-        except PolicyError:
-            pass  # nothing is promised
     assert 0 < broken <= trials * (0.1 + 3 * (0.1 * 0.9 / trials) ** 0.5)

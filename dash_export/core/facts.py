@@ -224,9 +224,10 @@ class EncoderFacts(ModelFacts):
         return {
             "mean": (features,),
             "components": (features, kept),
+            "spread": (kept,),
             "weight": (kept, units),
             "bias": (units,),
-            "limit": (1,),
+            "limit": (2,),
         }
 
     def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
@@ -235,4 +236,4 @@ class EncoderFacts(ModelFacts):
             name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
             for name, shape in self.network_shapes(units, {"components": (0, kept)}).items()
         }
-        return found | {"bias": np.full(units, -2.0, np.float32), "limit": np.array([1e30], np.float32)}
+        return found | {"bias": np.full(units, -2.0, np.float32), "limit": np.full(2, 1e30, np.float32)}

@@ -84,6 +84,17 @@ def held_out(text: str, units: int) -> HeldOut:
     return HeldOut(damage, np.array([one.divergence for one in pictures]), changed if changed.size else None)
 
 
+def narrowed_table(text: str, kept: Sequence[int]) -> str:
+    """Return the table for the units at these places only: the others are never skipped."""
+    choices = [sum(1 << place for at, place in enumerate(kept) if choice >> at & 1) for choice in range(1 << len(kept))]
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        line["damage"] = [line["damage"][place] for place in kept]
+        for name in ("divergence", "changed"):
+            line[name] = [line[name][choice] for choice in choices] if line[name] else []
+    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+
+
 def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layers: int) -> tuple[DialPoint, ...]:
     """Return the points of the dial, from dense to everything skipped, as means over the held-out pictures."""
     own = np.array(cost.cost)

@@ -11,6 +11,14 @@ read the state itself (`Traits.norms_after`):
 
 K is before its own norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
 columns only. A bypass without weights has no update, and K and V of each layer are that layer's projections of h[a].
+
+An encoder's policy decides once for a picture. x = [class token, mean of patches, spread of patches] of the state that
+enters layer `read`, normed without gain; z = (x - mean) @ components has unit variance on the pictures it learnt from;
+
+    damage[u] = softplus(z . weight[:, u] + bias[u]), or infinite where mean(z^2) > limit[0] (the Mahalanobis distance)
+    or |x - mean|^2 - |z * spread|^2 > limit[1] (what lies outside of the components)
+
+and its bypass is an update alone, for patches and for special tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.core.facts import ModelFacts
+from dash_export.core.input_table import narrowed_table
 from dash_export.core.units import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 
@@ -115,13 +124,15 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
-        network = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
+        own = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
+        network = {**network, **own}
     return replace(
         policy,
         units=tuple(policy.units[place] for place in kept),
         network=network if kept else None,
         bypasses=tuple(policy.bypasses[place] for place in kept),
         static_order=tuple(kept.index(place) for place in policy.static_order if place in kept),
+        answers=narrowed_table(policy.answers, kept) if "limit" in (network or {}) else policy.answers,
     )
 
 

@@ -124,5 +124,7 @@ class Regression:
 
 
 def unit_candidates(num_layers: int, first: int, longest: int) -> list[Unit]:
-    """Return all units of up to `longest` layers from layer `first` on, that leave the last layer alone."""
-    return [Unit(a, a + size - 1) for size in range(1, longest + 1) for a in range(first, num_layers - size)]
+    """Return all units of up to `longest` layers from layer `first` on. The last layer may be in one: a bypass gives
+    the pooled vector as well as a layer does.
+    """
+    return [Unit(a, a + size - 1) for size in range(1, longest + 1) for a in range(first, num_layers - size + 1)]

@@ -4,7 +4,7 @@ search, damage by regression on the pooled state that enters an early layer, and
 No gradient is taken and no torch is needed. The course, over the pictures that are not held out:
 
 1. one dense pass gives the sums of which every candidate's bypass is solved;
-2. units are added one by one, each the one that costs least divergence for a layer in company of the others;
+2. the units are those separate ones, of a wanted number of layers, that cost least divergence, each skipped alone;
 3. the bypass of each unit is fitted again on states that the units before it, skipped at random, have changed;
 4. every choice of units is run, for every picture: what skipping a unit adds, on average, is its damage;
 5. the network predicts the logarithm of damage from the principal components of the pooled state.
@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +34,31 @@ from dash_export.files.outputs import locked, output_path, remove_own, work_fold
 from dash_export.images.processor import ImageProcessor
 from dash_export.models import EncoderCheckpoint, open_model
 from dash_export.models.spec import FINAL_NORM
+from dash_export.train.image_network import Doubles, fitted_network, pooled_features, predicted, unit_damages
 from dash_export.train.image_passes import Floats, ImageModel, Regression, divergence, unit_candidates, unit_normed
 
-Doubles = npt.NDArray[np.float64]
+SLACK = 1.1
+"""Factor of the guard's limits over what the share `own` of the pictures stays below."""
 FEWEST = 60
 """Pictures that a training takes at least: a fifth is held out."""
-BYPASS = 0.1
-"""Time of a bypass over that of a layer, where a search has no better figure."""
 
 
 @dataclass(frozen=True)
 class ImageSettings:
     """Course of a training. `held_out`: share of the pictures that are only judged on. `searched`: pictures that
     candidates are tried on; `longest`: layers of a candidate; `first`: the first layer that may be skipped; `most`:
-    units; `share` of the layers at which the search ends. `components` of the pooled state that the network reads;
+    units; `share` of the layers that are in units. `components` of the pooled state that the network reads;
     `own`: share of the model's own pictures that the guard lets through.
     """
 
     seed: int = 0
     batch: int = 4
     held_out: float = 0.25
-    searched: int = 40
+    searched: int = 48
     longest: int = 3
     first: int = 3
     most: int = 4
-    share: float = 0.7
+    share: float = 0.67
     components: int = 16
     ridge: float = 0.05
     own: float = 0.99
@@ -87,9 +86,9 @@ def train_on_images(
         raise RequestError(f"These are {len(files)} pictures; a policy needs at least {FEWEST}, better 500.")
     spec = opened.spec
     if units is not None:
+        if not 0 < len(units) <= MOST_UNITS:
+            raise PolicyError(f"These are {len(units)} units; from 1 to {MOST_UNITS} are learnt about together.")
         check_units(tuple(units), units[0].first - 1, spec.num_layers)
-        if len(units) > MOST_UNITS:
-            raise PolicyError(f"These are {len(units)} units; at most {MOST_UNITS} are learnt about together.")
     began, seen = time.perf_counter(), [(path.name, *identity(path)) for path in files]
     key = content_key(asdict(settings), opened.fingerprint, units and units_text(units), seen, __version__)
     with locked(output, "train"), tempfile.TemporaryDirectory() as graphs:
@@ -125,6 +124,25 @@ def _split(files: Sequence[Path], settings: ImageSettings) -> tuple[list[Path], 
     order = np.random.default_rng(settings.seed).permutation(len(files))
     held = round(settings.held_out * len(files))
     return [files[place] for place in order[held:]], [files[place] for place in order[:held]]
+
+
+def best_units(candidates: Sequence[Unit], lost: Doubles, layers: int, most: int) -> tuple[Unit, ...]:
+    """Return at most `most` separate units, of `layers` layers in all or as many as there can be, whose divergences
+    when each is skipped alone have the least sum.
+    """
+    ends = {unit.last for unit in candidates}
+    # (units, layers skipped) -> (sum, units), of the units up to a layer.
+    known: dict[int, dict[tuple[int, int], tuple[float, tuple[Unit, ...]]]] = {-1: {(0, 0): (0.0, ())}}
+    for layer in range(max(ends) + 1):
+        here = dict(known[layer - 1])
+        for unit, own in zip(candidates, lost.tolist(), strict=True):
+            for (count, skipped), (total, units) in known[unit.first - 1].items() if unit.last == layer else ():
+                at = (count + 1, skipped + len(unit.layers))
+                if count < most and at[1] <= layers and total + own < here.get(at, (np.inf, ()))[0]:
+                    here[at] = (total + own, (*units, unit))
+        known[layer] = here
+    reached = max(skipped for _, skipped in known[max(ends)])
+    return min(own for (_, skipped), own in known[max(ends)].items() if skipped == reached)[1]
 
 
 class _Work:
@@ -168,6 +186,7 @@ class _Run:
 
     def policy(self, units: tuple[Unit, ...] | None) -> tuple[SkipPolicy, dict[str, Any]]:
         """Run all stages. Return the policy and figures of the held-out pictures."""
+        settings = self.settings
         first = min(self.settings.first, self.spec.num_layers - 2)
         candidates = list(units or unit_candidates(self.spec.num_layers, first, self.settings.longest))
         sums = self.work.once("sums", lambda: self._sums(candidates))
@@ -178,16 +197,18 @@ class _Run:
         read = units[0].first - 1
         learnt = self.work.once("learnt", lambda: self._table(self.learnt, units, bypasses, read))
         held = self.work.once("held", lambda: self._table(self.held, units, bypasses, read))
-        network = fitted_network(learnt["features"], unit_damages(learnt["divergence"]), self.settings)
+        network = fitted_network(
+            learnt["features"], unit_damages(learnt["divergence"]), settings.components, settings.ridge
+        )
         damage, distance = predicted(network, held["features"])
         own = np.concatenate([distance, predicted(network, learnt["features"])[1]])
-        network["limit"] = np.array([1.05 * np.quantile(own, self.settings.own)], np.float32)
-        guarded = distance > network["limit"][0]
+        network["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
+        guarded = (distance > network["limit"]).any(axis=1)
         order = np.argsort(unit_damages(held["divergence"]).mean(axis=0) / [len(unit.layers) for unit in units])
         pictures = [
             Picture(
-                tuple(round(float(one), 7) for one in damage[place]),
-                tuple(round(float(one), 7) for one in held["divergence"][place]),
+                tuple(float(f"{one:.5g}") for one in damage[place]),
+                tuple(float(f"{one:.5g}") for one in held["divergence"][place]),
                 bool(guarded[place]),
                 tuple(map(bool, held["changed"][place])) if held["changed"].size else (),
             )
@@ -232,46 +253,21 @@ class _Run:
         return {name.removeprefix(prefix): array for name, array in sums.items() if name.startswith(prefix)}
 
     def _searched(self, candidates: Sequence[Unit], sums: dict[str, Any]) -> npt.NDArray[np.int64]:
-        """Return the units [n, 2], first and last layers, in rising order: each step adds the unit that makes all units
-        skipped together cost least divergence for a layer saved.
-        """
+        """Return the units [n, 2], first and last layers, in rising order."""
         files = self.learnt[: self.settings.searched]
+        lost = np.zeros(len(candidates))
         pixels = [self._processor.batch(files[at : at + 8]) for at in range(0, len(files), 8)]
-        dense = [[*self.model.states(one)] for one in pixels]
-        pooled = [self.model.head(states[-1])["pooled"] for states in dense]
-        chosen: list[Unit] = []
-        tried, total = 0, self.settings.most * len(candidates)
-        while len(chosen) < self.settings.most:
-            skipped = sum(len(unit.layers) for unit in chosen)
-            best: tuple[float, Unit] | None = None
-            for unit in candidates:
-                tried += 1
-                self._progress("choosing units", tried, total)
-                if any({*unit.layers} & {*other.layers} for other in chosen):
-                    continue
-                together = sorted([*chosen, unit])
-                lost = np.concatenate(
-                    [
-                        divergence(own, self._all_skipped(states, together, sums))
-                        for states, own in zip(dense, pooled, strict=True)
-                    ]
-                ).mean()
-                rate = float(lost) / (sum(len(one.layers) - BYPASS for one in together))
-                if best is None or rate < best[0]:
-                    best = rate, unit
-            if best is None:
-                break
-            chosen.append(best[1])
-            if skipped + len(best[1].layers) >= self.settings.share * self.spec.num_layers:
-                break
-        return np.array([[unit.first, unit.last] for unit in sorted(chosen)], np.int64)
-
-    def _all_skipped(self, states: Sequence[Floats], units: Sequence[Unit], sums: dict[str, Any]) -> Floats:
-        state, layer = states[units[0].first], units[0].first
-        for unit in units:
-            state = self.model.layers(state, range(layer, unit.first))
-            state, layer = self.model.skip(state, self._bypass(sums, unit)), unit.last + 1
-        return self.model.head(self.model.layers(state, range(layer, self.spec.num_layers)))["pooled"]
+        for place, batch in enumerate(pixels):
+            states = [*self.model.states(batch)]
+            dense = self.model.head(states[-1])["pooled"]
+            for at, unit in enumerate(candidates):
+                state = self.model.skip(states[unit.first], self._bypass(sums, unit))
+                state = self.model.layers(state, range(unit.last + 1, self.spec.num_layers))
+                lost[at] += divergence(dense, self.model.head(state)["pooled"]).sum() / len(files)
+                self._progress("choosing units", place * len(candidates) + at + 1, len(pixels) * len(candidates))
+        wanted = round(self.settings.share * self.spec.num_layers)
+        chosen = best_units(candidates, lost, wanted, self.settings.most)
+        return np.array([[unit.first, unit.last] for unit in chosen], np.int64)
 
     def _fitted(self, unit: Unit, place: int, units: tuple[Unit, ...]) -> Weights:
         """Return the bypass of a unit, fitted where the units before it are skipped at random. Its aim is the dense
@@ -334,49 +330,3 @@ class _Run:
         return self._ends(runs, *following, choice, units, bypasses) | self._ends(
             skips, *following, choice + 2**unit, units, bypasses
         )
-
-
-def pooled_features(state: Floats, special: int, epsilon: float) -> Floats:
-    """Return what the network reads [n, features] of a state [n, tokens, hidden]: the class token, mean and spread of
-    the patches, all normed without gain (the formula of `graphs/portable/encoder.py`).
-    """
-    read = unit_normed(state, epsilon)
-    patches = read[:, special:]
-    parts = [patches.mean(axis=1), patches.std(axis=1)]
-    found: Floats = np.concatenate([read[:, 0], *parts] if special else parts, axis=1)
-    return found
-
-
-def unit_damages(lost: Doubles) -> Doubles:
-    """Return the damage [n, units] of each unit: what skipping it adds to the divergence [n, choices], on average over
-    all choices of the others.
-    """
-    count = round(log(lost.shape[1], 2))
-    choices = np.arange(lost.shape[1])
-    found = [lost[:, choices >> unit & 1 == 1].mean(axis=1) - lost[:, choices >> unit & 1 == 0].mean(axis=1)
-             for unit in range(count)]  # fmt: skip
-    damages: Doubles = np.maximum(np.stack(found, axis=1), 1e-7)
-    return damages
-
-
-def fitted_network(features: Floats, damages: Doubles, settings: ImageSettings) -> dict[str, Floats]:
-    """Return the network: principal components of the features, of unit variance, and a ridge regression of log damage
-    on these. `limit` is still infinite.
-    """
-    mean = features.mean(axis=0, dtype=np.float64)
-    _, spread, axes = np.linalg.svd(features - mean, full_matrices=False)
-    kept = min(settings.components, len(features) // 4)
-    scale = spread[:kept] / np.sqrt(len(features) - 1)
-    components = axes[:kept].T / np.maximum(scale, 1e-9)
-    read = (features - mean) @ components
-    target = np.log(np.expm1(np.minimum(damages, 20.0)))  # the inverse of softplus
-    bias = target.mean(axis=0)
-    weight = np.linalg.solve(read.T @ read + settings.ridge * len(read) * np.eye(kept), read.T @ (target - bias))
-    found = {"mean": mean, "components": components, "weight": weight, "bias": bias, "limit": np.array([np.inf])}
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
-
-
-def predicted(network: Weights, features: Floats) -> tuple[Doubles, Doubles]:
-    """Return (damage [n, units], distance [n] from the pictures that the network learnt from)."""
-    read = ((features - network["mean"]) @ network["components"]).astype(np.float64)
-    return np.logaddexp(0, read @ network["weight"] + network["bias"]), (read * read).mean(axis=1)

@@ -81,7 +81,7 @@ def test_the_guard_holds_whatever_the_rule_says(tmp_path: Path) -> None:
     save_encoder(tmp_path / "model")
     checkpoint = open_model(tmp_path / "model")
     assert isinstance(checkpoint, EncoderCheckpoint)
-    network = dict(encoder_policy(checkpoint).network or {}) | {"limit": np.array([-1.0], np.float32)}
+    network = dict(encoder_policy(checkpoint).network or {}) | {"limit": np.full(2, -1e9, np.float32)}
     runtime = with_policy(tmp_path, network=network)
     pixels = random_pixels(3)
     dense = runtime.encoder().encode(pixels)

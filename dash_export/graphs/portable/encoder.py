@@ -137,7 +137,7 @@ def bypass_graph(spec: EncoderSpec, unit: Unit, bypass: Weights) -> ir.Model:
 
 def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
     """Return the graph hidden [batch, tokens, hidden], the input of the policy's layer `read`, -> damage [batch, units]
-    float32: infinite for a picture that is foreign to what the policy was trained on (`core/policy.py`).
+    float32 (the formula of `dash_export/core/policy.py`): infinite for a picture that is foreign.
     """
     network = policy.network
     assert network is not None
@@ -156,10 +156,14 @@ def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
     centred = g.op("Sub", [joined, weights["mean"]], "policy/centred")
     kept = g.op("MatMul", [centred, weights["components"]], "policy/components")
     score = g.op("Add", [g.op("MatMul", [kept, weights["weight"]], "policy/score"), weights["bias"]], "policy/biased")
-    distance = g.op(
-        "ReduceMean", [g.op("Mul", [kept, kept], "policy/kept_square"), axis], "policy/distance", keepdims=1
-    )
-    foreign = g.op("Greater", [distance, weights["limit"]], "policy/foreign")
+    far = g.op("ReduceMean", [g.op("Mul", [kept, kept], "policy/kept_square"), axis], "policy/far", keepdims=1)
+    inside = g.length(g.op("Mul", [kept, weights["spread"]], "policy/inside"), "policy/within")
+    outside = g.op("Sub", [g.length(centred, "policy/length"), inside], "policy/outside")
+    found = g.op("Concat", [far, outside], "policy/distances", axis=1)
+    over = g.op("Greater", [found, weights["limit"]], "policy/over")
+    beyond = g.op("Cast", [over], "policy/each", to=ir.DataType.FLOAT)
+    beyond = g.op("ReduceMax", [beyond, axis], "policy/any", keepdims=1)
+    foreign = g.op("Greater", [beyond, g.initializer("policy.none", np.array([0.0], np.float32))], "policy/foreign")
     infinite = g.initializer("policy.infinite", np.array([np.inf], np.float32))
     damage = g.op("Where", [foreign, infinite, g.op("Softplus", [score], "policy/softplus")], "policy/damage")
     g.output(damage, "damage", ("batch", len(policy.units)))
@@ -222,6 +226,11 @@ class EncoderWriter(ModelWriter):
             factor = self.initializer("sharpness", np.array(SHARPNESS, np.float32))
             sharp = self.op("Mul", [value, factor], f"{node}/sharp")
         return self.op("Mul", [value, self.op("Sigmoid", [sharp], f"{node}/sigmoid")], f"{node}/activated")
+
+    def length(self, value: ir.Value, node: str) -> ir.Value:
+        """Return the sum of squares [batch, 1] of [batch, features]."""
+        square = self.op("Mul", [value, value], f"{node}/square")
+        return self.op("ReduceSum", [square, self.constant("policy.tokens", [1])], node, keepdims=1)
 
     def rotated(self, value: ir.Value, node: str) -> ir.Value:
         """Rotate the patches of [batch, tokens, hidden] by their places (DINOv3); special tokens stay as they are."""

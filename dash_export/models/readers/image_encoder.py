@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.errors import CheckpointError
+from dash_export.images.processor import ImageProcessor
 from dash_export.models.config import Config
-from dash_export.models.encoders import EncoderFamily, Size
-from dash_export.models.readers.weights import checked_weights, fingerprint, open_weights, read_json, read_text
+from dash_export.models.encoders import EncoderFamily
+from dash_export.models.readers.weights import checked_weights, fingerprint, open_weights, read_text
 from dash_export.models.spec import (
     CLASS_TOKEN,
     POSITIONS,
@@ -25,7 +26,8 @@ def open_encoder(
     path = folder / PREPROCESSOR
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {PREPROCESSOR}: nothing says how its pictures are prepared")
-    size = picture_size(read_json(path)[1])
+    prepared = read_text(path)
+    size = ImageProcessor.parse(prepared, str(path)).size
     family: EncoderFamily = import_module(f"dash_export.models.families.{config['model_type']}").encoder(config, size)
     name = "".join(filter(str.isprintable, Path(source).absolute().name)) or "model"
     spec = replace(family.spec, name=name)
@@ -36,21 +38,9 @@ def open_encoder(
         own: _found(family.names(own), prefix, own, shape, stored) for own, shape in spec.weight_shapes().items()
     }
     known = {own: weight for own, weight in weights.items() if weight is not None}
-    assets = {"config.json": config_text, PREPROCESSOR: read_text(path)}
+    assets = {"config.json": config_text, PREPROCESSOR: prepared}
     checked = checked_weights(source, spec.weight_shapes(), known)
     return EncoderCheckpoint(source, spec, config, checked, assets, fingerprint(assets.values(), checked, files), seen)
-
-
-def picture_size(settings: Config) -> Size | None:
-    """Return the [height, width] of pictures after the preparation that a preprocessor_config.json describes."""
-    found = (
-        settings.get("crop_size") if settings.get("do_center_crop", "crop_size" in settings) else settings.get("size")
-    )
-    if isinstance(found, dict) and {"height", "width"} <= found.keys():
-        found = (found["height"], found["width"])
-    elif isinstance(found, int):
-        found = (found, found)
-    return found if isinstance(found, tuple) and all(type(one) is int and one > 0 for one in found) else None
 
 
 def _found(name: str, prefix: str, own: str, shape: tuple[int, ...], stored: dict[str, Weight]) -> Weight | None:

@@ -1,4 +1,4 @@
-"""The network of an encoder's policy: what it reads of a state, the damage that it learns, and the guard's distances."""
+"""The network of an encoder's policy: what it reads of a state, the damage that it learns, the guard's distances."""
 
 from __future__ import annotations
 

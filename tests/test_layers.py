@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "core": {"files"},
     "bundle": {"files", "core", REGISTRY},
     "text": {"files", "core", "bundle"},
+    "images": {"files", "core"},
     "models": COMMON,
     "graphs": {*COMMON, "models"},
     "backends": {*COMMON, "graphs"},

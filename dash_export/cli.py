@@ -38,6 +38,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",
+    "PIL": "vision",
     "scipy": "eval",
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "pydantic", "llguidance"), "serve"),
 }

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from dash_export.images.sources import image_files
 
 from dash_export import DashRuntime
-from dash_export.images.sources import image_files
 from dash_export.runtime.encoder import Encoded
 
 MOST_PATCHES, WORST = 20_000, 0.01

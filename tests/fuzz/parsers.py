@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+from dash_export.images.processor import ImageProcessor
+from dash_export.images.sources import read_image
 from PIL import Image
 
 from dash_export import DashRuntime
@@ -27,8 +29,6 @@ from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
 from dash_export.graphs.lower.surgery import load_graph
-from dash_export.images.processor import ImageProcessor
-from dash_export.images.sources import read_image
 from dash_export.measure.tasks import read_items
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import FAMILIES, decoder_spec

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dash_export.images.processor import ImageProcessor
+from dash_export.images.sources import read_image
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -13,8 +15,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from dash_export.errors import CheckpointError, DashError, RequestError
-from dash_export.images.processor import ImageProcessor
-from dash_export.images.sources import read_image
 
 CLASSES: dict[str, Any] = {
     "BitImageProcessor": BitImageProcessorPil,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dash_export.images.sources import FORMATS, MOST_PIXELS, image_files, read_image
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from dash_export.errors import RequestError
-from dash_export.images.sources import FORMATS, MOST_PIXELS, image_files, read_image
 
 SIZE = (64, 32)
 

@@ -37,6 +37,8 @@ from dash_export.models.spec import FINAL_NORM
 from dash_export.train.image_network import Doubles, fitted_network, pooled_features, predicted, unit_damages
 from dash_export.train.image_passes import Floats, ImageModel, Regression, divergence, unit_candidates, unit_normed
 
+SKIPPED = 0.7
+"""Share of the batches in which a unit is skipped while the bypasses behind it are fitted."""
 SLACK = 1.1
 """Factor of the guard's limits over what the share `own` of the pictures stays below."""
 FEWEST = 60
@@ -193,7 +195,7 @@ class _Run:
         if units is None:
             found = self.work.once("units", lambda: {"units": self._searched(candidates, sums)})["units"]
             units = tuple(Unit(int(a), int(b)) for a, b in found)
-        bypasses = tuple(self._fitted(unit, place, units) for place, unit in enumerate(units))
+        bypasses = tuple(self._fitted(unit, place, units, sums) for place, unit in enumerate(units))
         read = units[0].first - 1
         learnt = self.work.once("learnt", lambda: self._table(self.learnt, units, bypasses, read))
         held = self.work.once("held", lambda: self._table(self.held, units, bypasses, read))
@@ -269,24 +271,27 @@ class _Run:
         chosen = best_units(candidates, lost, wanted, self.settings.most)
         return np.array([[unit.first, unit.last] for unit in chosen], np.int64)
 
-    def _fitted(self, unit: Unit, place: int, units: tuple[Unit, ...]) -> Weights:
+    def _fitted(self, unit: Unit, place: int, units: tuple[Unit, ...], sums: dict[str, Any]) -> Weights:
         """Return the bypass of a unit, fitted where the units before it are skipped at random. Its aim is the dense
         state behind the unit, so it mends what they did.
         """
 
+        if not place:
+            return self._bypass(sums, unit)
+        before = [(one, self._fitted(one, at, units, sums)) for at, one in enumerate(units[:place])]
+
         def fit() -> dict[str, Any]:
             rng, regression = np.random.default_rng((self.settings.seed, place)), Regression(self.spec)
-            before = [(one, self._fitted(one, at, units)) for at, one in enumerate(units[:place])]
             for pixels in self._batches(self.learnt, f"the bypass of layers {unit}"):
-                dense = self.model.embed(pixels)
-                state, layer = dense, 0
+                layer = units[0].first
+                state = dense = self.model.layers(self.model.embed(pixels), range(layer))
                 for other, bypass in before:
                     state = self.model.layers(state, range(layer, other.first))
-                    skips = rng.random() < 0.5
+                    skips = rng.random() < SKIPPED
                     state = self.model.skip(state, bypass) if skips else self.model.layers(state, other.layers)
                     layer = other.last + 1
                 state = self.model.layers(state, range(layer, unit.first))
-                dense = self.model.layers(dense, range(unit.last + 1))
+                dense = self.model.layers(dense, range(units[0].first, unit.last + 1))
                 regression.add(unit_normed(state, self.spec.norm_eps), dense - state)
             return dict(regression.solved())
 

@@ -35,6 +35,7 @@ COMMANDS = {
 # Package that may be missing -> the extra that brings it.
 EXTRAS = {
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",

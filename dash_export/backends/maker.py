@@ -70,7 +70,7 @@ class Backend(ABC):
         if manifest.model.decides == "input" and self.recipe.dialect != "portable":
             raise BackendError(
                 f"The recipe {self.recipe.name!r} is for causal LMs. An image encoder runs its portable graphs: give "
-                "--target portable."
+                "--target portable or openvino."
             )
 
     def needs_another_machine(self) -> bool:

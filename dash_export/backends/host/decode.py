@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,15 @@ class HostBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class JoiningBackend(HostBackend, Protocol):
+    """A backend that makes one engine of several files."""
+
+    def join(self, paths: Sequence[Path]) -> HostEngine:
+        """Load files that run one after the other, each on what the one before gives."""
+        ...
+
+
 @dataclass(frozen=True)
 class SegmentEngines:
     """Engines of one segment. `run`: (name, engine), in the order they run. `bypass`: the engine that skips a unit."""
@@ -76,7 +85,11 @@ def load_segments(bundle: Bundle, build: Build, backend: HostBackend) -> list[Se
         if asked and bundle.manifest.model.decides == "token":
             names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
         bypass = load(Unit(segment.first, segment.last).bypass) if segment.gated else None
-        found.append(SegmentEngines(segment, [(name, load(name)) for name in names], bypass))
+        if isinstance(backend, JoiningBackend):
+            run = [(segment.name, backend.join([bundle.path(build.engines[name].file) for name in names]))]
+        else:
+            run = [(name, load(name)) for name in names]
+        found.append(SegmentEngines(segment, run, bypass))
     return found
 
 

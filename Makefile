@@ -20,7 +20,7 @@ SECONDS ?= 3600
 
 help:
 	@echo "make demo    a real model (SmolLM2-135M) to engines, answering prompts densely and with layers skipped"
-	@echo "             (MODEL=qwen2.5-coder-0.5b: a larger one, 400 MB)"
+	@echo "             (MODEL=qwen2.5-coder-0.5b: a larger one, 400 MB; MODEL=dinov2-small: an image encoder)"
 	@echo "make serve   the demo's model behind OpenAI's API, and a page to try it: http://127.0.0.1:8000"
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
@@ -67,8 +67,8 @@ $(BIN)/python:
 
 # A stamp per purpose, so that the demo does not wait for torch.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@echo "Installing dash-export[cpu,export,eval] into $(VENV)"
-	@$(PIP) -e '.[cpu,export,eval]'
+	@echo "Installing dash-export[cpu,export,eval,vision] into $(VENV)"
+	@$(PIP) -e '.[cpu,export,eval,vision]'
 	@touch $@
 
 $(VENV)/.serve: pyproject.toml | $(VENV)/.demo

@@ -35,10 +35,12 @@ COMMANDS = {
 # Package that may be missing -> the extra that brings it.
 EXTRAS = {
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
     **dict.fromkeys(("matplotlib", "scipy"), "profile"),
     "lm_eval": "eval",
+    "PIL": "vision",
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "pydantic", "llguidance"), "serve"),
 }
 INTERRUPTED = 130

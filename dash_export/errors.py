@@ -54,7 +54,7 @@ class ContextLengthError(DashError):
 
 
 class RequestError(DashError):
-    """A prompt, message list or sampling setting cannot be used."""
+    """A prompt, message list, picture or sampling setting cannot be used."""
 
 
 BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RuntimeError)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.core.policy import SkipPolicy, stored_columns, untrained_policy
+from dash_export.core.policy import SkipPolicy, untrained_policy
 from dash_export.core.units import Unit, layer_actions
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
     """The policy with random bypasses, large enough that leaving out any part of them shows."""
     rng, bypasses = np.random.default_rng(seed), []
     for unit in policy.units:
-        columns = stored_columns(unit, spec)
-        weight, bias = 0.1 * rng.standard_normal((spec.hidden_size, columns)), 0.2 * rng.standard_normal(columns)
-        bypasses.append({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)})
+        shapes, scale = spec.bypass_shapes(unit).items(), {2: 0.1, 1: 0.2}
+        bypasses.append(
+            {name: (scale[len(shape)] * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes}
+        )
     return replace(policy, bypasses=tuple(bypasses))
 
 

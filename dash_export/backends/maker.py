@@ -71,6 +71,14 @@ class Backend(ABC):
         """Raise BackendError where something that running needs is missing here."""
         require_backend(self.recipe.backend)
 
+    def check_model(self, manifest: Manifest) -> None:
+        """Raise BackendError where this recipe has no engines for such a model."""
+        if manifest.model.decides == "input" and self.recipe.dialect != "portable":
+            raise BackendError(
+                f"The recipe {self.recipe.name!r} is for causal LMs. An image encoder runs its portable graphs: give "
+                "--target portable or openvino."
+            )
+
     def needs_another_machine(self) -> bool:
         """Return whether no installation here would help, so that `build` only lowers, for another machine."""
         return False

@@ -97,7 +97,7 @@ def calibrate_matrices(
     """Yield (node, rounding) for every matrix that the recipe rounds to int4, and (node, largest absolute input) for
     every fp8 matrix: layer by layer, the head last. What `store` has of a layer, under `key`, is not computed again.
     """
-    model, gated = bundle.manifest.model, bundle.manifest.policy.layers
+    model, gated = bundle.manifest.decoder, bundle.manifest.policy.layers
     embed = graph_run(bundle.graph("embed"))
     states = [embed({"input_ids": windows})["hidden_out"] for windows in _windows(bundle)]
     places = step_inputs(model, 0, WINDOW, WINDOW)
@@ -151,7 +151,7 @@ def _write_layer(file: str, key: str, found: Iterable[tuple[str, Rounded | float
 
 
 def _layers(bundle: Bundle) -> list[str]:
-    return [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
+    return [f"layer_{layer:02d}" for layer in range(bundle.manifest.decoder.num_layers)]
 
 
 def _round_layer(

@@ -18,7 +18,7 @@ from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Dispatch
-from dash_export.bundle.records import Build, Manifest
+from dash_export.bundle.records import POLICY, Build, Manifest
 from dash_export.core.dial import CostTable, Mode
 from dash_export.core.rule import DENSE, Rule, static_rule
 from dash_export.core.units import Unit
@@ -47,23 +47,16 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     or of the fastest where half of what may be skipped is. Figures are medians over interleaved
     repeats. Units of equally many layers share the median of their costs, so that no single noisy measurement decides.
     """
-    model, units = bundle.manifest.model, bundle.manifest.policy.units
-    recipe = build.recipe.cost
-    engines = backend.load_build(bundle, build, build.dispatch)
-    context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
-    cache: Any = engines.cache(context)
-    cache.reserve(context + 1)
-    step: Any = engines.step(cache, 1)
-    cache.length = context
-    step.place()
-    names = [segment.name for segment in build.segments]
-    gated = [place for place, segment in enumerate(build.segments) if segment.gated]
+    units, recipe = bundle.manifest.policy.units, build.recipe.cost
+    engines: Any = backend.load_build(bundle, build, build.dispatch)
+    context, bound, bound_step = engines.timed(recipe.context)
+    gated = [name for name, _, bypass in bound if bypass is not None]
     bypasses = dict(zip(gated, (unit.bypass for unit in units), strict=True))
     passes = [
         # Each pass skips every other unit, in turn: so a bypass, too, finds its weights cold (not in the CPU's cache).
         [
-            (names[place], run) if bypass is None or gated.index(place) % 2 != parity else (bypasses[place], bypass)
-            for place, (run, bypass) in enumerate(step.launches())
+            (name, run) if bypass is None or gated.index(name) % 2 != parity else (bypasses[name], bypass)
+            for name, run, bypass in bound
         ]
         for parity in (0, 1)
     ]
@@ -76,11 +69,12 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
             for (name, _), microseconds in zip(one, _timed(launch for _, launch in one), strict=True):
                 times[name].append(microseconds)
     medians = {name: round(median(found), 2) for name, found in times.items()}
-    runs = {name: medians.pop(name) for name in names}
-    dense, asks, device, dispatch, modes = sum(runs.values()), 0.0, cpu_name(), "sync", {}
-    saved = [runs[names[place]] - medians[unit.bypass] for place, unit in zip(gated, units, strict=True)]
+    asks = medians.pop(POLICY, 0.0)
+    runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
+    dense, device, dispatch, modes = sum(runs.values()), cpu_name(), "sync", {}
+    saved = [runs[name] - medians[unit.bypass] for name, unit in zip(gated, units, strict=True)]
     if isinstance(engines, DeviceEngines):
-        times_of = _in_modes(bundle, build, backend, cache)
+        times_of = _in_modes(bundle, build, backend, bound_step[1])
         device, wanted = engines.device.name, build.recipe.runtime.dispatch
         fastest = min((mode for mode in times_of if mode != "sync"), key=lambda mode: times_of[mode].half)
         dispatch = wanted if wanted in times_of else fastest

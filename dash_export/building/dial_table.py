@@ -16,6 +16,7 @@ from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.records import Build
 from dash_export.core.dial import DialPoint
 from dash_export.core.divergence import DenseRows
+from dash_export.core.input_table import held_out, input_dial
 from dash_export.core.units import DENSE_POSITIONS, unit_skips
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress
@@ -44,13 +45,15 @@ def calibrate_dial(
 
     KL is measured against the dense mode of the same build. Return () where the model's context is a few tokens only.
     """
+    if bundle.manifest.model.decides == "input":
+        return _of_inputs(bundle, build)
     runtime = DashRuntime(bundle, build, backend)
     items = _calibration_items(runtime)
     if not items:  # the model's context has only a few tokens
         return ()
     num_layers = bundle.manifest.model.num_layers
     trade_offs = _trade_offs(runtime, items)
-    sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, KL in nats, log-likelihood lost
+    sums = np.zeros((len(trade_offs), 5))  # layers skipped, time, KL in nats, log-likelihood lost, other next tokens
     tokens = 0
     for done, item in enumerate(items, 1):
         sums += _measured(runtime, item, trade_offs)
@@ -58,11 +61,22 @@ def calibrate_dial(
         progress("calibrating the dial", done, len(items))
     judged = tokens - len(items)  # an item's last token has no successor
     points = [DialPoint(0.0, float(num_layers), round(1.0 + runtime.cost.asks, 5), 0.0)]
-    for trade_off, (skipped, time, kl, lost) in zip(trade_offs, sums / tokens, strict=True):
+    for trade_off, (skipped, time, kl, lost, other) in zip(trade_offs, sums / tokens, strict=True):
         perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
         layers = round(num_layers - skipped, 4)
-        points.append(DialPoint(trade_off, layers, round(time, 5), round(max(0.0, kl), 6), perplexity))
+        figures = (layers, round(time, 5), round(max(0.0, kl), 6), perplexity)
+        points.append(DialPoint(trade_off, *figures, differing=round(other * tokens), judged=tokens))
     return tuple(points)
+
+
+def _of_inputs(bundle: Bundle, build: Build) -> tuple[DialPoint, ...]:
+    """Return the dial of a policy that decides about whole inputs; () where it came without held-out ones."""
+    path, manifest = bundle.root / ANSWERS, bundle.manifest
+    if not path.is_file():
+        return ()
+    units = manifest.policy.units
+    table = held_out(bounded_text(path, MAX_TEXT_BYTES), len(units))
+    return input_dial(table, build.cost, units, manifest.model.num_layers)
 
 
 def _trade_offs(runtime: DashRuntime, items: Sequence[Continuation]) -> list[float]:
@@ -81,13 +95,14 @@ def _trade_offs(runtime: DashRuntime, items: Sequence[Continuation]) -> list[flo
 
 
 def _measured(runtime: DashRuntime, item: Continuation, trade_offs: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Measure an item under each trade-off. Return [trade-offs, 4], sums over the tokens after its prompt: layers
-    skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
+    """Measure an item under each trade-off. Return [trade-offs, 5], sums over the tokens after its prompt: layers
+    skipped, time as fractions of dense, KL in nats, log-likelihood of the text lost, and tokens after which another
+    one is the likeliest.
     """
     window, prompt = item
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
-    reference = DenseRows(dense.logits[prompt:])
+    reference, likeliest = DenseRows(dense.logits[prompt:]), dense.logits[prompt:].argmax(axis=1)
     found = []
     for trade_off in trade_offs:
         score = runtime.session("token", trade_off=trade_off).score(window, prompt, keep_logits=True)
@@ -96,7 +111,9 @@ def _measured(runtime: DashRuntime, item: Continuation, trade_offs: Sequence[flo
         skips = unit_skips(actions, runtime.bundle.manifest.policy.units)
         time = runtime.cost.token_time(skips, asked=True).sum()
         lost = (dense.log_likelihoods - score.log_likelihoods)[prompt:].sum()
-        found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum(), lost))
+        logits = score.logits[prompt:]
+        other = (logits.argmax(axis=1) != likeliest).sum()
+        found.append((actions.sum(), time, reference.kl(logits).sum(), lost, other))
     return np.array(found, np.float64)
 
 

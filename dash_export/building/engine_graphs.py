@@ -39,17 +39,19 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
     one more output. On a device the policy is an engine of its own. A tied head on the host maps the embedding's codes,
     where it has the same.
     """
-    policy, tied = bundle.manifest.policy, bundle.manifest.model.tie_embeddings and not on_device
+    policy, model = bundle.manifest.policy, bundle.manifest.model
+    tied, per_input = model.shares_table and not on_device, model.decides == "input"
+    apart = on_device or per_input
     for segment in segments:
         reads = policy.has_network and policy.read in segment.layers
-        if reads and on_device:
+        if reads and apart:
             yield EngineGraph(POLICY, segment, [POLICY])
-        parts = [*segment.graphs, POLICY] if reads and not on_device else segment.graphs
+        parts = [*segment.graphs, POLICY] if reads and not apart else segment.graphs
         yield EngineGraph(segment.name, segment, parts, ("embed",) * (tied and segment.head and not segment.embed))
         if segment.gated:
             unit = Unit(segment.first, segment.last)
             yield EngineGraph(unit.bypass, segment, [unit.bypass])
-            if not on_device:
+            if not apart:
                 both = (segment.name, unit.bypass)
                 yield EngineGraph(MIXED + unit.name, segment, [unit.bypass, *segment.graphs], both)
 

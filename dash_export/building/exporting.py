@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, fields, replace
-from functools import partial
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx_ir as ir
 
 from dash_export import __version__
 from dash_export.bundle.bundle import Bundle, to_json
 from dash_export.bundle.layout import ANSWERS, EXPORT, EXPORTED, MANIFEST, check_outside_bundles, is_bundle
 from dash_export.bundle.records import SCHEMA, Manifest, sealed
-from dash_export.core.facts import ModelFacts
 from dash_export.core.policy import PolicyFacts, SkipPolicy, no_policy
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.files import outputs
@@ -31,11 +27,8 @@ from dash_export.files.artifacts import (
     write_atomic,
 )
 from dash_export.files.replacing import check_movable, put_in_place, recover, refuse_inputs
-from dash_export.graphs.portable import portable
-from dash_export.graphs.portable.portable import EMBED_WEIGHT
-from dash_export.graphs.portable.stored import stored_tensors
-from dash_export.graphs.portable.writer import save_graph, save_placed
-from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.graphs.portable.all_graphs import jobs
+from dash_export.models import AnyCheckpoint, open_model
 from dash_export.models.bypasses import check_model
 
 GRAPH_REVISION = 8
@@ -43,7 +36,7 @@ GRAPH_REVISION = 8
 
 
 def export(
-    model: str | Path | Checkpoint,
+    model: str | Path | AnyCheckpoint,
     output: str | Path,
     policy: SkipPolicy | None = None,
     progress: Progress = no_progress,
@@ -56,7 +49,7 @@ def export(
     output, BusyError where another process writes the output or builds in it.
     """
     output = checked_output(output)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint = model if isinstance(model, AnyCheckpoint) else open_model(model)
     check_inputs(checkpoint.seen, output)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
@@ -146,18 +139,18 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
 
 
 def _write(
-    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
+    checkpoint: AnyCheckpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
 ) -> Manifest:
     store, graphs, files = ArtifactStore(root / "onnx"), dict[str, str](), list[FileRecord]()
-    jobs = list(_jobs(checkpoint, policy, facts))
-    for done, (name, parts, make) in enumerate(jobs, 1):
-        artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
-        records = store.current(name, artifact_key) or store.make(name, artifact_key, make, checkpoint.check_same)
+    made = list(jobs(checkpoint, policy))
+    for done, (name, write, of_policy, is_graph) in enumerate(made, 1):
+        key_of = content_key(GRAPH_REVISION, checkpoint.fingerprint, name, facts.fingerprint if of_policy else "")
+        records = store.current(name, key_of) or store.make(name, key_of, write, checkpoint.check_same)
         records = [replace(record, name=f"onnx/{record.name}") for record in records]
         files += records
-        if records[0].name.endswith(".onnx"):
+        if is_graph:
             graphs[name] = records[0].name
-        progress(name, done, len(jobs))
+        progress(name, done, len(made))
     for name, text in checkpoint.assets.items():
         write_atomic(root / name, text)
         files.append(record_of(root, name))
@@ -165,38 +158,8 @@ def _write(
     listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / outputs.MARK}
     for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
         outputs.remove(path)
-    spec = checkpoint.spec
-    model = ModelFacts(**{item.name: getattr(spec, item.name) for item in fields(ModelFacts)})
     tools = {"dash-export": __version__} | {name: version(name) for name in ("onnx", "onnx_ir", "numpy")}
-    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
-
-
-def _jobs(
-    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
-) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
-    """Yield (name, what its key depends on besides the checkpoint, writer) of every artifact in `onnx/`."""
-    spec = checkpoint.spec
-
-    def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
-        return lambda folder: save_graph(make(), folder / f"{name}.onnx", (portable.EMBED_FILE,))
-
-    def table(folder: Path) -> list[Path]:
-        path = folder / portable.EMBED_FILE
-        _, tensors = stored_tensors(EMBED_WEIGHT, checkpoint.weights[EMBED_WEIGHT], transpose=False)
-        save_placed(path, tensors)
-        return [path]
-
-    yield "table", (), table
-    yield "embed", (), graph("embed", partial(portable.embed_graph, checkpoint))
-    for layer in range(spec.num_layers):
-        name = f"layer_{layer:02d}"
-        yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
-    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        name = unit.bypass
-        yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
-    if policy.network is not None:
-        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(portable.policy_graph, spec, policy))
-    yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
+    return Manifest(SCHEMA, checkpoint.spec.facts(), facts, graphs, tuple(files), key, tools)
 
 
 def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:

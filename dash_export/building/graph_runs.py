@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import new_names, present_names, short_name
-from dash_export.core.facts import ModelFacts, rope_tables
+from dash_export.core.facts import DecoderFacts, rope_tables
 from dash_export.files.resources import resource_folder
 from dash_export.text.tokenizer import Text
 
@@ -27,7 +27,7 @@ def text_ids(bundle: Bundle, count: int) -> npt.NDArray[np.int64]:
     return np.resize(np.array(ids, np.int64), count)
 
 
-def step_inputs(model: ModelFacts, start: int, count: int, capacity: int) -> Arrays:
+def step_inputs(model: DecoderFacts, start: int, count: int, capacity: int) -> Arrays:
     """Return the inputs that say where `count` tokens go after `start` cached ones, in a cache of `capacity` rows: all
     that graphs and engines of any dialect take beside states, actions and caches.
     """

@@ -83,6 +83,7 @@ def build(
 
 def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progress: Progress) -> Build:
     recipe, lowered = backend.recipe, _lowered_build(bundle, backend)
+    backend.check_model(bundle.manifest)
     if measure and (obstacle := backend.run_obstacle()) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:

@@ -92,7 +92,7 @@ class _Walk:
     """Walk of a text through the portable segments. `states`: what enters the next segment, for each of STEPS."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.model = bundle, bundle.manifest.model
+        self.bundle, self.model = bundle, bundle.manifest.decoder
         ids = text_ids(bundle, max(start + count for start, count in STEPS))
         self.states: list[npt.NDArray[Any]] = [ids[None, start : start + count] for start, count in STEPS]
 

@@ -20,6 +20,7 @@ from dash_export.bundle.layout import (
     EXPORTED,
     LOWERED,
     MANIFEST,
+    PREPROCESSOR,
     ROUNDINGS,
     SIGNATURE,
     TEXT_FILES,
@@ -251,7 +252,9 @@ class Bundle:
         listed = {record.name for record in (*self.manifest.files, *files)}
         folder = f"engines/{build.target}" if build is not None and files else "onnx"
         beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
-        added = [name for name in (*TEXT_FILES, ANSWERS) if name not in listed and self.path(name).exists()]
+        added = [
+            name for name in (*TEXT_FILES, PREPROCESSOR, ANSWERS) if name not in listed and self.path(name).exists()
+        ]
         added += [name for name in beside if name not in listed and PurePosixPath(name).name not in _UNREAD]
         if added:
             raise BundleError(

@@ -17,7 +17,16 @@ from urllib.parse import quote
 
 from dash_export import __version__
 from dash_export.bundle.bundle import LARGEST_RECORD, Bundle, parsed
-from dash_export.bundle.layout import ANSWERS, BUILD, MANIFEST, NO_HUB_ID, SIGNATURE, TEXT_FILES, cache_folder
+from dash_export.bundle.layout import (
+    ANSWERS,
+    BUILD,
+    MANIFEST,
+    NO_HUB_ID,
+    PREPROCESSOR,
+    SIGNATURE,
+    TEXT_FILES,
+    cache_folder,
+)
 from dash_export.bundle.records import Manifest
 from dash_export.core.dial import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
@@ -26,7 +35,7 @@ from dash_export.files.outputs import folder_locked, lock_while_alive, remove
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-_FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, ANSWERS, f"engines/*/{BUILD}"]
+_FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, PREPROCESSOR, ANSWERS, f"engines/*/{BUILD}"]
 """Files to fetch first: they tell which other files a run needs."""
 _SECONDS = 10
 
@@ -198,7 +207,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
             ) from error
         if CARD not in there:
             data = hub.ModelCardData(
-                library_name="dash-export", pipeline_tag="text-generation", tags=["onnx", "layer-skipping"],
+                library_name="dash-export", pipeline_tag=bundle.manifest.measure.pipeline, tags=["onnx", "layer-skipping"],
                 base_model=base_model, license=license_id,
             )  # fmt: skip
             facts = {"name": name, "version": __version__, "manifest": bundle.manifest, "builds": builds}
@@ -238,23 +247,23 @@ _CARD = """---
 {{ "Layers are skipped by " ~ policy.origin if policy.has_network else "It has no policy of its own" }}.
 
 ```bash
-dash-export run {{ name }} "Why is the sky blue?"
+dash-export run {{ name }} {{ manifest.measure.example }}
 dash-export serve {{ name }}
 ```
 
 ## Measured by its builds
 
-Time is that of a decoded token, of dense; KL and perplexity are on the calibration text, against dense.
+Time is that of a decoded token or of a picture, of dense; all else is on the calibration data, against dense.
 {% for build in builds %}{% set ms = build.cost.dense_us / 1000 %}
 `{{ build.target }}`:
-{{ "dense takes %.2f ms a token on %s." | format(ms, build.device) if build.cost.segment_us else "not measured." }}
+{{ "dense takes %.2f ms a %s on %s." | format(ms, manifest.measure.item, build.device) if build.cost.segment_us else "not measured." }}
 {% if build.dial %}
-| time | layers | KL, nats | perplexity |
+| time | layers | {{ manifest.measure.divergence }} | perplexity |
 |---|---|---|---|
 {% for at in build.dial -%}
 | {{ "%.3f | %.1f | %.3f | %.3f" | format(at.time, at.layers, at.kl, at.perplexity) }} |
 {% endfor %}
-Recommended: {{ recommended(build.dial) or "dense" }}.
+Recommended: {{ recommended(build.dial, manifest.measure) or "dense" }}.
 {% endif %}
 {%- else %}
 Not built yet.

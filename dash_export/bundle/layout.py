@@ -26,14 +26,18 @@ REPORT = "a dash-export report"
 
 FINAL_STATE = "final_state"
 """Output of the head: the normed state of the tokens that get logits."""
+POOLED, STATES = "pooled", "states"
+"""Outputs of an encoder's head: one vector for a picture, and the state of each of its tokens."""
 MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
 """Files of a bundle: the manifest, and the owner's signature."""
 BUILD = "build.json"
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Config, tokenizer and template files that the runtime reads, where the bundle has them."""
+PREPROCESSOR = "preprocessor_config.json"
+"""How an encoder's pictures are prepared."""
 ANSWERS = "answers.jsonl"
 """Held-out answers of the model, on which a policy is judged; not in every bundle."""
-EXPORT, EXPORTED = "export", (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, ANSWERS)
+EXPORT, EXPORTED = "export", (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES, PREPROCESSOR, ANSWERS)
 """The command that writes a bundle, and the entries that it replaces; all others, engines among them, stay."""
 NO_HUB_ID = (".dash", ".gguf")
 """File endings, which no hub id has."""

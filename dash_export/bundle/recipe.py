@@ -63,6 +63,7 @@ class WeightsRecipe:
 class RuntimeRecipe:
     """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: move the weights onto
     huge pages when a CPU target is loaded. `dispatch` "fastest": of `overlapped` and `device`, as `build` measures.
+    `device`: OpenVINO's name of it.
     """
 
     threads: Annotated[int, Within(0, MAX_THREADS)] = 0
@@ -70,6 +71,7 @@ class RuntimeRecipe:
     kv_step: Annotated[int, Within(16, 65536)] = 256
     prefill_chunk: Annotated[int, Within(1, 65536)] = 512
     huge_pages: bool = True
+    device: str = "CPU"
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
     if recipe.backend not in BACKENDS:
         yield f"backend = {recipe.backend!r:.60} is none of {', '.join(BACKENDS)}."
     else:
+        if recipe.runtime.device != RuntimeRecipe.device and recipe.backend != "openvino":
+            yield "device is for the backend openvino: leave it out."
         yield from BACKENDS[recipe.backend].part("faults")(recipe)
 
 

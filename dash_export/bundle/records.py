@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dash_export.bundle.recipe import Recipe, recipe_faults
-from dash_export.core.dial import CostTable, DialPoint
-from dash_export.core.facts import ModelFacts
+from dash_export.core.dial import MEASURES, CostTable, DialPoint, Measure
+from dash_export.core.facts import DecoderFacts, EncoderFacts
 from dash_export.core.policy import PolicyFacts
 from dash_export.core.units import Unit, check_static_order, check_units
-from dash_export.errors import PolicyError
+from dash_export.errors import BundleError, PolicyError
 from dash_export.files.artifacts import FileRecord
 from dash_export.files.typed_json import Bytes, NotNegative
 
-SCHEMA = 6
+SCHEMA = 7
 DAMAGED = "The bundle is damaged: export or build it again."
 _MOST_OTHERS = 1000
 """Bound of what a record lists beside graphs and engines, so that no forged list takes long to check."""
@@ -35,7 +35,7 @@ class Manifest:
     """
 
     schema: int
-    model: ModelFacts
+    model: DecoderFacts | EncoderFacts
     policy: PolicyFacts
     graphs: dict[str, str]
     files: tuple[FileRecord, ...]
@@ -43,6 +43,25 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     builds: dict[str, tuple[FileRecord, ...]] = field(default_factory=dict)
     sha256: str = ""
+
+    @property
+    def measure(self) -> Measure:
+        """What its decisions are about, and what divergence from dense means."""
+        return MEASURES[self.model.decides]
+
+    @property
+    def decoder(self) -> DecoderFacts:
+        """Facts of a causal LM. Raises BundleError for an encoder."""
+        if not isinstance(self.model, DecoderFacts):
+            raise BundleError(f"{self.model.name} is an image encoder: it takes pictures, and writes no text.")
+        return self.model
+
+    @property
+    def encoder(self) -> EncoderFacts:
+        """Facts of an image encoder. Raises BundleError for a causal LM."""
+        if not isinstance(self.model, EncoderFacts):
+            raise BundleError(f"{self.model.name} is a causal LM: it takes text, and no pictures.")
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -148,10 +167,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         check_static_order(policy.static_order, policy.units)
     except PolicyError as error:
         yield str(error)
-    if len(model.traits.windows) not in (0, model.num_layers):
-        yield "its attention windows are not one per layer."
-    if 2 * max(len(model.rope_frequencies), len(model.window_frequencies)) > model.head_dim:
-        yield "it rotates more dimensions than a head has."
+    yield from model.faults()
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
     if missing := needed - set(manifest.graphs):
@@ -162,7 +178,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     if records > 3 * len(needed) + _MOST_OTHERS:
         yield f"it lists {records} files and tools."
     listed = {record.name for record in manifest.files if record.bytes > 0}
-    if unlisted := {*manifest.graphs.values(), "onnx/embed.data"} - listed:
+    if unlisted := {*manifest.graphs.values()} - listed:
         yield f"{min(unlisted)} is not among the files."
 
 

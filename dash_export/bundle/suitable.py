@@ -18,6 +18,8 @@ def is_in_few_bits(manifest: Manifest) -> bool:
 
 def suitable_target(manifest: Manifest) -> str:
     """Return the CPU target for a model that nothing else is known about."""
+    if manifest.model.decides == "input":
+        return "portable"
     weights = ("onnx/layer_", "onnx/embed.data", "onnx/head.data")
     stored = sum(record.bytes for record in manifest.files if record.name.startswith(weights))
     return target_of_bits(8 * stored / manifest.model.parameters)

@@ -16,7 +16,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_units
-from dash_export.core.dial import RECOMMENDED_LOSS, WORTH, recommended_budget
+from dash_export.core.dial import WORTH, recommended_budget
 from dash_export.core.units import Unit
 
 PRECISION = click.Choice(get_args(Precision))
@@ -144,16 +144,18 @@ def _summary(bundle: Bundle, build: Build) -> None:
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return
     asks = f"; asking the policy adds {cost.asks:.1%} ({cost.dispatch})" if cost.asks else ""
-    click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}{asks}")
+    measure = bundle.manifest.measure
+    click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/{measure.at(cost.context)} on {build.device}{asks}")
     if cost.cost:
-        print_units(build, bundle.manifest.policy.units)
+        print_units(build, bundle.manifest.policy.units, measure)
     if cost.disturbed:
         click.echo(cost.disturbed, err=True)
     if build.dial:
         fastest = min(point.time for point in build.dial)
-        budget = recommended_budget(build.dial)
-        loss = f"{RECOMMENDED_LOSS:.0%} of perplexity on the calibration text"
+        budget, loss = recommended_budget(build.dial, measure), measure.loss
         advice = f"{budget:g} costs about {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
-        click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}.")
+        click.echo(
+            f"Dial of the {measure.item} policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}."
+        )
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
-    click.echo(f'Next: dash-export run {quote(str(bundle.root))}{flag} "Why is the sky blue?"')
+    click.echo(f"Next: dash-export run {quote(str(bundle.root))}{flag} {measure.example}")

@@ -36,6 +36,7 @@ PACKAGES = {
     **dict.fromkeys(("numpy", "tokenizers"), ""),
     "onnxruntime": "cpu",
     "onnxruntime-gpu": "gpu",
+    "openvino": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
     **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},

@@ -83,8 +83,8 @@ def _report(runtime: DashRuntime, request: dict[str, Any], files: Sequence[_File
     manifest = runtime.bundle.manifest
     return {
         "bundle": runtime.bundle.name,
-        "model": manifest.model.name,
-        "layers": manifest.model.num_layers,
+        "model": manifest.decoder.name,
+        "layers": manifest.decoder.num_layers,
         "target": runtime.build.target,
         "device": runtime.build.device,
         "policy": {"origin": manifest.policy.origin, "bypass": manifest.policy.bypass},
@@ -105,7 +105,7 @@ def _print(runtime: DashRuntime, window: dict[str, int], files: Sequence[_File])
     """Print one table per text and task, with a row per setting, and then what the columns mean."""
     from dash_export.measure.candidates import amount, kind_shown
 
-    model = runtime.bundle.manifest.model
+    model = runtime.bundle.manifest.decoder
     click.echo(f"{model.name}, target {runtime.build.target}, {model.num_layers} layers\n")
     for name, form, results in files:
         print_table(

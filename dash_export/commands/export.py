@@ -82,7 +82,7 @@ def export_model(
     from dash_export.building.exporting import check_inputs, checked_output, export
     from dash_export.bundle.policy_file import load_policy, policy_path
     from dash_export.core.policy import narrowed, no_policy, untrained_policy
-    from dash_export.models import open_checkpoint
+    from dash_export.models import Checkpoint, open_model
     from dash_export.models.bypasses import pruned
 
     trained = policy not in ("none", "untrained")
@@ -95,7 +95,7 @@ def export_model(
         if trained:
             check_inputs([policy_path(policy)], output)
         progress(f"reading {source}", 0, 0)
-        model = open_checkpoint(source)
+        model = open_model(source)
         if policy == "none":
             chosen = no_policy(model.spec.num_layers, units)
         elif policy == "untrained":
@@ -104,6 +104,8 @@ def export_model(
             chosen = load_policy(policy, model.spec)
             chosen = chosen if units is None else narrowed(chosen, (n for unit in units for n in unit.layers))
         if prune:
+            if not isinstance(model, Checkpoint):
+                raise click.UsageError("--prune is for causal LMs.")
             model = pruned(model, chosen, prune)
             chosen = no_policy(model.spec.num_layers, ())
         if not named:

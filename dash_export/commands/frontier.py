@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     help="Text to measure on, or chat prompts (.jsonl) that the dense mode answers; by default the model's held-out "
     "answers that came with the policy, or else the calibration text.",
 )  # fmt: skip
+@click.option(
+    "--images", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+    help="Of an image encoder: pictures to measure on, --limit of them; a folder for each class gives agreement.",
+)  # fmt: skip
 @window_options
 @count_option(
     "--rounds", ROUNDS, "Processes that decode under each setting, in turns; 0: the cost table's times.", least=0
@@ -49,7 +53,15 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.pass_context
 def command(
-    ctx: click.Context, /, load: Load, text: Path | None, output: Path, rounds: int, tokens: int, **cut: int
+    ctx: click.Context,
+    /,
+    load: Load,
+    text: Path | None,
+    images: Path | None,
+    output: Path,
+    rounds: int,
+    tokens: int,
+    **cut: int,
 ) -> None:
     """Draw what a built BUNDLE gives up under each policy kind for the time it saves, and what other builds do.
 
@@ -61,6 +73,9 @@ def command(
     from dash_export.measure.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.measure.texts import judged_text
 
+    if images is not None:
+        _of_images(ctx, load, images, output, cut["limit"])
+        return
     files = picture_files(output, "png", "svg", "json")
     with sole_writer(ctx, *files):
         with progress_bar("frontier") as progress:
@@ -83,6 +98,42 @@ def command(
             written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
             written += save_pictures(files, frontier_figure(points, title, _caption(course)))
         click.echo(f"Written to {', '.join(map(str, written))}")
+
+
+def _of_images(ctx: click.Context, load: Load, images: Path, output: Path, limit: int) -> None:
+    """Measure an image encoder: time on the clock against the cosine of pooled vectors."""
+    from dash_export.measure.candidates import label
+    from dash_export.measure.image_quality import image_quality
+    from dash_export.measure.pictures import image_figure
+
+    files = picture_files(output, "png", "svg", "json")
+    with sole_writer(ctx, *files):
+        with progress_bar("frontier") as progress:
+            candidates, refused = load()
+            runtime = candidates[0].runtime
+            settings = [candidate.setting for candidate in candidates[1:]]
+            rows = image_quality(runtime, images, settings, limit, progress)
+        figures = ("time", "layers", "cosine", "worst", "guarded", "same_class", "agreement", "accuracy", "neighbours")
+        kept = [name for name in figures if getattr(rows[0], name) is not None]
+        title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
+        print_table(
+            title, ("setting",), tuple(name.replace("_", " ") for name in kept),
+            ((label(row.setting), *(f"{getattr(row, name):.4f}" for name in kept)) for row in rows),
+        )  # fmt: skip
+        print_refused(refused)
+        report = {
+            "made_by": REPORT,
+            "bundle": runtime.bundle.name,
+            "device": runtime.build.device,
+            "pictures": images.name,
+            "limit": limit,
+            "points": [row.record() for row in rows],
+            "refused": refused,
+            "version": __version__,
+        }
+        written = [save_report(files[-1], json.dumps(report, indent=1) + "\n")]
+        written += save_pictures(files, image_figure(rows, title))
+    click.echo(f"Written to {', '.join(map(str, written))}")
 
 
 def _caption(course: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from dash_export.bundle.suitable import suitable_target
 from dash_export.cli import printable
 from dash_export.commands.tables import files_size, print_table, print_units, size
 from dash_export.core.advice import if_without_policy
+from dash_export.core.dial import Measure
 from dash_export.core.kinds import kinds_of
 from dash_export.core.units import Unit, units_text
 from dash_export.errors import StaleBuildError
@@ -46,7 +47,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     if advice := if_without_policy(opened.manifest.model, opened.manifest.policy):
         click.echo(printable(f"{advice}\n"))
     for build in builds:
-        _print_build(build, opened.manifest.policy.units)
+        _print_build(build, opened.manifest.policy.units, opened.manifest.measure)
     for line in stale:
         click.echo(line)
     if not builds and not stale:
@@ -92,9 +93,7 @@ def _print_bundle(bundle: Bundle) -> None:
         "model": f"{model.name} ({model.model_type})",
         "parameters": f"{model.parameters / 1e6:.1f} M",
         "layers": f"{model.num_layers} of hidden size {model.hidden_size}",
-        "attention": f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V",
-        "vocabulary": model.vocab_size,
-        "context": f"{model.max_positions} positions",
+        **model.sizes(),
         "portable size": files_size(bundle.files),
         "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
         "bypass": policy.bypass,
@@ -112,7 +111,7 @@ def _print_bundle(bundle: Bundle) -> None:
         click.echo("The portable graphs are not here: engines run, and new ones are built after another export.\n")
 
 
-def _print_build(build: Build, units: Sequence[Unit]) -> None:
+def _print_build(build: Build, units: Sequence[Unit], measure: Measure) -> None:
     alone, engines = sum(build.cost.segment_us.values()), build.engines
 
     def row(segment: Segment) -> tuple[str, ...]:
@@ -126,8 +125,8 @@ def _print_build(build: Build, units: Sequence[Unit]) -> None:
         f"{build.backend_version}", ("segment", "precision"), ("size", "run µs", "share"), map(row, build.segments),
     )  # fmt: skip
     if units:
-        print_units(build, units)
-    dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
+        print_units(build, units, measure)
+    dense = f"{build.cost.dense_us / 1000:.2f} ms/{measure.at(build.cost.context)}"
     measured = f"Measured on {build.device}: dense {dense}."
     click.echo(measured if build.cost.segment_us else f"For {build.device}; costs not measured.")
     click.echo("Size: what an engine reads of its files. Saved: units of as many layers share a figure.")

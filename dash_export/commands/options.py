@@ -96,6 +96,16 @@ def setting_options(command: _Command) -> _Command:
         ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
         ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
         ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
+        (
+            "--at-most",
+            {"type": float},
+            "token: the largest saving at which at most this share of answers differs from dense, like 0.01.",
+        ),
+        (
+            "--confidence",
+            {"type": float, "default": 0.95},
+            "Probability with which --at-most holds on data like the calibration's; 0.95 by default.",
+        ),
         ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
         ("--hold/--no-hold", {"default": True}, "token: hold the mean time at the --budget on any text, or not."),
     )

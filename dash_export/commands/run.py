@@ -90,6 +90,19 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
 @click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE", help="Answer in JSON of this schema.")
 @click.option("--grammar", type=click.Path(path_type=Path), metavar="FILE", help="Answer in this grammar, in Lark.")
+@click.option(
+    "--gallery",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Of an image encoder: name the pictures in DIR that are nearest.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="NAME.npz",
+    help="Of an image encoder: write the pooled vectors of all pictures of a folder.",
+)
 @click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
@@ -99,11 +112,12 @@ def command(
     ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
     chat: bool, system: str | None, target: str | None, trusted_key: Path | None, threads: int | None,
     dispatch: str | None, max_tokens: int | None, json_schema: Path | None, grammar: Path | None, show_skips: bool,
-    as_json: bool, setting: Setting, **sampling: Any
+    as_json: bool, setting: Setting, gallery: Path | None, output: Path | None, **sampling: Any
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
-    The prompt is put into the model's chat template when it has one; --raw gives plain text.
+    The prompt is put into the model's chat template when it has one; --raw gives plain text. For the bundle of an image
+    encoder PROMPT is a picture, or a folder of pictures.
     """
     _check_usage(ctx)
     many = read_prompts(prompts) if prompts is not None else []
@@ -116,10 +130,16 @@ def command(
     form = _form(json_schema, grammar)
 
     from dash_export.commands.chat import converse
+    from dash_export.commands.encode import encode_files
     from dash_export.commands.printing import AnswerPrinter
     from dash_export.runtime import Sampling
 
     runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads, trusted_key=trusted_key)
+    if runtime.bundle.manifest.model.decides == "input":
+        encode_files(runtime, Path(prompt or ""), setting, gallery, output, as_json)
+        return
+    if gallery is not None or output is not None:
+        raise click.UsageError("--gallery and --output are of image encoders.")
     templated = runtime.text.template is not None and not raw
     if not templated and (chat or system is not None):
         raise RequestError("This model has no chat template, so there is no --chat and no --system: give plain text.")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dash_export.bundle.records import Build
+from dash_export.core.dial import Measure
 from dash_export.core.units import Unit
 from dash_export.files.artifacts import FileRecord
 
@@ -33,7 +34,7 @@ def print_table(
     console.print(table)
 
 
-def print_units(build: Build, units: Sequence[Unit]) -> None:
+def print_units(build: Build, units: Sequence[Unit], measure: Measure) -> None:
     """Print the time of each unit and what skipping it saves, by the build's cost table."""
     cost = build.cost
 
@@ -44,7 +45,7 @@ def print_units(build: Build, units: Sequence[Unit]) -> None:
 
     runs = [cost.segment_us.get(segment.name) for segment in build.segments if segment.gated]
     print_table(
-        f"Units: skipping one saves so much of a token at {cost.context} cached tokens",
+        f"Units: skipping one saves so much of a {measure.at(cost.context)}",
         ("unit",), ("layers", "run µs", "bypass µs", "of run", "saved"), map(row, units, runs, cost.cost),
     )  # fmt: skip
 

@@ -35,6 +35,10 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
 @click.option(
+    "--images", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+    help="Of an image encoder: a folder of pictures like those it will see, without labels; 500 are enough.",
+)  # fmt: skip
+@click.option(
     "--prompts", type=click.Path(path_type=Path), multiple=True, metavar="FILE.jsonl",
     help='Chat prompts ({"prompt": ...} a line) that the model answers itself, to learn from its answers; repeatable. '
     "Without --text and --prompts: those that come with this package.",
@@ -73,8 +77,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
 @click.pass_context
 def command(
-    ctx: click.Context, /, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], kind: str,
-    units: tuple[Unit, ...] | None, start: Path | None, device: str, effort: str, steps: int | None, **settings: Any
+    ctx: click.Context, /, model: str, output: Path, images: Path | None, text: tuple[Path, ...],
+    prompts: tuple[Path, ...], kind: str, units: tuple[Unit, ...] | None, start: Path | None, device: str, effort: str,
+    steps: int | None, **settings: Any
 ) -> None:  # fmt: skip
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
@@ -82,11 +87,13 @@ def command(
     again. The end of every text (8 %) is not trained on; the card's figures come from there. Under torchrun up to four
     processes share the work, on one machine or on several that see one folder.
     """
+    if images is not None:
+        _on_images(ctx, model, output, images, units)
+        return
     from dash_export.train.processes import rank
     from dash_export.train.training import train
 
-    given = ctx.get_parameter_source("trade_offs") is not ParameterSource.DEFAULT
-    if given and kind == "static" and (start or units) is not None:
+    if _is_given(ctx, "trade_offs") and kind == "static" and (start or units) is not None:
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
@@ -100,6 +107,36 @@ def command(
         )  # fmt: skip
     if rank() == 0:  # of several processes the first one writes
         _summary(model, output_path(output))  # a link is followed, as `train` follows it
+
+
+def _on_images(ctx: click.Context, model: str, output: Path, images: Path, units: tuple[Unit, ...] | None) -> None:
+    """Train a policy for an image encoder. Raises UsageError for options of a training on text."""
+    from dash_export.images.sources import image_files
+    from dash_export.train.image_policy import train_on_images
+
+    taken = {"model", "output", "images", "units"}
+    other = [name for name in ctx.params if name not in taken and _is_given(ctx, name)]
+    if other:
+        raise click.UsageError(f"--{other[0].replace('_', '-')} is of a training on text: --images takes --units only.")
+    ctx.meta[OUTPUT] = f"{output}.unfinished"
+    with progress_bar("train") as progress:
+        train_on_images(model, output, image_files(images), units=units, progress=progress)
+    path = output_path(output)
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    held, names = card["held_out"], card["units"].split(",")
+    rows = (
+        (",".join(name for place, name in enumerate(names) if choice >> place & 1) or "none", f"{1 - lost:.4f}")
+        for choice, lost in enumerate(held["divergence_by_choice"])
+    )
+    print_table(
+        f"Held out: {card['pictures']['held_out']} pictures", ("skipped for all",), ("cosine with dense",), rows
+    )
+    click.echo(f"{path} (card: {path.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
+    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(path))} --target portable")
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _summary(model: str, output: Path) -> None:

@@ -1,8 +1,8 @@
 """The dial: what skipping each unit saves, and which trade-off reaches a wanted amount (numpy only)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, floor
+from math import ceil, floor, lgamma, log, log1p
 from typing import Annotated
 
 import numpy as np
@@ -12,10 +12,12 @@ from dash_export.core.units import Skips
 from dash_export.errors import PolicyError
 from dash_export.files.typed_json import NotNegative, Within
 
-RECOMMENDED_LOSS, WORTH = 0.02, 0.05
-"""Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
+WORTH = 0.05
+"""Fraction of the dense time that a recommended setting saves at least."""
 QUIET = 0.2
 """Processors that other work may take while costs are measured; above that the machine counts as busy."""
+COSINE = 0.95
+"""A picture whose pooled vector has a lower cosine with dense's has another answer."""
 _ROUNDING = 1e-9
 """Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 
@@ -73,8 +75,10 @@ class CostTable:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting. Per token of the calibration text, at this trade-off: mean layers run, mean decode time
-    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over that mode's.
+    """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean
+    layers run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`),
+    and, of text, perplexity over that mode's. `differing` of the `judged` tokens or pictures have another answer than
+    in that mode: another next token, another class, or without classes a cosine under COSINE.
     """
 
     trade_off: NotNegative
@@ -82,6 +86,8 @@ class DialPoint:
     time: NotNegative
     kl: NotNegative
     perplexity: NotNegative = 1.0
+    differing: Annotated[int, Within(0)] = 0
+    judged: Annotated[int, Within(0)] = 0
 
 
 def in_mode(cost: CostTable, dial: tuple[DialPoint, ...], dispatch: str) -> tuple[CostTable, tuple[DialPoint, ...]]:
@@ -103,19 +109,62 @@ def in_mode(cost: CostTable, dial: tuple[DialPoint, ...], dispatch: str) -> tupl
     )
 
 
-def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
-    """Return the budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated;
-    None where that budget saves less than WORTH of the decode time.
+@dataclass(frozen=True)
+class Measure:
+    """What divergence from dense means where a decision is about one `item`. `lost` of a point of the dial is what a
+    recommended setting may lose up to `allowed` of, `loss` in words. `example` of what a model takes, for a command;
+    `pipeline`: the hub's name for such models.
+    """
+
+    item: str
+    divergence: str
+    lost: Callable[[DialPoint], float]
+    allowed: float
+    loss: str
+    example: str
+    pipeline: str
+
+    def at(self, context: int) -> str:
+        """Return what a measured time is of."""
+        return f"{self.item} at {context} cached tokens" if context else self.item
+
+
+MEASURES = {
+    "token": Measure(
+        "token",
+        "KL, nats",
+        lambda point: point.perplexity - 1,
+        0.02,
+        "2% of perplexity on the calibration text",
+        '"Why is the sky blue?"',
+        "text-generation",
+    ),
+    "input": Measure(
+        "picture",
+        "1 - cosine",
+        lambda point: point.kl,
+        0.01,
+        "0.01 of the cosine on held-out pictures",
+        "photo.jpg",
+        "image-feature-extraction",
+    ),
+}
+"""By what a decision is about (`ModelFacts.decides`)."""
+
+
+def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | None:
+    """Return the budget that loses as much as `measure` allows on the calibration data, interpolated; None where that
+    budget saves less than WORTH of the time.
     """
     points = sorted(dial, key=lambda point: -point.time)
-    after = next((index for index, point in enumerate(points) if point.perplexity > 1 + RECOMMENDED_LOSS), len(points))
+    lost = [measure.lost(point) for point in points]
+    after = next((index for index, own in enumerate(lost) if own > measure.allowed), len(points))
     if not after:
         return None
     budget = points[after - 1].time
     if after < len(points):
-        low, high = points[after - 1], points[after]
-        share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
-        budget -= share * (low.time - high.time)
+        share = (measure.allowed - lost[after - 1]) / (lost[after] - lost[after - 1])
+        budget -= share * (points[after - 1].time - points[after].time)
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
 
 
@@ -150,6 +199,37 @@ def trade_off_for(
     # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away. From
     # dense on it begins at half the first one that skips: far below that nothing is skipped.
     return low * (high / low) ** share if high else 0.0
+
+
+def trade_off_at_most(dial: Sequence[DialPoint], at_most: float, confidence: float) -> float:
+    """Return the largest trade-off of the dial at which at most a share `at_most` of answers differs from dense, with
+    this confidence, for data like the calibration's. Raises PolicyError where the dial cannot promise that.
+
+    Learn then Test (arXiv 2110.01052) by fixed sequence: trade-offs are tested from dense on, each by the exact
+    binomial test of "more than `at_most` differ", up to the first that the test does not reject.
+    """
+    points = sorted(dial, key=lambda point: point.trade_off)[1:]
+    judged = min((point.judged for point in points), default=0)
+    if not judged:
+        raise PolicyError("This build's dial promises nothing: it has no count of differing answers. Build again.")
+    chosen = None
+    for point in points:
+        if binomial(point.differing, point.judged, at_most) > 1 - confidence:
+            break
+        chosen = point
+    if chosen is None:
+        needed = ceil(log(1 - confidence) / log(1 - at_most))
+        why = f"{judged} were judged and {needed} are needed" if judged < needed else "more of those judged differ"
+        raise PolicyError(f"No setting is sure to differ in at most {at_most:g} of answers at {confidence:g}: {why}.")
+    return chosen.trade_off
+
+
+def binomial(count: int, trials: int, share: float) -> float:
+    """Return the probability of at most `count` of so many trials, each with probability `share`."""
+    at = np.arange(min(count, trials) + 1)
+    logs = [lgamma(trials + 1) - lgamma(k + 1) - lgamma(trials - k + 1) for k in at.tolist()]
+    terms = np.array(logs) + at * log(share) + (trials - at) * log1p(-share)
+    return float(min(1.0, np.exp(terms).sum()))
 
 
 def out_of_reach(

@@ -1,11 +1,15 @@
 """Facts of a model: what runtime, oracle, training and graphs must know of it besides its weights."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.units import Unit
 from dash_export.files.typed_json import NotNegative, Within
 
 LARGEST_CONTEXT = 1 << 20
@@ -57,9 +61,57 @@ class Traits:
         return "rope.window" if self.window_rope and self.window(layer) else "rope"
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of the model that the runtime needs.
+    """Facts of any model that is a stack of layers: what units, policies, costs and builds are about. `hidden_size`:
+    that of the state which all layers read and add to.
+    """
+
+    name: str
+    model_type: str
+    num_layers: Annotated[int, Within(1, LARGEST["num_layers"])]
+    hidden_size: Annotated[int, Within(1, LARGEST["hidden_size"])]
+    num_heads: Annotated[int, Within(1, LARGEST["num_heads"])]
+    head_dim: Annotated[int, Within(1, LARGEST["head_dim"])]
+    parameters: Annotated[int, Within(1, LARGEST["parameters"])]
+
+    decides: ClassVar[Literal["token", "input"]] = "token"
+    """What a decision is about: each token, or a whole input (a picture), all of whose tokens skip the same units."""
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether the last graph reads a table of the first one: a head tied to the embedding."""
+        return False
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        return iter(())
+
+    def sizes(self) -> dict[str, str]:
+        """Return what only this kind of model has, in words, for a table."""
+        raise NotImplementedError
+
+    def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:
+        """Return the shapes of the weights that a policy holds for the bypass of a unit."""
+        raise NotImplementedError
+
+    def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shapes of a policy network's weights for so many units. `given`: the shapes that it has, from
+        which a free dimension is taken.
+        """
+        raise NotImplementedError
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        """Return a policy network in these shapes that gives noise, to measure and test with."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DecoderFacts(ModelFacts):
+    """Facts of a causal decoder, whose layers keep K and V of every token.
 
     `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
     scaling already applied: position p rotates pair i by p * rope_frequencies[i] radians. `rope_scale` multiplies sines
@@ -67,16 +119,9 @@ class ModelFacts:
     head's matrix is the embedding's.
     """
 
-    name: str
-    model_type: str
-    num_layers: Annotated[int, Within(1, LARGEST["num_layers"])]
-    hidden_size: Annotated[int, Within(1, LARGEST["hidden_size"])]
     vocab_size: Annotated[int, Within(1, LARGEST["vocab_size"])]
-    num_heads: Annotated[int, Within(1, LARGEST["num_heads"])]
     num_kv_heads: Annotated[int, Within(1, LARGEST["num_kv_heads"])]
-    head_dim: Annotated[int, Within(1, LARGEST["head_dim"])]
     max_positions: Annotated[int, Within(2, LARGEST["max_positions"])]
-    parameters: Annotated[int, Within(1, LARGEST["parameters"])]
     rms_norm_eps: float
     rope_frequencies: tuple[float, ...]
     rope_scale: float = 1.0
@@ -89,8 +134,112 @@ class ModelFacts:
         """Factor of the product of query and key."""
         return self.traits.attention_scale or self.head_dim**-0.5
 
+    @property
+    def key_value_size(self) -> int:
+        """Number of columns of one layer's K, or V."""
+        return self.num_kv_heads * self.head_dim
 
-def rope_tables(model: ModelFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:
+    @property
+    def shares_table(self) -> bool:
+        return self.tie_embeddings
+
+    def faults(self) -> Iterator[str]:
+        if len(self.traits.windows) not in (0, self.num_layers):
+            yield "its attention windows are not one per layer."
+        if 2 * max(len(self.rope_frequencies), len(self.window_frequencies)) > self.head_dim:
+            yield "it rotates more dimensions than a head has."
+
+    def sizes(self) -> dict[str, str]:
+        return {
+            "attention": f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for K and V",
+            "vocabulary": str(self.vocab_size),
+            "context": f"{self.max_positions} positions",
+        }
+
+    def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:
+        """Return the shapes: the columns are the update's, then K and V of each layer but the first."""
+        columns = self.hidden_size + 2 * self.key_value_size * (len(unit.layers) - 1)
+        return {"weight": (self.hidden_size, columns), "bias": (columns,)}
+
+    def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:  # noqa: ARG002
+        return {"weight": (self.hidden_size, units), "bias": (units,)}
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        weight = rng.standard_normal((self.hidden_size, units)) * 1.5 * self.hidden_size**-0.5
+        return {"weight": weight.astype(np.float32), "bias": np.full(units, -2.0, np.float32)}
+
+
+MOST_TOKENS = 1 << 14
+
+
+@dataclass(frozen=True)
+class EncoderFacts(ModelFacts):
+    """Facts of an image encoder, which computes all tokens of a picture at once and keeps nothing.
+
+    `image_size`: [height, width] in pixels, RGB, cut into patches of `patch_size` pixels a side. A state has `special`
+    tokens (class, registers), then one per patch. `labels`: classes of its classifier, 0 where it has none.
+    """
+
+    image_size: tuple[Annotated[int, Within(1, 1 << 13)], ...]
+    patch_size: Annotated[int, Within(1, 1 << 9)]
+    special: Annotated[int, Within(0, 1 << 6)]
+    norm_eps: float
+    labels: Annotated[int, Within(0, 1 << 20)] = 0
+
+    decides: ClassVar[Literal["token", "input"]] = "input"
+
+    @property
+    def patches(self) -> int:
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a state."""
+        return self.special + self.patches
+
+    def faults(self) -> Iterator[str]:
+        if len(self.image_size) != 2 or any(side % self.patch_size for side in self.image_size):
+            yield "its image_size is not [height, width] in whole patches."
+        elif self.tokens > MOST_TOKENS:
+            yield f"a picture has over {MOST_TOKENS} tokens."
+
+    def sizes(self) -> dict[str, str]:
+        height, width = self.image_size
+        return {
+            "attention": f"{self.num_heads} heads of {self.head_dim}",
+            "pictures": f"{width} x {height} pixels, {self.labels or 'no'} classes",
+            "tokens": f"{self.patches} patches of {self.patch_size} x {self.patch_size} pixels, {self.special} special",
+        }
+
+    def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:  # noqa: ARG002
+        """Return the shapes: one product for patches and one for the special tokens."""
+        hidden = self.hidden_size
+        square = {"weight": (hidden, hidden), "bias": (hidden,)}
+        return square | ({f"special.{name}": shape for name, shape in square.items()} if self.special else {})
+
+    def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:
+        features = (2 + bool(self.special)) * self.hidden_size
+        kept = (given.get("components") or (0, 0))[-1]
+        return {
+            "mean": (features,),
+            "components": (features, kept),
+            "spread": (kept,),
+            "weight": (kept, units),
+            "bias": (units,),
+            "limit": (2,),
+        }
+
+    def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        kept = min(8, self.hidden_size)
+        found = {
+            name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
+            for name, shape in self.network_shapes(units, {"components": (0, kept)}).items()
+        }
+        return found | {"bias": np.full(units, -2.0, np.float32), "limit": np.full(2, 1e30, np.float32)}
+
+
+def rope_tables(model: DecoderFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:
     """Return `rope.cos` and `rope.sin`, float32 [rows, rotary_dim / 2], for the positions from 0 on; and
     `rope.window.cos` and `rope.window.sin` where layers with a window have others. Every layer's graph takes them as
     inputs: on a disk they would be a quarter of a small model with a long context.

@@ -12,7 +12,7 @@ from math import exp, log
 from typing import Protocol
 
 from dash_export.core.advice import policy_command
-from dash_export.core.dial import CostTable, DialPoint, out_of_reach, trade_off_for
+from dash_export.core.dial import CostTable, DialPoint, out_of_reach, trade_off_at_most, trade_off_for
 from dash_export.core.facts import ModelFacts
 from dash_export.core.own_policy import OwnRule, load_policy
 from dash_export.core.policy import PolicyFacts
@@ -127,14 +127,16 @@ class Static:
 class Token:
     """DASH: for every token the units whose predicted damage is below the trade-off times what they save."""
 
-    takes: tuple[str, ...] = ("trade_off", "budget", "skipped", "max_kl", "max_layers")
+    takes: tuple[str, ...] = ("trade_off", "budget", "skipped", "max_kl", "at_most", "max_layers")
 
     def serves(self, policy: PolicyFacts) -> bool:
         return policy.has_network
 
     def rules(self, setting: Setting, served: Served) -> SessionRules:
         trade_off, units = setting.trade_off, served.policy.units
-        if trade_off is None and setting.given != ("max_layers",):
+        if setting.at_most is not None:
+            trade_off = trade_off_at_most(served.dial, setting.at_most, setting.confidence)
+        elif trade_off is None and setting.given != ("max_layers",):
             wanted = {name: getattr(setting, name) for name in ("budget", "skipped", "max_kl")}
             trade_off = trade_off_for(served.dial, **wanted)
         rule = decision_rule(units, served.cost.cost, trade_off or 0.0, setting.max_layers, served.model.num_layers)
@@ -164,12 +166,13 @@ AMOUNTS = ("skip", *Token.takes)
 class Setting:
     """A session's policy and how much it skips: exactly one of these amounts (`dense` takes none).
 
-    `skip`: these layers, whole units (static); `trade_off`: nats per dense token time; `budget`: mean decode time as a
-    fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense, nats per token,
-    on the calibration text; `max_layers`: a bound for every token (for `token` beside another amount too). A static
-    policy skips units in its order until they reach the amount. `hold` steers a `token` session so that its running
-    mean time stays at the budget, whatever the text; without it the budget is a mean over the calibration text. Raises
-    PolicyError for wrong types; `check` checks the amounts.
+    `skip`: these layers, whole units (static); `trade_off`: divergence (nats) per dense time; `budget`: mean time as a
+    fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense on the calibration
+    data, nats per token; `at_most`: with this `confidence`, the share of answers that differ from dense (another next
+    token, another class) on data like the calibration's; `max_layers`: a bound for every token (for `token` beside
+    another amount too). A static policy skips units in its order until they reach the amount. `hold` steers a `token`
+    session so that its running mean time stays at the budget, whatever the text; without it the budget is a mean over
+    the calibration text. Raises PolicyError for wrong types; `check` checks the amounts.
     """
 
     policy: str | None = None
@@ -178,6 +181,8 @@ class Setting:
     budget: float | None = None
     skipped: float | None = None
     max_kl: float | None = None
+    at_most: float | None = None
+    confidence: float = 0.95
     max_layers: int | None = None
     hold: bool = True
 
@@ -214,6 +219,9 @@ class Setting:
             raise PolicyError(f"Say how much the policy {self.kind!r} skips: give one of {', '.join(takes)}.")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PolicyError(f"The budget is a decode time as a fraction of dense, in (0, 1], not {self.budget!r}.")
+        for name in ("at_most", "confidence"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1:
+                raise PolicyError(f"{name} is a share between 0 and 1, not {value!r}.")
         for name in ("skipped", "max_kl"):
             if (getattr(self, name) or 0) < 0:
                 raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")

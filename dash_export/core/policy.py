@@ -11,6 +11,14 @@ read the state itself (`Traits.norms_after`):
 
 K is before its own norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
 columns only. A bypass without weights has no update, and K and V of each layer are that layer's projections of h[a].
+
+An encoder's policy decides once for a picture. x = [class token, mean of patches, spread of patches] of the state that
+enters layer `read`, normed without gain; z = (x - mean) @ components has unit variance on the pictures it learnt from;
+
+    damage[u] = softplus(z . weight[:, u] + bias[u]), or infinite where mean(z^2) > limit[0] (the Mahalanobis distance)
+    or |x - mean|^2 - |z * spread|^2 > limit[1] (what lies outside of the components)
+
+and its bypass is an update alone, for patches and for special tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.core.facts import ModelFacts
+from dash_export.core.input_table import narrowed_table
 from dash_export.core.units import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 
@@ -98,9 +107,7 @@ def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed
     policy = no_policy(spec.num_layers, units)
     if not policy.units:
         return policy
-    rng, hidden, count = np.random.default_rng(seed), spec.hidden_size, len(policy.units)
-    weight = (rng.standard_normal((hidden, count)) * 1.5 * hidden**-0.5).astype(np.float32)
-    network = {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
+    network = spec.random_network(len(policy.units), np.random.default_rng(seed))
     return replace(policy, network=network, origin=f"untrained (seed {seed})")
 
 
@@ -117,24 +124,16 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
-        network = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
+        own = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
+        network = {**network, **own}
     return replace(
         policy,
         units=tuple(policy.units[place] for place in kept),
         network=network if kept else None,
         bypasses=tuple(policy.bypasses[place] for place in kept),
         static_order=tuple(kept.index(place) for place in policy.static_order if place in kept),
+        answers=narrowed_table(policy.answers, kept) if "limit" in (network or {}) else policy.answers,
     )
-
-
-def key_value_size(spec: ModelFacts) -> int:
-    """Return the number of columns of one layer's K, or V."""
-    return spec.num_kv_heads * spec.head_dim
-
-
-def stored_columns(unit: Unit, spec: ModelFacts) -> int:
-    """Return how many columns of a bypass a policy holds: the update's, then K and V of each layer but the first."""
-    return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
 
 
 def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
@@ -143,16 +142,16 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     check_static_order(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
-    hidden, found = spec.hidden_size, policy.weights()
-    needed: dict[str, tuple[int, ...]] = {}
+    found, needed = policy.weights(), dict[str, tuple[int, ...]]()
     if policy.network is not None:
-        needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+        given = {name: array.shape for name, array in policy.network.items()}
+        shapes = spec.network_shapes(len(policy.units), given)
+        needed |= {f"network.{name}": shape for name, shape in shapes.items()}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass:
-            columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
-            needed |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+            needed |= {f"bypass.{unit.name}.{name}": shape for name, shape in spec.bypass_shapes(unit).items()}
     if policy.final_norm is not None:
-        found[FINAL_NORM], needed[FINAL_NORM] = policy.final_norm, (hidden,)
+        found[FINAL_NORM], needed[FINAL_NORM] = policy.final_norm, (spec.hidden_size,)
         if not policy.final_norm.any():
             raise PolicyError("The final norm by which the policy knows its model is zero.")
     if missing := needed.keys() - found.keys():

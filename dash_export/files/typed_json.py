@@ -99,7 +99,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             raise WrongFieldError(f"{where} = {shown(data)} is not one of {', '.join(map(repr, args))}.")
         return data
     if origin in (Union, UnionType):
-        return None if data is None and NoneType in args else _convert(args[0], data, where)
+        if data is None and NoneType in args:
+            return None
+        own = (one for one in args if is_dataclass(one) and isinstance(data, dict) and _names(one) >= set(data))
+        return _convert(next(own, args[0]), data, where)  # of several records the first that has all fields given
     if kind in (int, float) and type(data) is int:
         if data.bit_length() > MOST_BITS:
             raise WrongFieldError(f"{where} is too large a number.")
@@ -120,13 +123,17 @@ def _too_deep(data: Any, left: int = MOST_DEPTH) -> bool:
 def _record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise WrongFieldError(f"{where} must be an object (a table), got {shown(data)}.")
-    hints = _hints(kind)
+    hints = {item.name: _hints(kind)[item.name] for item in fields(kind)}
     required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
     if missing := required - set(data):
         raise WrongFieldError(f"{where}: missing {', '.join(sorted(missing))}.")
     if unknown := set(data) - set(hints):
         raise WrongFieldError(f"{where}: unknown {shown(min(unknown))}. Known: {', '.join(hints)}.")
     return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _names(kind: Any) -> set[str]:
+    return {item.name for item in fields(kind)}
 
 
 _hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))

@@ -83,7 +83,7 @@ def settings_at(
         for value in values if kind in wanted and kind != "dense" else ():
             setting = Setting(kind, **{dial: value}, hold=False)  # type: ignore[arg-type]  # as texts are scored
             try:
-                runtime.session_with(setting)
+                runtime.rules(setting)
                 settings.append(setting)
             except PolicyError as error:
                 told = {"label": label(setting), "setting": setting_record(setting), "reason": str(error)}

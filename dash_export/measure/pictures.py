@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from dash_export.measure.exchange import Point
+    from dash_export.measure.image_quality import ImageQuality
 
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -94,6 +95,24 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         *right.get_legend_handles_labels(), loc="outside upper center", ncols=4, title=title, title_fontsize=10
     )
     figure.supxlabel(caption, fontsize=7, color="#555555")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def image_figure(rows: Sequence[ImageQuality], title: str) -> Figure:
+    """Draw 1 - cosine, mean and worst, against time on the clock: a curve per kind."""
+    names = list(dict.fromkeys(row.setting.kind for row in rows[1:]))
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 2), ("cosine", "worst"), strict=True):
+        for name, (colour, mark) in _looks(names).items():
+            curve = sorted((row for row in rows if row.setting.kind == name), key=lambda row: row.time)
+            lost = [1 - getattr(row, measure) for row in curve]
+            axes.plot([row.time for row in curve], lost, color=colour, marker=mark, markersize=5, label=name)
+        axes.plot([1.0], [0.0], color="#333333", marker="*", markersize=10, linestyle="", label="dense", clip_on=False)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("time per picture, fraction of dense (measured)")
+        axes.set_ylabel(f"1 - cosine, {'mean' if measure == 'cosine' else 'worst picture'}")
+    axes.legend(title=title, title_fontsize=8)
     return figure
 
 

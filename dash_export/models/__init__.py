@@ -1,17 +1,34 @@
-"""Checkpoint in, `DecoderSpec` and named weights out: the only package that knows model files and model families."""
+"""Checkpoint in, a spec and named weights out: the only package that knows model files and model families."""
 
 import re
 from pathlib import Path
 
 from dash_export.errors import CheckpointError
-from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, row_blocks
+from dash_export.models.spec import AnyCheckpoint, Checkpoint, DecoderSpec, EncoderCheckpoint, Weight, row_blocks
 
-__all__ = ["Checkpoint", "DecoderSpec", "Weight", "open_checkpoint", "row_blocks"]
+__all__ = [
+    "AnyCheckpoint",
+    "Checkpoint",
+    "DecoderSpec",
+    "EncoderCheckpoint",
+    "Weight",
+    "open_checkpoint",
+    "open_model",
+    "row_blocks",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a causal LM, as `open_model` does. Raises CheckpointError for an encoder, too."""
+    found = open_model(source)
+    if not isinstance(found, Checkpoint):
+        raise CheckpointError(f"{source} is an image encoder ({found.spec.model_type}); a causal LM is expected here")
+    return found
+
+
+def open_model(source: str | Path) -> AnyCheckpoint:
     """Open a Hugging Face folder, a `.gguf` file or a hub id (`org/name`); weights stay on disk until they are read.
 
     A path that exists on disk wins over a hub id of the same spelling. The fingerprint hashes every byte of the

@@ -1,15 +1,15 @@
-"""Description of a decoder for all other packages: a frozen spec and named weights, free of any framework."""
+"""Description of a model for all other packages: a frozen spec and named weights, free of any framework."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.facts import ModelFacts
+from dash_export.core.facts import DecoderFacts, EncoderFacts
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 
@@ -26,7 +26,7 @@ def layer_weight(layer: int, name: str = "") -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderSpec(ModelFacts):
+class DecoderSpec(DecoderFacts):
     """A decoder with RMSNorm, rotary grouped-query attention and a gated MLP (SiLU by default): the facts that
     a runtime needs, and those that the graphs are built from.
 
@@ -51,6 +51,9 @@ class DecoderSpec(ModelFacts):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
+
+    def facts(self) -> DecoderFacts:
+        return DecoderFacts(**{item.name: getattr(self, item.name) for item in fields(DecoderFacts)})
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight this decoder needs, by its Hugging Face name; matrices are [out, in]."""
@@ -90,6 +93,95 @@ class DecoderSpec(ModelFacts):
         for number in range(self.updates.count(index)):
             shapes |= {f"update_{number}.weight": (hidden, hidden), f"update_{number}.bias": (hidden,)}
         return shapes
+
+
+PATCH, CLASS_TOKEN, REGISTERS, POSITIONS = (
+    f"model.{name}" for name in ("patch", "class_token", "registers", "positions")
+)
+"""Names of an encoder's weights, the same in all families: the patches' matrix, the tokens before them, positions."""
+CLASSIFIER = "classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec(EncoderFacts):
+    """An image encoder with LayerNorm before attention and MLP, and attention from every token to every token.
+
+    `positions`: rows of the learned table of positions, the class token's included, 0 for none (`table_size`: its
+    height and width in patches); `rope_theta`: base of rotary positions of the patches, 0 for none. `registers`: tokens
+    without a place between class token and patches. `entry_norm`: a norm before the first layer. `gated`: the MLP is
+    down(act(gate(x)) * up(x)). `biased`: projections that have a bias, of q, k, v, o, mlp, patch. `layer_scale`: what
+    attention and MLP add is scaled by a vector each. `pooling`: the pooled vector is the class token, or one that a
+    learned probe attends for. `normed_states`: the states that are given are normed. `classifies`: what the classifier
+    reads, joined. `antialias`: how a table of positions is made smaller.
+    """
+
+    name: str = "model"
+    parameters: int = field(init=False)
+    intermediate_size: int
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "gelu"
+    gated: bool = False
+    biased: frozenset[str] = frozenset({"q", "k", "v", "o", "mlp", "patch"})
+    layer_scale: bool = False
+    class_token: bool = True
+    registers: int = 0
+    table_size: tuple[int, ...] = ()
+    antialias: bool = False
+    rope_theta: float = 0.0
+    entry_norm: bool = False
+    pooling: Literal["class", "probe"] = "class"
+    normed_states: bool = True
+    classifies: tuple[Literal["class", "mean"], ...] = ("class",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
+
+    def facts(self) -> EncoderFacts:
+        return EncoderFacts(**{item.name: getattr(self, item.name) for item in fields(EncoderFacts)})
+
+    @property
+    def updates(self) -> tuple[int, ...]:
+        """Layers that end with the update of a pruned unit: encoders are not pruned."""
+        return ()
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight this encoder needs; matrices are [out, in]."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {f"{PATCH}.weight": (hidden, 3, self.patch_size, self.patch_size)}
+        if "patch" in self.biased:
+            shapes[f"{PATCH}.bias"] = (hidden,)
+        if self.class_token:
+            shapes[CLASS_TOKEN] = (1, 1, hidden)
+        if self.registers:
+            shapes[REGISTERS] = (1, self.registers, hidden)
+        if self.table_size:
+            shapes[POSITIONS] = (1, prod(self.table_size) + self.class_token, hidden)
+        norms = ["model.entry_norm"] * self.entry_norm + ["model.norm"]
+        for layer in range(self.num_layers):
+            shapes |= {layer_weight(layer, name): shape for name, shape in self._layer_shapes().items()}
+        if self.pooling == "probe":
+            shapes |= {"pool.probe": (1, 1, hidden)}
+            shapes |= {f"pool.{name}.weight": (hidden, hidden) for name in "qkvo"}
+            shapes |= {"pool.up.weight": (inner, hidden), "pool.down.weight": (hidden, inner)}
+            shapes |= {f"pool.{name}.bias": (hidden,) for name in (*"qkvo", "down")} | {"pool.up.bias": (inner,)}
+            norms.append("pool.norm")
+        shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+        if self.labels:
+            shapes |= {f"{CLASSIFIER}.weight": (self.labels, len(self.classifies) * hidden)}
+            shapes |= {f"{CLASSIFIER}.bias": (self.labels,)}
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"{name}.weight": (inner, hidden) for name in ("gate", "up")[not self.gated :]}
+        shapes["down.weight"] = (hidden, inner)
+        owners = {name: name if name in "qkvo" else "mlp" for name in (key.removesuffix(".weight") for key in shapes)}
+        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name, own in owners.items() if own in self.biased}
+        shapes |= {f"norm{place}.{part}": (hidden,) for place in "12" for part in ("weight", "bias")}
+        return shapes | ({"scale1": (hidden,), "scale2": (hidden,)} if self.layer_scale else {})
+
+
+AnySpec = DecoderSpec | EncoderSpec
 
 
 _BITS = {
@@ -138,8 +230,8 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A trained causal LM on disk: its description, its weights (read on demand) and the files that travel with it.
+class AnyCheckpoint:
+    """A trained model on disk: its description, its weights (read on demand) and the files that travel with it.
 
     `config` is the Hugging Face config dictionary (synthesised for a GGUF file), `assets` holds the text of
     `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (those
@@ -148,7 +240,7 @@ class Checkpoint:
     """
 
     source: str
-    spec: DecoderSpec
+    spec: AnySpec
     config: Mapping[str, Any]
     weights: Mapping[str, Weight]
     assets: Mapping[str, str]
@@ -171,6 +263,20 @@ class Checkpoint:
         for path, known in self.seen.items():
             if not path.exists() or identity(path) != known:
                 raise CheckpointError(f"{path} changed while it was read. Wait until it is whole, and run this again.")
+
+
+@dataclass(frozen=True)
+class Checkpoint(AnyCheckpoint):
+    """A trained causal LM on disk."""
+
+    spec: DecoderSpec
+
+
+@dataclass(frozen=True)
+class EncoderCheckpoint(AnyCheckpoint):
+    """A trained image encoder on disk."""
+
+    spec: EncoderSpec
 
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:

@@ -17,7 +17,7 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import POLICY, Build, Segment
 from dash_export.bundle.signing import check_trusted
-from dash_export.core.facts import ModelFacts
+from dash_export.core.facts import DecoderFacts
 from dash_export.core.kinds import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.polygraphy import polygraphy_errors
@@ -81,7 +81,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        model, metadata = self.bundle.manifest.model, TensorMetadata()
+        model, metadata = self.bundle.manifest.decoder, TensorMetadata()
         if "input_ids" in self.engine.inputs:
             metadata.add("input_ids", np.dtype(np.int64), (1, None))
         else:
@@ -96,7 +96,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
     def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Run the engine. Raises RequestError for positions that are not consecutive or leave the cache."""
         arrays = {name: np.array(array) for name, array in feed_dict.items()}
-        model, units = self.bundle.manifest.model, len(self.bundle.manifest.policy.units)
+        model, units = self.bundle.manifest.decoder, len(self.bundle.manifest.policy.units)
         count = arrays["input_ids" if "input_ids" in arrays else "hidden"].shape[1]
         arrays["hidden_out"] = np.zeros((1, count, model.hidden_size), np.float32)
         arrays["logits"] = np.zeros((1, 1, model.vocab_size), np.float32)
@@ -130,7 +130,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         del self.engine
 
 
-def _places(model: ModelFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
+def _places(model: DecoderFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
     start, count = int(positions[0]), len(positions)
     if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
         raise RequestError(
@@ -194,7 +194,7 @@ def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int,
     with polygraphy_errors():
         bundle = _open(root, tokens, context)
         segment = find_engine(bundle, bundle.load_build(target), engine)
-        steps = min(STEPS, iterations, (bundle.manifest.model.max_positions - context) // tokens)
+        steps = min(STEPS, iterations, (bundle.manifest.decoder.max_positions - context) // tokens)
         length = context + tokens * steps
         ids = text_ids(bundle, length)[None]
         states, full = _states(bundle, segment, ids)
@@ -203,7 +203,7 @@ def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int,
         step = slice(start, start + tokens)
         caches = {name: np.where(np.arange(length)[:, None] < start, cache, 0) for name, cache in full.items()}
         own: Arrays = {"input_ids": ids[:, step], "hidden": states[:, step]}
-        feeds.append(step_inputs(bundle.manifest.model, start, tokens, length) | own | caches)
+        feeds.append(step_inputs(bundle.manifest.decoder, start, tokens, length) | own | caches)
     return [feeds[index % steps] for index in range(iterations)]
 
 
@@ -211,7 +211,7 @@ def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tup
     """Return the hidden states [1, length, hidden] that enter a segment, and the KV caches of its layers, by running
     the portable graphs up to the segment's end.
     """
-    model, length, caches = bundle.manifest.model, ids.shape[1], Arrays()
+    model, length, caches = bundle.manifest.decoder, ids.shape[1], Arrays()
     places = step_inputs(model, 0, length, length)
     empty = np.zeros((1, model.num_kv_heads, length, model.head_dim), np.float32)
     hidden = states = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": ids})["hidden_out"]
@@ -229,7 +229,7 @@ def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tup
 def _open(root: str, tokens: int, context: int) -> Bundle:
     """Open a bundle. Raises RequestError when its model has fewer positions than a step and its context take."""
     bundle = Bundle.open(root)
-    positions = bundle.manifest.model.max_positions
+    positions = bundle.manifest.decoder.max_positions
     if tokens < 1 or context < 0 or context + tokens > positions:
         raise RequestError(
             f"--dash-tokens {tokens} after --dash-context {context} cannot be: at least 1 and 0, and together no more "

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.core.policy import SkipPolicy, key_value_size
+from dash_export.core.policy import SkipPolicy
 from dash_export.core.rule import DecisionRule
 from dash_export.core.units import DENSE_POSITIONS, layer_actions, unit_skips
 from dash_export.models import Checkpoint
@@ -39,7 +39,7 @@ class Oracle:
         self.model = torch_model(checkpoint, torch.float32, attention="eager")
         self.policy = policy
         self.spec, self.eps = checkpoint.spec, checkpoint.spec.rms_norm_eps
-        self.size = key_value_size(checkpoint.spec)
+        self.size = checkpoint.spec.key_value_size
         self.bypasses = [
             {name: torch.from_numpy(array) for name, array in full_bypass(bypass, unit, checkpoint).items()}
             for unit, bypass in zip(policy.units, policy.bypasses, strict=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from dash_export.backends.base import load_backend
 from dash_export.backends.host.decode import MAX_SEQUENCES
@@ -23,12 +23,16 @@ from dash_export.core.sampling import Prompt, Sampling
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.files.artifacts import FileRecord
 from dash_export.runtime.batch import Batch, refuse_one_text
+from dash_export.runtime.encoder import Encoder
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.session import Session
 from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
     from dash_export.backends.base import Started
+    from dash_export.backends.cuda.engines import DeviceEngines
+    from dash_export.backends.host.decode import EngineSet
+    from dash_export.backends.host.encode import EncoderEngines
 
 DISPATCH_MODES = get_args(Dispatch)
 
@@ -43,8 +47,19 @@ class DashRuntime:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
         cost, dial = in_mode(build.cost, build.dial, dispatch)
         self.bundle, self.build, self.recipe = bundle, replace(build, cost=cost, dial=dial), build.recipe
-        self.text = Text(bundle.root)
-        self.engines = backend.load_build(bundle, self.build, dispatch)
+        self._loaded = backend.load_build(bundle, self.build, dispatch)
+
+    @property
+    def engines(self) -> EngineSet | DeviceEngines:
+        """Engines of a causal LM. Raises BundleError for an encoder."""
+        assert self.bundle.manifest.decoder
+        return cast("EngineSet | DeviceEngines", self._loaded)
+
+    @cached_property
+    def text(self) -> Text:
+        """Tokenizer and chat template of a causal LM. Raises BundleError for an encoder."""
+        assert self.bundle.manifest.decoder
+        return Text(self.bundle.root)
 
     @classmethod
     def load(
@@ -98,7 +113,7 @@ class DashRuntime:
     @property
     def dispatch(self) -> str:
         """Dispatch mode in use: `overlapped` where `device` was wanted but is not possible."""
-        return self.engines.dispatch
+        return self._loaded.dispatch
 
     @property
     def cost(self) -> CostTable:
@@ -108,10 +123,12 @@ class DashRuntime:
     @property
     def recommended(self) -> Setting:
         """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
-        perplexity on the calibration text, or dense, where that budget saves less than 5 % of the time or times are of
-        another dispatch. It is not held: the same trade-off skips less of a text where skipping costs more.
+        perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that budget saves less
+        than 5 % of the time or times are of another dispatch. It is not held: the same trade-off skips less of a text
+        where skipping costs more.
         """
-        budget = recommended_budget(self.build.dial) if self._times_hold else None
+        measure = self.bundle.manifest.measure
+        budget = recommended_budget(self.build.dial, measure) if self._times_hold else None
         return Setting("dense") if budget is None else Setting("token", budget=budget, hold=False)
 
     # --- sessions
@@ -153,6 +170,17 @@ class DashRuntime:
         if isinstance(rules.calibrated, OwnRule) and not self.engines.shows_states:
             raise PolicyError(CPU_ONLY)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
+
+    def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
+        """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for
+        an encoder decides once for a picture. Raises PolicyError, and BundleError for a causal LM.
+        """
+        return self.encoder_with(Setting(policy, **amounts))
+
+    def encoder_with(self, setting: Setting) -> Encoder:
+        """Return the encoder as `encoder` does, with the arguments in one object."""
+        assert self.bundle.manifest.encoder
+        return Encoder(cast("EncoderEngines", self._loaded), self.bundle.root, self.rules(setting).calibrated)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """Make a batch: at most `size` sequences decoded together, each as in a `session`. Raises PolicyError, and

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_export.core.policy import SkipPolicy, key_value_size
+from dash_export.core.policy import SkipPolicy
 from dash_export.core.units import Unit
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.models import Checkpoint, DecoderSpec
@@ -198,7 +198,7 @@ class GatedModel:
         from its layers for the others. The gradient of the decision flows through `taken` [batch, tokens].
         """
         others = len(unit.layers) - 1
-        sizes = [self.spec.hidden_size, *[key_value_size(self.spec)] * (2 * others)]
+        sizes = [self.spec.hidden_size, *[self.spec.key_value_size] * (2 * others)]
         update, *rows = torch.split(columns, sizes, -1)
         ran = self._layer(unit.first, hidden, inputs)  # its K and V equal the bypass's: both project h
         for index, key, value in zip(unit.layers[1:], rows[::2], rows[1::2], strict=True):
@@ -252,7 +252,7 @@ def saved(spec: DecoderSpec, layers: int) -> float:
     bytes: (layers * a layer's - the bypass's) / (all layers' + the head's). The cost table of a build measures it.
     """
     layer = layer_size(spec)
-    bypass = spec.hidden_size * (spec.hidden_size + 2 * key_value_size(spec) * layers)
+    bypass = spec.hidden_size * (spec.hidden_size + 2 * spec.key_value_size * layers)
     token = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
 

@@ -5,15 +5,15 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from dash_export.core.facts import ModelFacts, rope_tables
+from dash_export.core.facts import DecoderFacts, rope_tables
 from dash_export.models import Checkpoint
 
 
 @pytest.mark.parametrize("windows", [(), (0.5, 0.25)])
 def test_tables(tiny_model: Checkpoint, windows: tuple[float, ...]) -> None:
-    facts = {item.name: getattr(tiny_model.spec, item.name) for item in fields(ModelFacts)}
+    facts = {item.name: getattr(tiny_model.spec, item.name) for item in fields(DecoderFacts)}
     facts |= {"rope_frequencies": (1.0, 0.1, 1e-3), "rope_scale": 1.5, "window_frequencies": windows}
-    tables = rope_tables(ModelFacts(**facts), 100_000)
+    tables = rope_tables(DecoderFacts(**facts), 100_000)
     assert set(tables) == {
         f"{rope}.{of}" for rope in ("rope", "rope.window")[: 1 + bool(windows)] for of in ("cos", "sin")
     }

@@ -1,11 +1,14 @@
 """Units, the decision rule and the budget dial, by property."""
 
+from contextlib import suppress
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.core.dial import DialPoint, recommended_budget
+from dash_export.core.dial import MEASURES, DialPoint, binomial, recommended_budget, trade_off_at_most
 from dash_export.core.kinds import Setting
 from dash_export.core.rule import decision_rule
 from dash_export.core.units import (
@@ -177,4 +180,37 @@ def test_bad_settings(name: str) -> None:
 )
 def test_the_recommended_budget(dial: list[tuple[float, float]], budget: float | None) -> None:
     points = [DialPoint(place, 30, time, 0.0, perplexity) for place, (time, perplexity) in enumerate(dial)]
-    assert recommended_budget(points) == budget
+    assert recommended_budget(points, MEASURES["token"]) == budget
+
+
+def test_at_most_takes_the_largest_sure_saving() -> None:
+    dial = [DialPoint(0.0, 5, 1.0, 0.0)]
+    dial += [
+        DialPoint(float(at), 5 - at, 1 - at / 10, 0.0, differing=count, judged=400)
+        for at, count in ((1, 0), (2, 1), (3, 9), (4, 0))
+    ]
+    assert trade_off_at_most(dial, 0.02, 0.95) == 2.0  # 9 of 400 may be more than 2 %; what follows is not looked at
+    assert trade_off_at_most(dial, 0.05, 0.95) == 4.0
+    with pytest.raises(PolicyError, match="400 were judged and 2995 are needed"):
+        trade_off_at_most(dial, 0.001, 0.95)
+    with pytest.raises(PolicyError, match="no count of differing answers"):
+        trade_off_at_most([DialPoint(0.0, 5, 1.0, 0.0), DialPoint(1.0, 4, 0.9, 0.0)], 0.1, 0.95)
+
+
+@pytest.mark.parametrize(("count", "trials", "share"), [(0, 10, 0.1), (3, 10, 0.25), (9, 400, 0.02), (10, 10, 0.3)])
+def test_the_binomial_sum(count: int, trials: int, share: float) -> None:
+    expected = sum(comb(trials, k) * share**k * (1 - share) ** (trials - k) for k in range(count + 1))
+    assert binomial(count, trials, share) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_promise_holds_as_often_as_it_says() -> None:
+    """Of many calibrations by samples, at most 10 % promise a share that the truth breaks, at confidence 0.9."""
+    rng, truth = np.random.default_rng(0), np.array([0.005, 0.0205, 0.05])
+    broken, trials = 0, 400
+    for _ in range(trials):
+        counts = rng.binomial(500, truth)
+        dial = [DialPoint(0.0, 5, 1.0, 0.0)]
+        dial += [DialPoint(at + 1.0, 4, 0.9, 0.0, differing=int(n), judged=500) for at, n in enumerate(counts)]
+        with suppress(PolicyError):  # nothing is promised
+            broken += truth[int(trade_off_at_most(dial, 0.02, 0.9)) - 1] > 0.02
+    assert 0 < broken <= trials * (0.1 + 3 * (0.1 * 0.9 / trials) ** 0.5)

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,30 @@ def _dumped(data: Any) -> bytes:
 
 def in_json(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
     return _dumped(changed_json(rng, json.loads(data)))
+
+
+def in_picture(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
+    """A chunk of a PNG, whose checksum is made right; any bytes of the other kinds."""
+    if not data.startswith(b"\x89PNG"):
+        return in_bytes(rng, data, seeds)
+    chunks, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += 12 + size
+    which = rng.randrange(len(chunks))
+    tag, inner = chunks[which]
+    if tag == b"IDAT" and rng.random() < 0.5:
+        inner = zlib.compress(in_bytes(rng, zlib.decompress(inner), seeds))
+    else:
+        inner = in_bytes(rng, inner, seeds)
+    chunks[which] = (tag, inner)
+    if rng.random() < 0.2:
+        chunks.insert(rng.randrange(len(chunks)), rng.choice(chunks))
+    parts = [
+        struct.pack(">I", len(each)) + tag + each + struct.pack(">I", zlib.crc32(tag + each)) for tag, each in chunks
+    ]
+    return data[:8] + b"".join(parts)
 
 
 WORDS = ["9" * 5000, "0x" + "f" * 5000, "[" * 3000 + "]" * 3000, "{a = " * 3000 + "1" + "}" * 3000, "a." * 3000, "\n"]

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import click
 import numpy as np
+from PIL import Image
 
 from dash_export import DashRuntime
 from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
@@ -25,6 +27,8 @@ from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
 from dash_export.graphs.lower.surgery import load_graph
+from dash_export.images.processor import ImageProcessor
+from dash_export.images.sources import read_image
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import FAMILIES, decoder_spec
 from dash_export.models.readers.weights import read_json
@@ -201,12 +205,16 @@ def _onnx(name: str, read: Callable[[Path], object], deep: Callable[[Path], obje
     return Parser(mutators.in_onnx, _files(f"{BUNDLE}/{name}"), _written(f"{BUNDLE}/{name}", read), after, every)
 
 
+def _string(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
 def _chosen(_: Path, data: bytes) -> None:
     """Accepted where one of the options that take a list accepts it."""
     refused: list[Exception] = []
     for kind in (LAYERS, AMOUNTS, BUDGETS, KINDS):
         try:
-            kind.convert(data.decode("utf-8", "surrogateescape"), None, None)
+            kind.convert(_string(data), None, None)
         except click.UsageError as error:
             refused.append(error)
     if len(refused) == 4:
@@ -226,6 +234,12 @@ LINES = b"""{"prompt": "a"}
 {"turns": ["b", "c"]}
 {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}
 """
+PROCESSORS = [
+    b'{"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}',
+    b'{"image_processor": {"image_processor_type": "DINOv3ViTImageProcessorFast", "do_center_crop": null, "size": 9}}',
+    b'{"feature_extractor_type": "ViTFeatureExtractor", "image_mean": [0, 0.5, 1], "image_std": [1, 2, 3]}',
+]
+URL = b"data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",
     b"{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a + 2 * i %}{% endfor %}{{ ns.a | tojson }}",
@@ -233,6 +247,28 @@ TEMPLATES = [
     b"{% generation %}{{ raise_exception('no') if messages | length > 9 else strftime_now('%Y') }}{% endgeneration %}",
 ]
 LISTS = [b"2-5,9", b"0.9,0.85", b"static,token,dense", b"1, 3-4 ,7", b"1e-3"]
+
+
+def _pictures(_: Path) -> list[bytes]:
+    """Every kind and mode: palettes, transparency, 16 bits, a turn by EXIF, several frames."""
+    image = Image.effect_noise((24, 17), 90)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    made = [("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGBA")]
+    made += [("BMP", "RGB"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "1")]
+    files = [BytesIO() for _ in made]
+    for file, (kind, mode) in zip(files, made, strict=True):
+        more = {"save_all": True, "append_images": [image]} if kind in ("GIF", "WEBP") else {}
+        more |= {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+        more |= {"compression": "tiff_lzw"} if (kind, mode) == ("TIFF", "RGB") else {}
+        turned = image.convert("RGB").convert(mode) if mode != "I;16" else Image.new(mode, (9, 7), 1000)
+        turned.save(file, kind, **more)
+    return [file.getvalue() for file in files]
+
+
+def _picture(source: bytes | str) -> None:
+    """With fewer pixels than the memory that an input may take."""
+    read_image(source, most_pixels=1 << 21)
 
 
 def _model_file(mutator: Mutator, name: str) -> Parser:
@@ -282,6 +318,9 @@ PARSERS = {
     "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, _run_verified, 8),
     "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, _run_verified, 8),
     "prompts": Parser(mutators.in_text, lambda _: [LINES], _written("mine.jsonl", _lines)),
+    "picture": Parser(mutators.in_picture, _pictures, lambda _, data: _picture(data)),
+    "data_url": Parser(mutators.in_text, lambda _: [URL], lambda _, data: _picture(_string(data))),
+    "processor": Parser(mutators.in_json, lambda _: PROCESSORS, lambda _, data: ImageProcessor.parse(_string(data))),
     "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),
 }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.core.policy import no_policy, stored_columns
+from dash_export.core.policy import no_policy
 from dash_export.core.units import Unit
 from dash_export.models import Checkpoint
 from dash_export.reference import Oracle
@@ -61,7 +61,7 @@ def test_a_bypass_is_ridge_regression(checkpoint: Checkpoint, sums: Sums, unit: 
         np.vstack([x, ridge]), np.vstack([y, np.zeros((len(ridge), y.shape[1]))]), rcond=None
     )
     weights = sums.fit(unit)
-    assert weights["weight"].shape[1] == stored_columns(unit, checkpoint.spec)
+    assert weights["weight"].shape[1] == checkpoint.spec.bypass_shapes(unit)["bias"][0]
     np.testing.assert_allclose(weights["weight"], expected[:-1], atol=1e-3)
     np.testing.assert_allclose(weights["bias"], expected[-1], atol=1e-3)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.core.policy import SkipPolicy, stored_columns
+from dash_export.core.policy import SkipPolicy
 from dash_export.core.units import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.train import losses
@@ -157,7 +157,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     model, hidden = GatedModel(idle, torch.device("cpu"), torch.float32), idle.spec.hidden_size
-    columns = [stored_columns(unit, idle.spec) for unit in UNITS]
+    columns = [idle.spec.bypass_shapes(unit)["bias"][0] for unit in UNITS]
     bypasses = ({"weight": np.zeros((hidden, n), np.float32), "bias": np.zeros(n, np.float32)} for n in columns)
     modules = SkipModules(SkipPolicy(UNITS, 1, initial_network(len(UNITS), hidden), tuple(bypasses)))
     optimizer = torch.optim.Adam(modules.network.parameters(), 0.05)

@@ -10,6 +10,7 @@ from math import prod
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.host.cache import Sequences
+from dash_export.backends.host.decode import Timed, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
 from dash_export.core.units import Unit
@@ -60,7 +61,7 @@ class DeviceEngines:
         self.itemsize = 4 if recipe.engine.activations == "fp32" else 2
         """Bytes of a number in hidden states and caches."""
         self._chunk = recipe.runtime.prefill_chunk
-        model, policy = bundle.manifest.model, bundle.manifest.policy
+        model, policy = bundle.manifest.decoder, bundle.manifest.policy
         self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
         self.units = policy.units
         # All sessions share the streams and their scratch memory, and work that another thread enqueues while a step is
@@ -97,6 +98,10 @@ class DeviceEngines:
 
     def cache(self, _step: int, sequences: int = 1) -> DeviceCache:
         return DeviceCache(self, sequences, self.recipe.kv_capacity)
+
+    def timed(self, context: int) -> Timed:
+        """Return `timed_token` of these engines."""
+        return timed_token(self, context)
 
     def step(self, cache: DeviceCache, sequence: int, _teacher_forced: bool = False, batch: int = 1) -> DeviceStep:
         return DeviceStep(self, cache, sequence, batch)

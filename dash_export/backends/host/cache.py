@@ -10,7 +10,7 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.facts import ModelFacts
+from dash_export.core.facts import DecoderFacts
 
 TILE = 16
 """Rows in a tile. Some kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), others up to 16, and they
@@ -53,7 +53,7 @@ class KVCache(Sequences):
     of one block. Rows of a sequence from its length on are free: zero or stale, never read.
     """
 
-    def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
+    def __init__(self, model: DecoderFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
         super().__init__(sequences)
         self._model, self._step = model, step
         self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,15 @@ class HostBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class JoiningBackend(HostBackend, Protocol):
+    """A backend that makes one engine of several files."""
+
+    def join(self, paths: Sequence[Path]) -> HostEngine:
+        """Load files that run one after the other, each on what the one before gives."""
+        ...
+
+
 @dataclass(frozen=True)
 class SegmentEngines:
     """Engines of one segment. `run`: (name, engine), in the order they run. `bypass`: the engine that skips a unit."""
@@ -61,8 +70,47 @@ class SegmentEngines:
     bypass: HostEngine | None = None
 
 
+def load_segments(bundle: Bundle, build: Build, backend: HostBackend) -> list[SegmentEngines]:
+    """Load the engines of all segments. Where a decision is about a token and the policy's engine is not part of
+    another one, it runs in its segment, before the layer whose input it reads.
+    """
+    policy, found = bundle.manifest.policy, []
+
+    def load(name: str) -> HostEngine:
+        return backend.load(bundle.path(build.engines[name].file))
+
+    for segment in build.segments:
+        names = segment.engines(build.engines)
+        asked = policy.has_network and policy.read in segment.layers and POLICY in build.engines
+        if asked and bundle.manifest.model.decides == "token":
+            names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
+        bypass = load(Unit(segment.first, segment.last).bypass) if segment.gated else None
+        if isinstance(backend, JoiningBackend):
+            run = [(segment.name, backend.join([bundle.path(build.engines[name].file) for name in names]))]
+        else:
+            run = [(name, load(name)) for name in names]
+        found.append(SegmentEngines(segment, run, bypass))
+    return found
+
+
+Timed = tuple[int, list[tuple[str, Launch, Launch | None]], Any]
+"""What is timed for costs: cached tokens, (name, run, bypass) of every segment, and a decoder's (step, cache)."""
+
+
+def timed_token(engines: Any, context: int) -> Timed:
+    """Bind a token at `context` cached ones, or as many as the engines take, to be timed launch by launch."""
+    context = min(context, engines.model.max_positions - 1)
+    cache = engines.cache(context)
+    cache.reserve(context + 1)
+    step = engines.step(cache, 1)
+    cache.length = context
+    step.place()
+    bound = zip(engines.build.segments, step.launches(), strict=True)
+    return context, [(segment.name, run, bypass) for segment, (run, bypass) in bound], (step, cache)
+
+
 class EngineSet:
-    """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
+    """All engines of a decoder, shared between sessions. `mixes`: whether the rows of a step may skip differently."""
 
     dispatch = "sync"
     shows_states = True
@@ -74,16 +122,9 @@ class EngineSet:
         """Load all engines but the mixed ones. Raises BundleError where that of the policy is missing."""
         self._bundle, self._backend, self.build = bundle, backend, build
         self._seal = bundle.verify(build.files, hashes=False)
-        self.model, policy = bundle.manifest.model, bundle.manifest.policy
+        self.model, policy = bundle.manifest.decoder, bundle.manifest.policy
         self.units = policy.units
-        self.segments = []
-        for segment in build.segments:
-            names = segment.engines(build.engines)
-            if policy.has_network and policy.read in segment.layers and POLICY in build.engines:
-                names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
-            run = [(name, self._load(name)) for name in names]
-            bypass = self._load(Unit(segment.first, segment.last).bypass) if segment.gated else None
-            self.segments.append(SegmentEngines(segment, run, bypass))
+        self.segments = load_segments(bundle, build, backend)
         self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
         self.sequences = MAX_SEQUENCES if self.mixes else 1
         """Most sequences that may decode together."""
@@ -125,6 +166,10 @@ class EngineSet:
     def cache(self, step: int, sequences: int = 1) -> KVCache:
         """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
         return KVCache(self.model, step, sequences)
+
+    def timed(self, context: int) -> Timed:
+        """Return `timed_token` of these engines."""
+        return timed_token(self, context)
 
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
         """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch."""

@@ -34,6 +34,7 @@ from dash_export.errors import BackendError, PolicyError
 
 if TYPE_CHECKING:
     from dash_export.backends.host.decode import EngineSet
+    from dash_export.backends.host.encode import EncoderEngines
 
 
 logger = logging.getLogger(__name__)
@@ -188,15 +189,16 @@ class OrtBackend:
             self._engines[path] = OrtEngine(path, self._options)
         return self._engines[path]
 
-    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet:
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines:
         """Load all engines of a build. Raises PolicyError for a dispatch mode that needs streams."""
-        from dash_export.backends.host.decode import EngineSet
 
         if dispatch != "sync":
             raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
+        from dash_export.backends.host.loading import load_on_host
+
         keep_freed_memory()
         with on_huge_pages(build.recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, self)
+            return load_on_host(bundle, build, self)
 
 
 def create(_name: str, threads: int) -> OrtBackend:

@@ -40,8 +40,9 @@ class CpuBackend(Backend):
         if self.recipe.dialect != "portable":
             return None
         sizes = {record.name: record.bytes for record in bundle.manifest.files}
-        model = bundle.manifest.model
-        weights, stored = model.vocab_size * model.hidden_size, sizes.get("onnx/head.data", sizes["onnx/embed.data"])
+        model, head = bundle.manifest.model, bundle.manifest.graphs["head"]
+        weights = getattr(model, "vocab_size", 0) * model.hidden_size
+        stored = sizes.get("onnx/head.data", sizes.get("onnx/embed.data", sizes[head]))
         needed, is_blocks = _FOLDING_BYTES * weights, stored < 1.5 * weights  # blocks of a GGUF file
         if is_blocks and needed > available_memory():
             raise BackendError(
@@ -54,8 +55,12 @@ class CpuBackend(Backend):
         }
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """Return the segments, the embedding apart: so states may come from elsewhere, for one launch more."""
-        return plan_segments(manifest.model.num_layers, manifest.policy.units, cut=(0,))
+        """Return the segments, the embedding apart: so states may come from elsewhere, for one launch more. A policy
+        that decides about whole inputs is an engine of its own, as it reads all tokens.
+        """
+        policy = manifest.policy
+        apart = {policy.read} if policy.has_network and manifest.model.decides == "input" else set()
+        return plan_segments(manifest.model.num_layers, policy.units, cut={0, *apart})
 
     def key(self) -> Any:
         return self.version()

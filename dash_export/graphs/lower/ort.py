@@ -21,7 +21,8 @@ from dash_export.errors import BackendError
 from dash_export.graphs.lower.ort_products import CONTRIB, ProductWriter
 from dash_export.graphs.lower.rounded import Roundings
 from dash_export.graphs.portable.ggml import BLOCKS, FOUR_BITS
-from dash_export.graphs.portable.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
+from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE
+from dash_export.graphs.portable.portable import EMBED_WEIGHT, HEAD_MATRIX
 from dash_export.graphs.portable.stored import STORED
 from dash_export.models.spec import FINAL_NORM
 
@@ -57,13 +58,13 @@ def engine_graph(
     bypass; or a bypass and the layers of its unit. In the last case `skipped` [batch, sequence, 1] bool chooses, row by
     row, the bypass or the layers: for the state, and for the K and V that later tokens attend to.
     """
-    if manifest.model.head_dim % HEAD_MULTIPLE:
+    if manifest.decoder.head_dim % HEAD_MULTIPLE:
         raise BackendError(
             f"ONNX Runtime's attention takes heads whose size is a multiple of {HEAD_MULTIPLE}, and this model's have "
-            f"{manifest.model.head_dim}: use --target portable."
+            f"{manifest.decoder.head_dim}: use --target portable."
         )
     g = OrtWriter(name, doc, parts, manifest, recipe, roundings)
-    entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.model.hidden_size))
+    entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.decoder.hidden_size))
     layers = [int(part.removeprefix("layer_")) for part in parts if part.startswith("layer_")]
     unit = next((unit for unit in manifest.policy.units if unit.bypass in parts), None)
     state: State = entering

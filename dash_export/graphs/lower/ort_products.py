@@ -57,8 +57,8 @@ class ProductWriter(StoredWriter):
     ) -> None:
         super().__init__(name, doc)
         self.graph.opset_imports[CONTRIB] = 1
-        self.facts, self.gated = manifest.model, manifest.policy.layers
-        self.traits, self.recipe, self.roundings = manifest.model.traits, recipe.weights, roundings
+        self.facts, self.gated = manifest.decoder, manifest.policy.layers
+        self.traits, self.recipe, self.roundings = manifest.decoder.traits, recipe.weights, roundings
         self.weights = {
             weight: value.const_value
             for part in parts.values()

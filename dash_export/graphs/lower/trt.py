@@ -38,7 +38,7 @@ def lower(model: ir.Model, manifest: Manifest, recipe: Recipe, roundings: Roundi
     sizes = {"capacity": capacity} | ({"batch": 1} if recipe.engine.sequences == 1 else {})
     graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # no output on a device
     _fix_shapes(graph, sizes)
-    _fix_rope(graph, rope_tables(manifest.model, capacity))
+    _fix_rope(graph, rope_tables(manifest.decoder, capacity))
     _give_last_logits(graph)
     _sum_policy(graph)
     _scale_queries(graph)

@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import FINAL_STATE, past_names, present_names
-from dash_export.core.policy import SkipPolicy, Weights, key_value_size
+from dash_export.core.policy import SkipPolicy, Weights
 from dash_export.core.units import Unit
-from dash_export.graphs.portable.stored import StoredWriter, stored_tensors
-from dash_export.graphs.portable.writer import external_references
+from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE, ModelWriter
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 
@@ -25,7 +24,6 @@ HEAD_MATRIX = "head/weight"
 """Name of the node that transposes EMBED_WEIGHT (a tied head) or HEAD_WEIGHT for the logits."""
 WINDOW = "dash_export.window"
 """Metadata key of an Attention node: how many tokens a query may attend to, 0 for all."""
-HIDDEN_SHAPE = ("batch", "sequence")
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
@@ -115,13 +113,9 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Weights) -> ir.Mode
     matrices = full_bypass(bypass, unit, checkpoint)
     state = g.bypass_input(hidden, f"{name}/norm")
 
-    stored = g.initializer(f"{name}.weight.stored", matrices["weight"].astype(np.float16))
-    weight = g.op("Cast", [stored], f"{name}/weight", to=ir.DataType.FLOAT)
-    weight.name = f"{name}.weight"
-    found = g.op("MatMul", [state, weight], f"{name}/product")
-    found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
+    found = g.product(state, matrices, name, name)
     updates = [spec.hidden_size] if bypass else []
-    sizes = [*updates, *[key_value_size(spec)] * (2 * len(unit.layers))]
+    sizes = [*updates, *[spec.key_value_size] * (2 * len(unit.layers))]
     parts = g.split(found, sizes, f"{name}.sizes", f"{name}/parts")
     passed = (
         g.op("Add", [hidden, parts.pop(0)], f"{name}/updated")
@@ -150,41 +144,14 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     return g.model()
 
 
-class PortableWriter(StoredWriter):
-    """Writer with the pieces that the portable graphs have in common."""
+class PortableWriter(ModelWriter):
+    """Writer with the pieces that the portable graphs of a decoder have in common."""
 
-    def __init__(self, name: str, doc: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> None:
-        super().__init__(name, doc)
-        self.spec = spec
-        self.weights = checkpoint.weights if checkpoint is not None else {}
-
-    def state_input(self) -> ir.Value:
-        return self.input("hidden", (*HIDDEN_SHAPE, self.spec.hidden_size))
-
-    def state_output(self, state: ir.Value) -> None:
-        self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.spec.hidden_size))
+    spec: DecoderSpec
 
     def step_inputs(self) -> tuple[ir.Value, ir.Value]:
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         return positions, self.input("write_indices", ("batch",), ir.DataType.INT64)
-
-    def weight(self, name: str, transpose: bool = False, file: str = "") -> ir.Value:
-        """Return a weight as stored, converted to float32 by nodes. `file`: the file of a weight that graphs share."""
-        kind, values = self._stored(name, transpose, file)
-        node, turned = f"{self.graph.name}/{name}", transpose and kind not in ("", "Cast")
-        found = self.as_float(kind, values, f"{node}/rows" if turned else node)
-        found = self.op("Transpose", [found], node, perm=[1, 0]) if turned else found
-        found.name = name
-        return found
-
-    def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
-        return self.gathered(*self._stored(name, False, file), ids)
-
-    def _stored(self, name: str, transpose: bool, file: str) -> tuple[str, list[ir.Value]]:
-        kind, tensors = stored_tensors(name, self.weights[name], transpose)
-        return kind, [
-            self.initializer(str(item.name), item) for item in (external_references(tensors, file) if file else tensors)
-        ]
 
     def linear(self, layer: int, value: ir.Value, weight: str) -> ir.Value:
         full = f"model.layers.{layer}.{weight}"

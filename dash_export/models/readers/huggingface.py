@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from dash_export.bundle.hub import download
-from dash_export.bundle.layout import TEXT_FILES
+from dash_export.bundle.layout import PREPROCESSOR, TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown
-from dash_export.models.config import decoder_spec
+from dash_export.models.config import ENCODERS, decoder_spec
+from dash_export.models.readers.image_encoder import open_encoder
 from dash_export.models.readers.published import family_config, family_name
 from dash_export.models.readers.weights import build_checkpoint, open_weights, read_json, read_text, unfused
-from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
+from dash_export.models.spec import AnyCheckpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.text.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -23,9 +24,9 @@ _PICTURES = "<image_soft_token>"
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
 
 
-def open_folder(folder: Path, source: str = "") -> Checkpoint:
-    """Return the Checkpoint of a folder with config.json, safetensors weights and tokenizer.json. `source`: the name
-    that the user gave the model; the folder's path by default.
+def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
+    """Return the checkpoint of a folder with config.json, safetensors weights and tokenizer.json, or for an encoder
+    preprocessor_config.json. `source`: the name that the user gave the model; the folder's path by default.
 
     Raises CheckpointError naming the file, option or tensor that is missing, unsupported or damaged.
     """
@@ -34,10 +35,13 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
     files = _weight_files(folder)
     # Identify all files before reading any of them, so that `check_same` notices one that is replaced from here on.
-    seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
+    texts = (folder / name for name in (*TEXT_FILES, PREPROCESSOR))
+    seen = {path: identity(path) for path in (*files, *texts) if path.exists()}
     config_text, given = read_json(folder / "config.json")
     if (config := family_config(given)) is not given:
         config_text = json.dumps(config, indent=2) + "\n"
+    if config.get("model_type") in ENCODERS:
+        return open_encoder(folder, source, config_text, config, files, seen)
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
     stored = open_weights(files)
@@ -54,8 +58,8 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     return build_checkpoint(source, spec, config, stored, assets, files, seen)
 
 
-def open_hub(model_id: str) -> Checkpoint:
-    """Return the Checkpoint of `org/name` on the hub, downloaded into (or found in) the usual cache. Raises
+def open_hub(model_id: str) -> AnyCheckpoint:
+    """Return the checkpoint of `org/name` on the hub, downloaded into (or found in) the usual cache. Raises
     CheckpointError.
     """
     folder = download(model_id, CheckpointError, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from math import prod
@@ -64,16 +64,26 @@ def build_checkpoint(
     include config.json. Raises CheckpointError for a weight that is missing, of another shape, or cannot be read.
     """
     needed = spec.weight_shapes()
-    missing = [name for name in needed if name not in stored]
-    if missing == ["lm_head.weight"]:
+    if [name for name in needed if name not in stored] == ["lm_head.weight"]:
         raise CheckpointError(
             f"{source} has no lm_head.weight although the config does not tie the head to the embedding; "
             'set "tie_word_embeddings": true in config.json if the model was trained that way'
         )
+    weights = checked_weights(source, needed, stored)
+    key = fingerprint([assets["config.json"]], weights, files)
+    return Checkpoint(source, spec, config, weights, assets, key, seen)
+
+
+def checked_weights(
+    source: str, needed: Mapping[str, tuple[int, ...]], stored: Mapping[str, Weight]
+) -> dict[str, Weight]:
+    """Return the weights that a spec needs, out of those that are `stored`. Raises CheckpointError for one that is
+    missing, of another shape, or cannot be read.
+    """
+    missing = [name for name in needed if name not in stored]
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of {len(needed)} tensors, the first is {missing[0]}")
     weights = {name: stored[name] for name in needed}
-    digest = hashlib.sha256(assets["config.json"].encode())
     for name, weight in weights.items():
         if weight.shape != needed[name]:
             found = list(weight.shape)
@@ -81,13 +91,20 @@ def build_checkpoint(
                 f"tensor {name} in {source} has shape {found}; the config asks for {list(needed[name])}"
             )
         weight.read_rows(0, 1)  # fail now, not in the middle of an export
+    return weights
+
+
+def fingerprint(texts: Iterable[str], weights: Mapping[str, Weight], files: Iterable[Path]) -> str:
+    """Return a key that changes with these texts, with the weights, and with every byte of the files."""
+    digest = hashlib.sha256("".join(texts).encode())
+    for name, weight in weights.items():
         digest.update(f"\n{name} {list(weight.shape)} {weight.dtype}".encode())
     for path in files:
         digest.update(f"\n{path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
-    return Checkpoint(source, spec, config, weights, assets, digest.hexdigest(), seen)
+    return digest.hexdigest()
 
 
 _FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}

@@ -1,0 +1,1 @@
+"""OpenVINO: image encoders on Intel's and other processors, GPUs and NPUs."""

@@ -1,0 +1,154 @@
+"""What `dash-export run` does with pictures: their classes, the pictures of a gallery that are nearest, or a file of
+their vectors.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from dash_export.bundle.layout import check_outside_bundles
+from dash_export.cli import printable
+from dash_export.commands.progress import progress_bar
+from dash_export.commands.tables import print_table
+from dash_export.core.rule import DENSE
+from dash_export.core.units import layers_text
+from dash_export.errors import OutputError, RequestError
+from dash_export.files.artifacts import write_atomic
+from dash_export.files.outputs import check_writable
+
+if TYPE_CHECKING:
+    from dash_export.core.kinds import Setting
+    from dash_export.runtime import DashRuntime
+    from dash_export.runtime.encoder import Encoded, Encoder
+
+TOP = 3
+"""Classes, or pictures of a gallery, that are shown."""
+MARK = "dash_export_features"
+"""Array in every file of features: only such a file is replaced."""
+
+
+def encode_files(
+    runtime: DashRuntime,
+    given: Path,
+    setting: Setting,
+    gallery: Path | None = None,
+    output: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Encode a picture or all pictures in a folder. Print a row for each, or write `output`. Raises RequestError."""
+    from dash_export.images.sources import image_files
+
+    files = image_files(given) if given.is_dir() else [given]
+    if output is not None:
+        _check_output(output)
+    encoder = runtime.encoder_with(setting)
+    known = None if gallery is None else _Gallery(encoder, image_files(gallery))
+    with progress_bar("run") as progress:
+
+        def encoded() -> Iterator[tuple[Path, Encoded]]:
+            for place, (path, found) in enumerate(zip(files, encoder.stream(files), strict=True), 1):
+                yield path, found
+                progress("encoding", place, len(files))
+
+        results = encoded()
+        if output is not None:
+            _write(output, given, list(results))
+            return
+        rows = [_row(path, found, known) for path, found in results]
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    print_table(
+        f"{runtime.bundle.name}, target {runtime.build.target}", ("picture", "answer"), ("layers", "skipped", "ms"),
+        (
+            (
+                printable(Path(row["file"]).name),
+                ", ".join(f"{printable(name)} {score:.2f}" for name, score in row["nearest"]) or "a vector",
+                row["layers"],
+                "guarded" if row["guarded"] else row["skipped"],
+                f"{1000 * row['seconds']:.0f}",
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+class _Gallery:
+    """Pictures to compare with, by the cosine of their pooled vectors, which are dense ones."""
+
+    def __init__(self, encoder: Encoder, files: list[Path]) -> None:
+        dense = encoder.under(DENSE)
+        self.names = [path.name for path in files]
+        self._vectors = np.concatenate([_unit(found.pooled) for found in dense.stream(files)])
+
+    def nearest(self, pooled: np.ndarray[Any, Any]) -> list[tuple[str, float]]:
+        cosines = self._vectors @ _unit(pooled)[0]
+        return [(self.names[place], float(cosines[place])) for place in np.argsort(-cosines)[:TOP]]
+
+
+def _unit(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return found
+
+
+def _row(path: Path, found: Encoded, gallery: _Gallery | None) -> dict[str, Any]:
+    nearest: list[tuple[str, float]] = []
+    if gallery is not None:
+        nearest = gallery.nearest(found.pooled)
+    elif found.probabilities is not None:
+        order = np.argsort(-found.probabilities[0])[:TOP]
+        nearest = [(found.classes[place], float(found.probabilities[0, place])) for place in order]
+    skipped = np.flatnonzero(found.actions[0])
+    return {
+        "file": str(path),
+        "nearest": [[name, round(score, 5)] for name, score in nearest],
+        "layers": int((found.actions[0] == 0).sum()),
+        "skipped": layers_text(skipped.tolist()),
+        "guarded": bool(found.guarded[0]),
+        "seconds": round(found.seconds, 5),
+    }
+
+
+def _check_output(output: Path) -> None:
+    """Raise RequestError or OutputError, before the work, for a file that could not be written or is not ours."""
+    if output.suffix != ".npz":
+        raise RequestError(f"A file of features is called NAME.npz, not {output.name}.")
+    check_outside_bundles(output)
+    check_writable(output.absolute().parent)
+    if output.exists() or output.is_symlink():
+        try:
+            with np.load(output, allow_pickle=False) as known:
+                ours = MARK in known.files
+        except (OSError, ValueError):
+            ours = False
+        if output.is_symlink() or not ours:
+            raise OutputError(f"{output} exists and holds no features of ours: choose another output (-o).")
+
+
+def _write(output: Path, given: Path, results: list[tuple[Path, Encoded]]) -> None:
+    packed = io.BytesIO()
+    root = given if given.is_dir() else given.parent
+    np.savez(
+        packed,
+        dash_export_features=np.array(1),
+        files=np.array([path.relative_to(root).as_posix() for path, _ in results]),
+        pooled=np.concatenate([found.pooled for _, found in results]),
+        actions=np.concatenate([found.actions for _, found in results]),
+        guarded=np.concatenate([found.guarded for _, found in results]),
+    )
+    write_atomic(output, packed.getvalue())
+    layers = float(np.mean([(found.actions == 0).sum(axis=1).mean() for _, found in results]))
+    seconds = float(np.median([found.seconds for _, found in results]))
+    guarded = sum(int(found.guarded.sum()) for _, found in results)
+    click.echo(
+        f"{output}: pooled vectors of {len(results)} pictures; {layers:.1f} layers and {1000 * seconds:.0f} ms each, "
+        f"{guarded} guarded"
+    )

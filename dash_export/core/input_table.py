@@ -1,0 +1,117 @@
+"""The dial of an encoder's policy, from held-out pictures that its training ran under every choice of units.
+
+The policy brings a table (`HeldOut`), so a build needs neither pictures nor engines for its dial: by its own costs it
+knows what each trade-off decides, and the table has what that does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.core.dial import COSINE, CostTable, DialPoint
+from dash_export.core.rule import decision_rule
+from dash_export.core.units import Skips, Unit
+from dash_export.errors import PolicyError
+from dash_export.files.typed_json import WrongFieldError, typed
+
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+"""Shares of (picture, unit) that the trade-offs skip. Two more skip nothing and everything."""
+MOST_UNITS = 8
+"""Every choice of units is run in training: 256 of 8."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A held-out picture. `damage` [units], as the policy predicts it, and whether it is `guarded`; by choice of units
+    [2 ** units], unit u counting 2 ** u: `divergence` from the dense pooled vector (1 - cosine) and, where the model
+    has a classifier, whether the likeliest class `changed`.
+    """
+
+    damage: tuple[float, ...]
+    divergence: tuple[float, ...]
+    guarded: bool = False
+    changed: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The table: arrays over the pictures. `damage` [units, n], infinite where guarded; `divergence` [n, choices];
+    `changed` [n, choices] bool or None.
+    """
+
+    damage: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64]
+    changed: npt.NDArray[np.bool_] | None
+
+    @property
+    def differs(self) -> npt.NDArray[np.bool_]:
+        """Whether the answer is another one than dense's [n, choices]."""
+        return self.divergence > 1 - COSINE if self.changed is None else self.changed
+
+    def of(self, skipped: Skips) -> npt.NDArray[np.intp]:
+        """Return the index of each picture's choice [n] for skips [units, n]."""
+        found: npt.NDArray[np.intp] = (2 ** np.arange(len(skipped))) @ skipped.astype(np.intp)
+        return found
+
+
+def held_out_text(pictures: Sequence[Picture]) -> str:
+    """Write the table as JSON lines, for `SkipPolicy.answers`."""
+    lines = (
+        {"damage": one.damage, "divergence": one.divergence, "guarded": one.guarded, "changed": one.changed}
+        for one in pictures
+    )
+    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+
+
+def held_out(text: str, units: int) -> HeldOut:
+    """Read the table. Raises PolicyError for anything else."""
+    try:
+        lines = enumerate(text.splitlines())
+        pictures = [typed(Picture, json.loads(line), f"picture {number}") for number, line in lines]
+    except (WrongFieldError, ValueError, RecursionError) as error:
+        raise PolicyError(f"The policy's held-out pictures cannot be read: {error} Train it again.") from error
+    sizes = {(len(one.damage), len(one.divergence), len(one.changed)) for one in pictures}
+    if units > MOST_UNITS or len(sizes) != 1 or not sizes <= {(units, 2**units, 0), (units, 2**units, 2**units)}:
+        raise PolicyError("The policy's held-out pictures are not of its units: train it again.")
+    damage = np.array([one.damage for one in pictures], np.float64).T
+    damage[:, [one.guarded for one in pictures]] = np.inf
+    changed = np.array([one.changed for one in pictures], np.bool_)
+    return HeldOut(damage, np.array([one.divergence for one in pictures]), changed if changed.size else None)
+
+
+def narrowed_table(text: str, kept: Sequence[int]) -> str:
+    """Return the table for the units at these places only: the others are never skipped."""
+    choices = [sum(1 << place for at, place in enumerate(kept) if choice >> at & 1) for choice in range(1 << len(kept))]
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        line["damage"] = [line["damage"][place] for place in kept]
+        for name in ("divergence", "changed"):
+            line[name] = [line[name][choice] for choice in choices] if line[name] else []
+    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+
+
+def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layers: int) -> tuple[DialPoint, ...]:
+    """Return the points of the dial, from dense to everything skipped, as means over the held-out pictures."""
+    own = np.array(cost.cost)
+    worth = np.flatnonzero(own > 0)
+    points = [DialPoint(0.0, float(num_layers), round(1.0 + cost.asks, 5), 0.0)]
+    ratios = (table.damage[worth] / own[worth, None])[:, np.isfinite(table.damage).all(axis=0)]
+    if not ratios.size:
+        return tuple(points)
+    sizes = np.array([len(unit.layers) for unit in units])
+    found = {float(f"{trade_off:.6g}") for trade_off in (*np.quantile(ratios, SHARES), 1.01 * ratios.max() + 1e-9)}
+    for trade_off in sorted(found - {0.0}):
+        skipped = decision_rule(units, cost.cost, trade_off).skips(table.damage)
+        at = np.arange(skipped.shape[1]), table.of(skipped)
+        lost = table.divergence[at].mean()
+        differing = int((table.differs[at]).sum())
+        time = cost.token_time(skipped, asked=True).mean()
+        layers = num_layers - float((sizes @ skipped).mean())
+        figures = (round(layers, 4), round(float(time), 5), round(float(lost), 6))
+        points.append(DialPoint(trade_off, *figures, differing=differing, judged=skipped.shape[1]))
+    return tuple(points)

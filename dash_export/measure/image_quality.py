@@ -1,0 +1,145 @@
+"""What skipping costs an image encoder, and how much time it saves on the clock, on a folder of pictures.
+
+Settings run in turns on each picture, so that other load on the machine falls on all of them. Where the folder has a
+folder for each class, a linear classifier and the nearest neighbours are fitted on dense vectors of one half of the
+pictures and judged on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.core.kinds import Setting
+from dash_export.files.artifacts import Progress, no_progress
+from dash_export.images.sources import image_files
+from dash_export.runtime import DashRuntime
+
+Floats = npt.NDArray[np.float32]
+NEIGHBOURS = 5
+RIDGE = 1e-2
+"""Of the linear classifier, relative to the mean square of its inputs."""
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class ImageQuality:
+    """Figures of one setting over the judged pictures, against dense. `time`: of dense, on the clock; `cosine` of the
+    pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of pictures that the guard held back.
+    With classes: `agreement` of the linear classifier with itself on dense vectors, and the `accuracy` of both it and
+    the `neighbours`; with a classifier of the model's own, `same_class`.
+    """
+
+    setting: Setting
+    time: float
+    layers: float
+    cosine: float
+    worst: float
+    guarded: float
+    same_class: float | None = None
+    agreement: float | None = None
+    accuracy: float | None = None
+    neighbours: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the figures for a JSON report."""
+        given = {name: getattr(self.setting, name) for name in self.setting.given}
+        own = {name: value for name, value in vars(self).items() if name != "setting" and value is not None}
+        return {"policy": self.setting.kind, **given} | {name: round(value, 6) for name, value in own.items()}
+
+
+def image_quality(
+    runtime: DashRuntime, folder: Path, settings: Sequence[Setting], limit: int = 0, progress: Progress = no_progress
+) -> list[ImageQuality]:
+    """Measure dense and the `settings` on the pictures in `folder`, or on `limit` of them drawn by a seed. Raises
+    RequestError where there is no picture, PolicyError for a setting that the policy cannot give.
+    """
+    files, classes = image_files(folder), []
+    order = np.random.default_rng(0).permutation(len(files))[: limit or None]
+    files = [files[place] for place in order]
+    classes = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in files]
+    given = [Setting("dense"), *settings]
+    encoders = [runtime.encoder_with(setting) for setting in given]
+    pooled: list[list[Floats]] = [[] for _ in given]
+    likeliest: list[list[int]] = [[] for _ in given]
+    seconds = np.zeros((len(given), len(files)))
+    layers, guarded = np.zeros(seconds.shape), np.zeros(seconds.shape)
+    for place, path in enumerate(files):
+        pixels = encoders[0].processor.batch([path])
+        for _ in range(WARM_UP if place == 0 else 0):
+            for encoder in encoders:
+                encoder.encode(pixels)
+        turn = place % len(given)
+        for at in (*range(turn, len(given)), *range(turn)):
+            found = encoders[at].encode(pixels)
+            pooled[at].append(found.pooled[0])
+            seconds[at, place], guarded[at, place] = found.seconds, found.guarded[0]
+            layers[at, place] = (found.actions == 0).sum()
+            if found.probabilities is not None:
+                likeliest[at].append(int(found.probabilities.argmax()))
+        progress("encoding", place + 1, len(files))
+    vectors = [np.array(each, np.float64) for each in pooled]
+    judge = _Judge(vectors[0], classes) if len(set(classes)) > 1 else None
+    rows = []
+    for at, setting in enumerate(given):
+        cosines = _cosines(vectors[0], vectors[at])
+        same = np.mean(np.array(likeliest[at]) == np.array(likeliest[0])) if likeliest[0] else None
+        own = judge.figures(vectors[at]) if judge is not None else (None, None, None)
+        rows.append(
+            ImageQuality(
+                setting,
+                float(seconds[at].sum() / seconds[0].sum()),
+                float(layers[at].mean()),
+                float(cosines.mean()),
+                float(cosines.min()),
+                float(guarded[at].mean()),
+                None if same is None else float(same),
+                *own,
+            )
+        )
+    return rows
+
+
+def _cosines(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = (one * other).sum(1) / (
+        np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    )
+    return found
+
+
+class _Judge:
+    """A linear classifier (ridge regression on classes) and the nearest neighbours, of dense vectors of every other
+    picture; judged on the others.
+    """
+
+    def __init__(self, dense: npt.NDArray[np.float64], classes: Sequence[str]) -> None:
+        names = sorted(set(classes))
+        self._classes = np.array([names.index(name) for name in classes])
+        self._learnt = np.arange(len(classes)) % 2 == 0
+        x, y = self._with_ones(dense[self._learnt]), np.eye(len(names))[self._classes[self._learnt]]
+        ridge = RIDGE * (x * x).mean() * len(x) * np.eye(x.shape[1])
+        self._weight = np.linalg.solve(x.T @ x + ridge, x.T @ y)
+        self._known = dense[self._learnt] / np.linalg.norm(dense[self._learnt], axis=1, keepdims=True)
+        self._dense = self._linear(dense[~self._learnt])
+
+    @staticmethod
+    def _with_ones(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+    def _linear(self, vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+        found: npt.NDArray[np.intp] = (self._with_ones(vectors) @ self._weight).argmax(axis=1)
+        return found
+
+    def figures(self, vectors: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+        """Return agreement with dense, accuracy, and accuracy of the neighbours, on the judged half."""
+        judged, truth = vectors[~self._learnt], self._classes[~self._learnt]
+        found = self._linear(judged)
+        near = np.argsort(-(judged @ self._known.T), axis=1)[:, :NEIGHBOURS]
+        votes = self._classes[self._learnt][near]
+        voted = np.array([np.bincount(row).argmax() for row in votes])
+        return float((found == self._dense).mean()), float((found == truth).mean()), float((voted == truth).mean())

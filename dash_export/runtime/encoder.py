@@ -1,0 +1,137 @@
+"""Pictures in, vectors out: an encoder under a policy that decides once for each picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.bundle.layout import PREPROCESSOR
+from dash_export.core.own_policy import OwnRule
+from dash_export.core.rule import Rule
+from dash_export.core.units import Damages, Skips, layer_actions
+from dash_export.errors import PolicyError, RequestError
+
+if TYPE_CHECKING:
+    from dash_export.backends.host.encode import EncoderEngines
+
+Floats = npt.NDArray[np.float32]
+MOST_LABEL = 200
+"""Characters of a class's name that are kept."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Results of n pictures. `pooled` float32 [n, hidden]: a vector for each; `states` float32 [n, tokens, hidden]:
+    special tokens, then patches row by row; `actions` int8 [n, layers] (0 run, 1 skip); `guarded` bool [n]: foreign to
+    what the policy was trained on, so every layer ran; `probabilities` float32 [n, classes] and the `classes`' names,
+    where the model has a classifier; `damage` float32 [n, units], the policy's output, infinite where guarded;
+    `seconds` that they took, without reading the pictures.
+    """
+
+    pooled: Floats
+    states: Floats
+    actions: npt.NDArray[np.int8]
+    guarded: npt.NDArray[np.bool_]
+    damage: Floats
+    seconds: float
+    probabilities: Floats | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+class Encoder:
+    """Encoder made by `DashRuntime.encoder()`; threads may share it."""
+
+    def __init__(self, engines: EncoderEngines, root: Path, rule: Rule) -> None:
+        """Prepare an encoder under a rule. Raises PolicyError for a policy of the user's."""
+        if isinstance(rule, OwnRule):
+            raise PolicyError("A policy of your own decides about tokens: an encoder takes dense, static and token.")
+        self.engines, self.rule, self._root = engines, rule, root
+
+    def under(self, rule: Rule) -> Encoder:
+        """Return an encoder of the same engines under another rule."""
+        return Encoder(self.engines, self._root, rule)
+
+    @cached_property
+    def processor(self) -> Any:
+        """Preparation of pictures, as the model's folder describes it."""
+        from dash_export.images.processor import ImageProcessor
+
+        path = self._root / PREPROCESSOR
+        return ImageProcessor.parse(path.read_text(encoding="utf-8"), str(path))
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by the bundle's config.json; their numbers where it has none."""
+        named = json.loads((self._root / "config.json").read_text(encoding="utf-8")).get("id2label")
+        names = named if isinstance(named, dict) else {}
+        count = self.engines.model.labels
+        return tuple(str(names.get(str(place), place))[:MOST_LABEL] for place in range(count))
+
+    def __call__(self, images: Any) -> Encoded:
+        """Encode a picture or a sequence of pictures as one batch: paths, bytes, `data:` URLs, arrays [height, width,
+        3], or PIL images. Raises RequestError for what is no picture.
+        """
+        many = images if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+        if not many:
+            raise RequestError("There are no pictures: give at least one.")
+        return self.encode(self.processor.batch(many))
+
+    def encode(self, pixels: Floats) -> Encoded:
+        """Encode prepared pictures [n, 3, height, width] float32. Raises RequestError for another shape and for numbers
+        that are not finite.
+        """
+        shape = (3, *self.engines.model.image_size)
+        if pixels.ndim != 4 or not len(pixels) or pixels.shape[1:] != shape or not np.isfinite(pixels).all():
+            raise RequestError(f"Pictures must be finite numbers [n, {', '.join(map(str, shape))}], n at least 1.")
+        began = time.perf_counter()
+        found = self.engines.encode(np.ascontiguousarray(pixels, np.float32), self._decide, self.rule.asks)
+        seconds = time.perf_counter() - began
+        probabilities = None
+        if found.logits is not None:
+            raised = np.exp(found.logits - found.logits.max(axis=1, keepdims=True))
+            probabilities = raised / raised.sum(axis=1, keepdims=True)
+        return Encoded(
+            found.pooled,
+            found.states,
+            layer_actions(found.skipped, self.engines.units, self.engines.model.num_layers),
+            np.asarray(np.isinf(found.damage).any(axis=0)),
+            np.ascontiguousarray(found.damage.T, np.float32),
+            seconds,
+            probabilities,
+            self.classes if probabilities is not None else (),
+        )
+
+    def stream(self, images: Iterable[Any], size: int = 1) -> Iterator[Encoded]:
+        """Yield the results of pictures as they come, `size` at a time. The next pictures are read and prepared while
+        these are computed.
+        """
+        if size < 1:
+            raise RequestError(f"size, the pictures of a batch, must be at least 1, not {size}.")
+        coming = iter(images)
+
+        def prepared() -> Floats | None:
+            some = list(islice(coming, size))
+            return self.processor.batch(some) if some else None
+
+        with ThreadPoolExecutor(1) as beside:
+            following = beside.submit(prepared)
+            while (pixels := following.result()) is not None:
+                following = beside.submit(prepared)
+                yield self.encode(pixels)
+
+    def _decide(self, damage: Damages) -> Skips:
+        """Return the skips [units, n]. A guarded picture runs every unit, whatever the rule says."""
+        return self.rule.skips(damage) & ~np.isinf(damage).any(axis=0)

@@ -1,0 +1,115 @@
+"""Pictures in, vectors out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.building import build
+from dash_export.building.exporting import export
+from dash_export.core.input_table import Picture, held_out_text
+from dash_export.core.policy import SkipPolicy
+from dash_export.core.rule import State
+from dash_export.errors import BundleError, PolicyError, RequestError
+from dash_export.models import EncoderCheckpoint, open_model
+from tests.tiny_encoder import UNITS, encoder_bundle, encoder_policy, random_pixels, save_encoder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> DashRuntime:
+    return DashRuntime.load(encoder_bundle(tmp_path_factory.mktemp("classes"), "vit-classes"), "portable")
+
+
+def with_policy(root: Path, **changes: object) -> DashRuntime:
+    """A tiny encoder whose random policy is changed."""
+    save_encoder(root / "model")
+    checkpoint = open_model(root / "model")
+    assert isinstance(checkpoint, EncoderCheckpoint)
+    policy: SkipPolicy = replace(encoder_policy(checkpoint), **changes)  # type: ignore[arg-type]
+    build(export(checkpoint, root / "a.dash", policy), "portable")
+    return DashRuntime.load(root / "a.dash", "portable")
+
+
+def test_classes(classifier: DashRuntime) -> None:
+    found = classifier.encoder().encode(random_pixels(3))
+    assert found.classes == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
+    assert len(found) == 3
+    assert found.pooled.shape == (3, 32)
+    assert found.states.shape == (3, 10, 32)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((0, 3, 42, 42)), np.zeros((1, 3, 28, 28)), np.zeros((3, 42, 42)), np.full((1, 3, 42, 42), np.nan)],
+)
+def test_wrong_pixels(classifier: DashRuntime, pixels: np.ndarray) -> None:
+    with pytest.raises(RequestError, match=r"finite numbers \[n, 3, 42, 42\]"):
+        classifier.encoder().encode(pixels)
+
+
+def test_an_encoder_writes_no_text(classifier: DashRuntime) -> None:
+    uses = (classifier.session, classifier.batch, lambda: classifier.text, lambda: classifier.engines)
+    for use in uses:
+        with pytest.raises(BundleError, match="is an image encoder"):
+            use()
+
+
+def test_a_causal_lm_takes_no_pictures(runtime: DashRuntime) -> None:
+    with pytest.raises(BundleError, match="is a causal LM"):
+        runtime.encoder()
+
+
+class Never:
+    """A policy of one's own."""
+
+    def begin(self, *_: object) -> None: ...
+
+    def skips(self, state: State) -> np.ndarray:
+        return np.zeros(state.damage.shape, bool)
+
+
+def test_a_policy_of_the_users_is_refused(classifier: DashRuntime) -> None:
+    with pytest.raises(PolicyError, match="an encoder takes dense, static and token"):
+        classifier.encoder(f"{__name__}:Never")
+
+
+def test_the_guard_holds_whatever_the_rule_says(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model")
+    assert isinstance(checkpoint, EncoderCheckpoint)
+    network = dict(encoder_policy(checkpoint).network or {}) | {"limit": np.full(2, -1e9, np.float32)}
+    runtime = with_policy(tmp_path, network=network)
+    pixels = random_pixels(3)
+    dense = runtime.encoder().encode(pixels)
+    for setting in ({"policy": "token", "trade_off": 1e9}, {"policy": "token", "max_layers": 2}):
+        found = runtime.encoder(**setting).encode(pixels)  # type: ignore[arg-type]
+        assert found.guarded.all()
+        assert not found.actions.any()
+        assert np.isinf(found.damage).all()
+        np.testing.assert_array_equal(found.pooled, dense.pooled)
+
+
+def test_a_budget_is_read_off_the_held_out_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture(tuple(rng.random(len(UNITS)).tolist()), (0.0, *sorted(rng.random(2 ** len(UNITS) - 1).tolist())))
+        for _ in range(40)
+    ]
+    runtime = with_policy(tmp_path, answers=held_out_text(pictures))
+    dial = runtime.build.dial
+    assert dial[0].kl == 0
+    assert dial[0].layers == 5
+    assert dial[-1].layers == 2
+    assert [point.time for point in dial] == sorted((point.time for point in dial), reverse=True)
+    damage = np.array([one.damage for one in pictures]).T
+    point = dial[len(dial) // 2]
+    skipped = damage < point.trade_off * np.array(runtime.cost.cost)[:, None]
+    choices = skipped.T @ [1, 2]
+    assert point.kl == pytest.approx(
+        np.mean([one.divergence[at] for one, at in zip(pictures, choices, strict=True)]), abs=1e-5
+    )
+    assert runtime.encoder(budget=point.time).rule is not None

@@ -207,8 +207,8 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
             ) from error
         if CARD not in there:
             data = hub.ModelCardData(
-                library_name="dash-export", pipeline_tag=bundle.manifest.measure.pipeline, tags=["onnx", "layer-skipping"],
-                base_model=base_model, license=license_id,
+                library_name="dash-export", pipeline_tag=bundle.manifest.measure.pipeline,
+                tags=["onnx", "layer-skipping"], base_model=base_model, license=license_id,
             )  # fmt: skip
             facts = {"name": name, "version": __version__, "manifest": bundle.manifest, "builds": builds}
             card = hub.ModelCard.from_template(data, template_str=_CARD, recommended=recommended_budget, **facts)
@@ -256,7 +256,8 @@ dash-export serve {{ name }}
 Time is that of a decoded token or of a picture, of dense; all else is on the calibration data, against dense.
 {% for build in builds %}{% set ms = build.cost.dense_us / 1000 %}
 `{{ build.target }}`:
-{{ "dense takes %.2f ms a %s on %s." | format(ms, manifest.measure.item, build.device) if build.cost.segment_us else "not measured." }}
+{%- set taken = "dense takes %.2f ms a %s on %s." | format(ms, manifest.measure.item, build.device) %}
+{{ taken if build.cost.segment_us else "not measured." }}
 {% if build.dial %}
 | time | layers | {{ manifest.measure.divergence }} | perplexity |
 |---|---|---|---|

@@ -44,7 +44,7 @@ def read_image(source: Source, name: str = "", most_pixels: int = MOST_PIXELS) -
     try:
         if isinstance(source, Image.Image):
             _check_size(source, name, most_pixels)
-            return _upright(source)
+            return _upright(source.copy())
         with closing(_opened(source, name)) as file:
             try:
                 with Image.open(file, formats=FORMATS) as image:
@@ -134,7 +134,7 @@ def _eight_bits(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
 
 def _check_size(image: Image.Image, name: str, most: int) -> None:
     width, height = image.size
-    if not width * height > 0:
+    if not 0 < width * height <= most:
         raise RequestError(f"{name} has {width} x {height} pixels; 1 to {most} are read. Give it in another size.")
     if image.mode in ("I", "F"):
         raise RequestError(f"{name} has 32 bits a pixel, of no known range. Save it with 8 or 16 bits.")

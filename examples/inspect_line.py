@@ -21,7 +21,8 @@ MOST_PATCHES, WORST = 20_000, 0.01
 def patches(found: Encoded, special: int) -> np.ndarray:
     """Return the patches' states [n, patches, hidden], of unit length."""
     states = found.states[:, special:]
-    return states / np.linalg.norm(states, axis=-1, keepdims=True)
+    found: np.ndarray = states / np.linalg.norm(states, axis=-1, keepdims=True)
+    return found
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def references(bundle: Bundle, segments: tuple[Segment, ...], folder: Path, prog
     it leaves in the cache is read; then the policy decides, at limits by which it skips half of the time, or units take
     turns where there is none. States are rounded to float16 on the way: a device is given what was here.
     """
-    model, policy = bundle.manifest.model, bundle.manifest.policy
+    model, policy = bundle.manifest.decoder, bundle.manifest.policy
     ids, units = text_ids(bundle, TOKENS), policy.units
     skips = np.add.outer(np.arange(len(units)), np.arange(TOKENS)) % 2 == 0
     skips[:, :PROMPT], skips[:, PROMPT], skips[:, PROMPT + 1] = False, True, False
@@ -107,7 +107,7 @@ def _walk(
     """Run the text through one segment. `skips` [T]: which tokens take its bypass. Return the states [T, hidden] that
     it gives, or the logits after the prompt and each further token, and the cache.
     """
-    model = bundle.manifest.model
+    model = bundle.manifest.decoder
     shape = (1, model.num_kv_heads, TOKENS, model.head_dim)
     cache: Arrays = {past: np.zeros(shape, np.float32) for layer in segment.layers for past in past_names(layer)}
     outputs = []

@@ -82,11 +82,11 @@ def unit_normed(state: Floats, epsilon: float) -> Floats:
     return found
 
 
-def divergence(dense: Floats, found: Floats) -> npt.NDArray[np.float64]:
+def divergence(dense: Floats, other: Floats) -> npt.NDArray[np.float64]:
     """Return 1 - cosine of pooled vectors [n, hidden], row by row."""
-    one, other = dense.astype(np.float64), found.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    found: npt.NDArray[np.float64] = 1 - (one * other).sum(axis=1) / np.maximum(lengths, 1e-12)
+    left, right = dense.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    found: npt.NDArray[np.float64] = 1 - (left * right).sum(axis=1) / np.maximum(lengths, 1e-12)
     return found
 
 

@@ -40,7 +40,7 @@ class LoneEngines(BoundEngines):
         if state is not None:
             self._state.host[:] = _bf16(state) if self._bf16 else state
             self.device.copy(MAIN, self._hidden[place % 2], self._state.host)
-        self.launch(self.parts[place], bypass)
+        self.launch(place, bypass)
         is_last = place + 1 == len(self.parts)
         if is_last:
             self.device.copy(MAIN, self._logits.host, self._logits.memory)

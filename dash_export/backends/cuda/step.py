@@ -201,6 +201,9 @@ class DeviceStep(BoundEngines):
         for place, part in enumerate(self.parts[first:], first):
             launch(place, part.unit is not None and bool(self.skipped[part.unit, 0]))
 
+    def _record_piece(self, place: int, bypass: bool, stream: str, _graph: CudaGraph) -> None:
+        self._enqueue_piece(place, bypass, stream)
+
     def _enqueue_piece(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
         """Enqueue a part of a token, with the copies from and to the host that go with it."""
         if place == 0:
@@ -225,8 +228,8 @@ class DeviceStep(BoundEngines):
         wanted += [(POLICY, False, engines.policy_stream)] if self._policy is not None else []
         try:
             for place, bypass, stream in wanted:
-                enqueue = partial(self._enqueue_piece, place, bypass, stream)
-                self._pieces[place, bypass] = self.device.graph(stream, 0, lambda _, enqueue=enqueue: enqueue())
+                record = partial(self._record_piece, place, bypass, stream)
+                self._pieces[place, bypass] = self.device.graph(stream, 0, record)
         except BackendError as error:
             self._pieces.clear()
             self._record_nothing(error)

@@ -18,9 +18,9 @@ from dash_export.runtime.encoder import Encoded
 MOST_PATCHES, WORST = 20_000, 0.01
 
 
-def patches(found: Encoded, special: int) -> np.ndarray:
+def patches(encoded: Encoded, special: int) -> np.ndarray:
     """Return the patches' states [n, patches, hidden], of unit length."""
-    states = found.states[:, special:]
+    states = encoded.states[:, special:]
     found: np.ndarray = states / np.linalg.norm(states, axis=-1, keepdims=True)
     return found
 

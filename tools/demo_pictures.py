@@ -53,7 +53,7 @@ def show(console: Console) -> None:
                 settings.append(setting)
             except PolicyError:
                 pass  # more than all units together save
-    console.print(f"[bold]4.[/] Judge {len(judged)} other pictures, each setting in turn on the clock\n")
+    console.print(f"[bold]4.[/] Judge {JUDGED} other pictures, each setting in turn on the clock\n")
     with progress_bar("judge") as progress:
         rows = image_quality(runtime, judged, settings[1:], progress=progress)
     print_table(

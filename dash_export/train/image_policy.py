@@ -205,7 +205,7 @@ class _Run:
         damage, distance = predicted(network, held["features"])
         own = np.concatenate([distance, predicted(network, learnt["features"])[1]])
         network["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
-        guarded = (distance > network["limit"]).any(axis=1)
+        guarded = np.atleast_1d((distance > network["limit"]).any(axis=1))
         order = np.argsort(unit_damages(held["divergence"]).mean(axis=0) / [len(unit.layers) for unit in units])
         pictures = [
             Picture(

@@ -141,7 +141,7 @@ async def load(
 def main(bundle: Path, target: str, minutes: float, streams: int) -> None:
     """Ask alone, then with all."""
     opened = Bundle.open(bundle)
-    letters = min(900, opened.manifest.model.max_positions // 4)
+    letters = min(900, opened.manifest.decoder.max_positions // 4)
     bodies = drawn(Random(0), 60, letters, Text(opened.root).template is not None)
     options = ("--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN))
     with serving(bundle, target, *options) as (address, process):

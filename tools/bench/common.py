@@ -126,6 +126,7 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     for index in (0, 1) if number % 2 == 0 else (1, 0):
         own, build = builds[index]
         found = OrtBackend(build.recipe.runtime.threads).load_build(own, build, "sync")
+        assert isinstance(found, EngineSet)
         loaded[index] = found
     return loaded[0], loaded[1]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import onnx_ir as ir
 from common import print_json
 
 from dash_export import DashRuntime
@@ -31,7 +32,7 @@ from dash_export.measure.timing import in_turns
 
 def whole_graph(bundle: Bundle, path: Path) -> Path:
     """Compose all portable graphs of an encoder into one file."""
-    g, outputs = GraphWriter("whole", f"All of {bundle.manifest.model.name}"), {}
+    g, outputs = GraphWriter("whole", f"All of {bundle.manifest.model.name}"), dict[str, ir.Value]()
     for name in ("embed", *(f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)), "head"):
         state = {"hidden": outputs["hidden_out"]} if outputs else {}
         outputs = absorb(g, load_graph(bundle.graph(name)), state)

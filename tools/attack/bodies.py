@@ -51,6 +51,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "/detokenize": [{"tokens": [1, 2, 3]}],
 }
 PATIENCE = 60.0
+LATE = 504
+"""Answer to a body that asks for more tokens than this machine decodes before the deadline."""
 JSON = {"Content-Type": "application/json"}
 
 
@@ -89,7 +91,7 @@ def main(bundle: Path, target: str, bodies: int) -> None:
                 status = 0
                 faults.append(f"{path}: {error!r}: {body!r:.500}")
             statuses[str(status)] += 1
-            if status >= 500:
+            if status >= 500 and status != LATE:
                 faults.append(f"{path}: {status}: {body!r:.500}")
             if number % 100 == 0 and client.post(path, content=sound[path][0], headers=JSON).status_code != 200:
                 faults.append(f"{path}: a sound body is refused after {number}")

@@ -20,7 +20,7 @@ from dash_export.errors import BackendError
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.host.decode import EngineSet
-    from dash_export.backends.host.encode import EncoderEngines
+    from dash_export.backends.host.encoder_pass import EncoderEngines
     from dash_export.bundle.bundle import Bundle
     from dash_export.bundle.records import Build
 

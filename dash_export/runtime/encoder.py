@@ -22,7 +22,7 @@ from dash_export.core.units import Damages, Skips, layer_actions
 from dash_export.errors import PolicyError, RequestError
 
 if TYPE_CHECKING:
-    from dash_export.backends.host.encode import EncoderEngines
+    from dash_export.backends.host.encoder_pass import EncoderEngines
 
 Floats = npt.NDArray[np.float32]
 MOST_LABEL = 200

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dash_export.backends.base import Started
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.host.decode import EngineSet
-    from dash_export.backends.host.encode import EncoderEngines
+    from dash_export.backends.host.encoder_pass import EncoderEngines
 
 DISPATCH_MODES = get_args(Dispatch)
 

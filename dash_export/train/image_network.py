@@ -15,7 +15,7 @@ Doubles = npt.NDArray[np.float64]
 
 def pooled_features(state: Floats, special: int, epsilon: float) -> Floats:
     """Return what the network reads [n, features] of a state [n, tokens, hidden]: the class token, mean and spread of
-    the patches, all normed without gain (the formula of `graphs/portable/encoder.py`).
+    the patches, all normed without gain (the formula of `graphs/portable/encoder_graphs.py`).
     """
     read = unit_normed(state, epsilon)
     patches = read[:, special:]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
 from dash_export.core.policy import Weights, half
 from dash_export.core.units import Unit
-from dash_export.graphs.portable import encoder
+from dash_export.graphs.portable import encoder_graphs
 from dash_export.graphs.portable.writer import save_graph
 from dash_export.models.spec import EncoderCheckpoint, EncoderSpec
 
@@ -25,10 +25,10 @@ class ImageModel:
     def __init__(self, checkpoint: EncoderCheckpoint, folder: Path) -> None:
         self.spec: EncoderSpec = checkpoint.spec
         graphs = {
-            "embed": partial(encoder.embed_graph, checkpoint),
-            "head": partial(encoder.head_graph, checkpoint),
+            "embed": partial(encoder_graphs.embed_graph, checkpoint),
+            "head": partial(encoder_graphs.head_graph, checkpoint),
             **{
-                f"layer_{layer:02d}": partial(encoder.layer_graph, checkpoint, layer)
+                f"layer_{layer:02d}": partial(encoder_graphs.layer_graph, checkpoint, layer)
                 for layer in range(self.spec.num_layers)
             },
         }

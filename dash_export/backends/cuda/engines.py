@@ -10,7 +10,7 @@ from math import prod
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.host.cache import Sequences
-from dash_export.backends.host.decode import Timed, timed_token
+from dash_export.backends.host.segments import Timed, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
 from dash_export.core.units import Unit

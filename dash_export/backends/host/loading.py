@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dash_export.backends.host.decode import EngineSet, HostBackend
-from dash_export.backends.host.encode import EncoderEngines
+from dash_export.backends.host.decode import EngineSet
+from dash_export.backends.host.encoder_pass import EncoderEngines
+from dash_export.backends.host.segments import HostBackend
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
 

@@ -34,7 +34,7 @@ from dash_export.errors import BackendError, PolicyError
 
 if TYPE_CHECKING:
     from dash_export.backends.host.decode import EngineSet
-    from dash_export.backends.host.encode import EncoderEngines
+    from dash_export.backends.host.encoder_pass import EncoderEngines
 
 
 logger = logging.getLogger(__name__)

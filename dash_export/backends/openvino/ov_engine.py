@@ -12,7 +12,7 @@ import numpy.typing as npt
 import openvino as ov
 
 from dash_export.backends.base import Launch
-from dash_export.backends.host.encode import EncoderEngines
+from dash_export.backends.host.encoder_pass import EncoderEngines
 from dash_export.backends.onnxruntime.cpus import allowed_processors, usable_cores
 from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory
 from dash_export.bundle.bundle import Bundle

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from dash_export.core.policy import SkipPolicy
-from dash_export.graphs.portable import encoder, portable
+from dash_export.graphs.portable import encoder_graphs, portable
 from dash_export.graphs.portable.stored import stored_tensors
 from dash_export.graphs.portable.writer import save_graph, save_placed
 from dash_export.models.spec import AnyCheckpoint, Checkpoint, EncoderCheckpoint
@@ -56,14 +56,14 @@ def _decoder(checkpoint: Checkpoint, policy: SkipPolicy) -> Iterator[Job]:
 
 def _encoder(checkpoint: EncoderCheckpoint, policy: SkipPolicy) -> Iterator[Job]:
     spec = checkpoint.spec
-    yield _graph("embed", partial(encoder.embed_graph, checkpoint))
+    yield _graph("embed", partial(encoder_graphs.embed_graph, checkpoint))
     for layer in range(spec.num_layers):
-        yield _graph(f"layer_{layer:02d}", partial(encoder.layer_graph, checkpoint, layer))
+        yield _graph(f"layer_{layer:02d}", partial(encoder_graphs.layer_graph, checkpoint, layer))
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        yield _graph(unit.bypass, partial(encoder.bypass_graph, spec, unit, bypass), True)
+        yield _graph(unit.bypass, partial(encoder_graphs.bypass_graph, spec, unit, bypass), True)
     if policy.network is not None:
-        yield _graph("policy", partial(encoder.policy_graph, spec, policy), True)
-    yield _graph("head", partial(encoder.head_graph, checkpoint))
+        yield _graph("policy", partial(encoder_graphs.policy_graph, spec, policy), True)
+    yield _graph("head", partial(encoder_graphs.head_graph, checkpoint))
 
 
 MAKERS: dict[type[AnyCheckpoint], Callable[[Any, SkipPolicy], Iterator[Job]]] = {

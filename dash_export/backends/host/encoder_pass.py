@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.host.decode import HostBackend, HostEngine, Timed, load_segments
+from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, load_segments
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, STATES
 from dash_export.bundle.records import POLICY, Build

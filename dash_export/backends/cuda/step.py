@@ -211,6 +211,9 @@ class DeviceStep(BoundEngines):
         elif place == len(self.parts) - 1:
             self.device.copy(stream, self._logits.host, self._logits.memory)
 
+    def _record_piece(self, place: int, bypass: bool, stream: str, _graph: CudaGraph) -> None:
+        self._enqueue_piece(place, bypass, stream)
+
     def _launch_piece(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
         self._pieces[place, bypass].launch(stream)
 
@@ -225,8 +228,8 @@ class DeviceStep(BoundEngines):
         wanted += [(POLICY, False, engines.policy_stream)] if self._policy is not None else []
         try:
             for place, bypass, stream in wanted:
-                enqueue = partial(self._enqueue_piece, place, bypass, stream)
-                self._pieces[place, bypass] = self.device.graph(stream, 0, lambda _, enqueue=enqueue: enqueue())
+                record = partial(self._record_piece, place, bypass, stream)
+                self._pieces[place, bypass] = self.device.graph(stream, 0, record)
         except BackendError as error:
             self._pieces.clear()
             self._record_nothing(error)

@@ -1,4 +1,4 @@
-// The kernels that no engine has. `python tools/kernels.py` compiles them to kernels.ptx, which the driver compiles for
+// The kernels that no engine has. `python tools/compile_kernels.py` compiles them to kernels.ptx, which the driver compiles for
 // its card: no device needs NVRTC. Not yet run on a GPU.
 
 // Bins of a distribution, by how likely a token is; tokens whose weights are added up first. kernels.py has both.

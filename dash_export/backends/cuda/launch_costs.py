@@ -42,17 +42,17 @@ def probe(device: Cuda) -> dict[str, Any]:
     def work(stream: str) -> None:
         launches(KERNELS, stream)
 
-    def recorded(stream: str, _graph: object) -> None:
+    def record_work(stream: str, _graph: Any) -> None:
         work(stream)
 
     found["launch_us"] = _timed(lambda: launches(100), lambda: device.synchronize(MAIN), ended=False) / 100
     found["wait_us"] = _timed(lambda: launches(1), lambda: device.synchronize(MAIN))
     found["bytes_per_second"] = _bandwidth(device)
     try:
-        pieces = {stream: device.graph(stream, 0, partial(recorded, stream)).launch for stream in (MAIN, BESIDE)}
+        pieces = {stream: device.graph(stream, 0, partial(record_work, stream)).launch for stream in (MAIN, BESIDE)}
     except BackendError as error:
         found["not_recorded"] = {"overlapped": str(error)}
-        pieces = dict.fromkeys((MAIN, BESIDE), work)
+        pieces = {MAIN: work, BESIDE: work}
 
     def fork(piece: Callable[[str], None]) -> None:
         """Enqueue the segments before the first unit, and the policy beside the last of them."""

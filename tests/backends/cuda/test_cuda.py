@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import kernels as tools
+import compile_kernels
 import pytest
 
 from dash_export.backends.base import BACKENDS, load_backend
@@ -105,12 +105,12 @@ def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: i
 
 def test_shipped_kernels_are_those_of_the_source() -> None:
     """For every driver of CUDA 12 or newer: PTX 8.0 is what the first of them takes, and every card from 7.5 on."""
-    shipped, source = PTX.read_text(), tools.SOURCE.read_text()
+    shipped, source = PTX.read_text(), compile_kernels.SOURCE.read_text()
     assert re.findall(r"\.(version|target) (\S+)", shipped) == [("version", "8.0"), ("target", "sm_75")]
     pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12==12.0.76")
-    assert tools.compiled(source) == shipped, "python tools/kernels.py"
+    assert compile_kernels.compiled(source) == shipped, "python tools/compile_kernels.py"
     with pytest.raises(ValueError, match='identifier "number" is undefined'):
-        tools.compiled(source.replace("bool skips", "number skips"))
+        compile_kernels.compiled(source.replace("bool skips", "number skips"))
 
 
 def test_a_driver_that_refuses_the_kernels(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,9 +214,6 @@ class DeviceStep(BoundEngines):
         elif place == len(self.parts) - 1:
             self.device.copy(stream, self._logits.host, self._logits.memory)
 
-    def _record_piece(self, place: int, bypass: bool, stream: str, _graph: CudaGraph) -> None:
-        self._enqueue_piece(place, bypass, stream)
-
     def _launch_piece(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
         self._pieces[place, bypass].launch(stream)
 

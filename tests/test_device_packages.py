@@ -46,7 +46,7 @@ def test_it_resolves_from_the_index(version: str, machine: str, tmp_path: Path) 
     """As wheels alone, with what benchmarks take beside it."""
     tags = ["manylinux2014", *(f"manylinux_2_{minor}" for minor in range(17, OLDEST + 1))]
     there = [option for tag in tags for option in ("--platform", f"{tag}_{machine}")]
-    asked = wanted(("device", "eval"), version, machine)
+    asked = wanted(("device", "profile"), version, machine)
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--retries=1"]
     pip += ["--disable-pip-version-check", "--only-binary=:all:", "--target", str(tmp_path / "lib")]
     pip += ["--implementation=cp", f"--python-version={version}", *there, "--report", str(tmp_path / "report.json")]

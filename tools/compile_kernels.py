@@ -7,6 +7,7 @@ every driver of CUDA 12 and 13. It needs no GPU.
 """
 
 import ctypes
+import locale
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,9 +31,11 @@ def compiled(source: str) -> str:
         getattr(nvrtc, f"nvrtcGet{of}")(program, found)
         return found.value.decode()
 
-    program = ctypes.c_void_p()
+    program, own = ctypes.c_void_p(), locale.setlocale(locale.LC_ALL)
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-    if nvrtc.nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(OLDEST)):
+    failed = nvrtc.nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(OLDEST))
+    locale.setlocale(locale.LC_ALL, own)  # NVRTC leaves the process with that of C, in which files are ASCII
+    if failed:
         raise ValueError(text("ProgramLog"))
     return re.sub(r"\.global .*_INTERNAL_.*\n", "", text("PTX"))  # of NVRTC's own, used by nothing
 

@@ -178,7 +178,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     if records > 3 * len(needed) + _MOST_OTHERS:
         yield f"it lists {records} files and tools."
     listed = {record.name for record in manifest.files if record.bytes > 0}
-    if unlisted := {*manifest.graphs.values()} - listed:
+    if unlisted := {*manifest.graphs.values(), *model.tables} - listed:
         yield f"{min(unlisted)} is not among the files."
 
 

@@ -81,6 +81,9 @@ class ModelFacts:
     decides: ClassVar[Literal["token", "input"]] = "token"
     """What a decision is about: each token, or a whole input (a picture), all of whose tokens skip the same units."""
 
+    tables: ClassVar[tuple[str, ...]] = ()
+    """Files of weights that several graphs read."""
+
     @property
     def shares_table(self) -> bool:
         """Whether the last graph reads a table of the first one: a head tied to the embedding."""
@@ -128,6 +131,8 @@ class DecoderFacts(ModelFacts):
     window_frequencies: tuple[float, ...] = ()
     tie_embeddings: bool = False
     traits: Traits = Traits()
+
+    tables: ClassVar[tuple[str, ...]] = ("onnx/embed.data",)
 
     @property
     def attention_scale(self) -> float:

@@ -21,6 +21,8 @@ from dash_export.core.units import Skips, units_of
 from dash_export.errors import PolicyError
 from dash_export.files.typed_json import check_fields
 
+SURE = 1e-6
+"""Least share of `at_most`, and least doubt of `confidence`: below that no calibration has enough to judge."""
 HOLD_GAIN = 0.5
 """Change of the trade-off's logarithm when a token takes one dense token time too much: a few per cent per token."""
 HOLD_RANGE = 16.0
@@ -220,8 +222,8 @@ class Setting:
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PolicyError(f"The budget is a decode time as a fraction of dense, in (0, 1], not {self.budget!r}.")
         for name in ("at_most", "confidence"):
-            if (value := getattr(self, name)) is not None and not 0 < value < 1:
-                raise PolicyError(f"{name} is a share between 0 and 1, not {value!r}.")
+            if (value := getattr(self, name)) is not None and not SURE <= value <= 1 - SURE:
+                raise PolicyError(f"{name} is a share from {SURE:g} to {1 - SURE:g}, not {value!r}.")
         for name in ("skipped", "max_kl"):
             if (getattr(self, name) or 0) < 0:
                 raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")

@@ -11,8 +11,8 @@ from tests.backends.cuda.conftest import RECIPE
 
 def write_recipe(path: Path, capacity: int = 96) -> str:
     """In 16 bits, as shipped ones are."""
-    text = RECIPE.format(backend="tensorrt", dialect="trt10", sequences=1, profiles=2)
-    path.write_text(text.replace('"fp32"', '"fp16"').replace("kv_capacity = 96", f"kv_capacity = {capacity}"))
+    text = RECIPE.format(backend="tensorrt", dialect="trt10", sequences=1, profiles=2, own="fp16", layers="fp16")
+    path.write_text(text.replace("kv_capacity = 96", f"kv_capacity = {capacity}"))
     return str(path)
 
 

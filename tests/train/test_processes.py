@@ -95,7 +95,7 @@ def test_a_share_teaches_by_its_weight(
     run, learnt, share = Run(model, corpus, SETTINGS, Work(tmp_path, "key")), torch.nn.Linear(2, 1), Run.share
     monkeypatch.setattr(Run, "share", lambda *given: (*share(*given)[:2], weight))
     before = learnt.weight.detach().clone()
-    _optimise(run, "tuning", learnt, 1, [(learnt, 1.0)], lambda *_: learnt.weight.sum())  # type: ignore[arg-type]
+    _optimise(run, "tuning", learnt, 1, [(learnt, 1.0)], lambda *_: learnt.weight.sum(), 1)  # type: ignore[arg-type]
     assert torch.equal(learnt.weight, before) == (weight == 0)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.errors import CheckpointError
-from dash_export.images.processor import ImageProcessor
 from dash_export.models.config import Config
 from dash_export.models.encoders import EncoderFamily
 from dash_export.models.readers.weights import checked_weights, fingerprint, open_weights, read_text
@@ -23,6 +22,8 @@ def open_encoder(
     folder: Path, source: str, config_text: str, config: Config, files: list[Path], seen: dict[Path, tuple[int, ...]]
 ) -> EncoderCheckpoint:
     """Return the checkpoint of an image encoder's folder. Raises CheckpointError."""
+    from dash_export.images.processor import ImageProcessor  # needs Pillow, which a decoder's export does not
+
     path = folder / PREPROCESSOR
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {PREPROCESSOR}: nothing says how its pictures are prepared")

@@ -7,8 +7,8 @@ every driver of CUDA 12 and 13. It needs no GPU.
 """
 
 import ctypes
-import locale
 import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,10 +31,10 @@ def compiled(source: str) -> str:
         getattr(nvrtc, f"nvrtcGet{of}")(program, found)
         return found.value.decode()
 
-    program, own = ctypes.c_void_p(), locale.setlocale(locale.LC_ALL)
+    program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-    failed = nvrtc.nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(OLDEST))
-    locale.setlocale(locale.LC_ALL, own)  # NVRTC leaves the process with that of C, in which files are ASCII
+    with ThreadPoolExecutor(1) as apart:  # NVRTC leaves its thread the locale of C, in which files are ASCII
+        failed = apart.submit(nvrtc.nvrtcCompileProgram, program, 1, (ctypes.c_char_p * 1)(OLDEST)).result()
     if failed:
         raise ValueError(text("ProgramLog"))
     return re.sub(r"\.global .*_INTERNAL_.*\n", "", text("PTX"))  # of NVRTC's own, used by nothing

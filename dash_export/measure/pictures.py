@@ -104,7 +104,8 @@ def image_figure(rows: Sequence[ImageQuality], title: str) -> Figure:
     names = list(dict.fromkeys(row.setting.kind for row in rows[1:]))
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2), ("cosine", "worst"), strict=True):
-        for name, (colour, mark) in _looks(names).items():
+        for name in names:
+            colour, mark = _looks(names)[name]
             curve = sorted((row for row in rows if row.setting.kind == name), key=lambda row: row.time)
             lost = [1 - getattr(row, measure) for row in curve]
             axes.plot([row.time for row in curve], lost, color=colour, marker=mark, markersize=5, label=name)

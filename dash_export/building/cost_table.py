@@ -102,7 +102,7 @@ class _Tokens(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Of a token that skips half of what may be skipped, by the policy."""
+        """Time of a token that skips half of what may be skipped, by the policy."""
         return self.dense + self.asks - sum(self.saved) / 2
 
 

@@ -46,7 +46,7 @@ class Manifest:
 
     @property
     def measure(self) -> Measure:
-        """What its decisions are about, and what divergence from dense means."""
+        """Subject of its decisions, and the meaning of divergence from dense."""
         return MEASURES[self.model.decides]
 
     @property

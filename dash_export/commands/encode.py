@@ -1,4 +1,4 @@
-"""What `dash-export run` does with pictures: their classes, the pictures of a gallery that are nearest, or a file of
+"""Pictures of `dash-export run`: their classes, the pictures of a gallery that are nearest, or a file of
 their vectors.
 """
 

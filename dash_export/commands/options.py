@@ -103,8 +103,8 @@ def setting_options(command: _Command) -> _Command:
         ),
         (
             "--confidence",
-            {"type": float, "default": 0.95},
-            "Probability with which --at-most holds on data like the calibration's; 0.95 by default.",
+            {"type": float, "default": Setting.confidence, "show_default": True},
+            "Probability with which --at-most holds on data like the calibration's.",
         ),
         ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
         ("--hold/--no-hold", {"default": True}, "token: hold the mean time at the --budget on any text, or not."),

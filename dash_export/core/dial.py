@@ -111,7 +111,7 @@ def in_mode(cost: CostTable, dial: tuple[DialPoint, ...], dispatch: str) -> tupl
 
 @dataclass(frozen=True)
 class Measure:
-    """What divergence from dense means where a decision is about one `item`. `lost` of a point of the dial is what a
+    """Meaning of divergence from dense where a decision is about one `item`. `lost` of a point of the dial is what a
     recommended setting may lose up to `allowed` of, `loss` in words. `example` of what a model takes, for a command;
     `pipeline`: the hub's name for such models.
     """
@@ -206,7 +206,8 @@ def trade_off_at_most(dial: Sequence[DialPoint], at_most: float, confidence: flo
     this confidence, for data like the calibration's. Raises PolicyError where the dial cannot promise that.
 
     Learn then Test (arXiv 2110.01052) by fixed sequence: trade-offs are tested from dense on, each by the exact
-    binomial test of "more than `at_most` differ", up to the first that the test does not reject.
+    binomial test of "more than `at_most` differ", up to the first that the test does not reject. Tokens of one answer
+    depend on each other: for text it is an estimate.
     """
     points = sorted(dial, key=lambda point: point.trade_off)[1:]
     judged = min((point.judged for point in points), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -65,7 +66,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(ABC):
     """Facts of any model that is a stack of layers: what units, policies, costs and builds are about. `hidden_size`:
     that of the state which all layers read and add to.
     """
@@ -79,7 +80,7 @@ class ModelFacts:
     parameters: Annotated[int, Within(1, LARGEST["parameters"])]
 
     decides: ClassVar[Literal["token", "input"]] = "token"
-    """What a decision is about: each token, or a whole input (a picture), all of whose tokens skip the same units."""
+    """Subject of a decision: each token, or a whole input (a picture), all of whose tokens skip the same units."""
 
     tables: ClassVar[tuple[str, ...]] = ()
     """Files of weights that several graphs read."""
@@ -93,23 +94,23 @@ class ModelFacts:
         """Yield what does not go together."""
         return iter(())
 
+    @abstractmethod
     def sizes(self) -> dict[str, str]:
         """Return what only this kind of model has, in words, for a table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:
         """Return the shapes of the weights that a policy holds for the bypass of a unit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return the shapes of a policy network's weights for so many units. `given`: the shapes that it has, from
         which a free dimension is taken.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
         """Return a policy network in these shapes that gives noise, to measure and test with."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

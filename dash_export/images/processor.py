@@ -33,7 +33,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": _SQUARE | _HALF | {"resample": 3, "default_to_square": False},
     _EXACT: _SQUARE | _IMAGENET | {"resample": 2, "default_to_square": True},
 }
-"""What transformers' classes do where the file is silent."""
+"""Defaults of transformers' classes, where the file is silent."""
 _IGNORED = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "_valid_processor_keys"),
     *("do_convert_rgb", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
@@ -66,7 +66,7 @@ class _Config:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What is done with a picture, in this order. `resize`: (height, width), (shorter edge,) or (); `crop`:
+    """Steps of preparing a picture, in this order. `resize`: (height, width), (shorter edge,) or (); `crop`:
     (height, width) of the middle, black where the picture is smaller, or (); then (pixel * scale - mean) / std.
     `exact`: resized in floating point.
     """

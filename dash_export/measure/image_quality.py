@@ -1,4 +1,4 @@
-"""What skipping costs an image encoder, and how much time it saves on the clock, on a folder of pictures.
+"""Cost of skipping for an image encoder, and the time it saves on the clock, on a folder of pictures.
 
 Settings run in turns on each picture, so that other load on the machine falls on all of them. Where the folder has a
 folder for each class, a linear classifier and the nearest neighbours are fitted on dense vectors of one half of the
@@ -23,7 +23,7 @@ from dash_export.runtime import DashRuntime
 Floats = npt.NDArray[np.float32]
 NEIGHBOURS = 5
 RIDGE = 1e-2
-"""Of the linear classifier, relative to the mean square of its inputs."""
+"""Ridge of the linear classifier, relative to the mean square of its inputs."""
 WARM_UP = 3
 
 

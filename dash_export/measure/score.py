@@ -17,7 +17,7 @@ from dash_export.text.chats import Continuation
 
 Figures = dict[str, Interval]
 _Dense = tuple[DenseRows, TokenIds]
-"""What the others are compared with: dense's logits, and the tokens that it finds likeliest."""
+"""Reference that the others are compared with: dense's logits, and the tokens that it finds likeliest."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ Size = tuple[int, int]
 
 
 class EncoderFamily(NamedTuple):
-    """What a family module's `encoder` returns: the spec, and the name in its files of each weight's name here. A name
+    """Result of a family module's `encoder`: the spec, and the name in its files of each weight's name here. A name
     may have the place of a part behind it: `name#1/3` is the second third of the rows. `prefixes`: what may stand
     before all names of a file.
     """

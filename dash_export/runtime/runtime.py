@@ -52,13 +52,13 @@ class DashRuntime:
     @property
     def engines(self) -> EngineSet | DeviceEngines:
         """Engines of a causal LM. Raises BundleError for an encoder."""
-        assert self.bundle.manifest.decoder
+        _ = self.bundle.manifest.decoder
         return cast("EngineSet | DeviceEngines", self._loaded)
 
     @cached_property
     def text(self) -> Text:
         """Tokenizer and chat template of a causal LM. Raises BundleError for an encoder."""
-        assert self.bundle.manifest.decoder
+        _ = self.bundle.manifest.decoder
         return Text(self.bundle.root)
 
     @classmethod
@@ -179,7 +179,7 @@ class DashRuntime:
 
     def encoder_with(self, setting: Setting) -> Encoder:
         """Return the encoder as `encoder` does, with the arguments in one object."""
-        assert self.bundle.manifest.encoder
+        _ = self.bundle.manifest.encoder
         return Encoder(cast("EncoderEngines", self._loaded), self.bundle.root, self.rules(setting).calibrated)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
 from dash_export.backends.host.cache import KVCache
-from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, load_segments, timed_token
+from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, in_a_row, load_segments, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import DAMAGED, MIXED, Build
@@ -273,14 +273,7 @@ class BoundStep:
             following = after if name == "policy" or (name, engine) == engines[-1] else np.zeros_like(before)
             launches.append(self._bind(engine, state, following))
             state = state if name == "policy" else following
-        if len(launches) == 1:
-            return launches[0]
-
-        def launch_all() -> None:
-            for launch in launches:
-                launch()
-
-        return launch_all
+        return in_a_row(launches)
 
     def _bind_bypass(self, engine: HostEngine, layers: range, before: Floats, after: Floats) -> Launch:
         """Bind a unit's bypass. Its launch also writes the unit's K and V where the engine leaves that to the host."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, load_segments
+from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, in_a_row, load_segments
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, STATES
 from dash_export.bundle.records import POLICY, Build
@@ -24,8 +24,8 @@ Arrays = dict[str, Floats]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass gave for n pictures: `pooled` [n, hidden], `states` [n, tokens, hidden], `logits` [n, labels] (None
-    without a classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody asked the policy.
+    """Results of n pictures: `pooled` [n, hidden], `states` [n, tokens, hidden], `logits` [n, labels] (None without a
+    classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody asked the policy.
     """
 
     pooled: Floats
@@ -127,18 +127,7 @@ class EncoderEngines:
                 launches.append(launch)
             if item.bypass is not None:
                 bypass, _ = self._bound(item.bypass, entering, batch)
-            found.append((item.segment.name, _in_a_row(launches), bypass))
+            found.append((item.segment.name, in_a_row(launches), bypass))
             if place == self._read and self.policy is not None:
                 found.append((POLICY, self._bound(self.policy, state, batch)[0], None))
         return 0, found, None
-
-
-def _in_a_row(launches: Sequence[Launch]) -> Launch:
-    if len(launches) == 1:
-        return launches[0]
-
-    def launch_all() -> None:
-        for launch in launches:
-            launch()
-
-    return launch_all

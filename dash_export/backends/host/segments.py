@@ -75,8 +75,20 @@ def load_segments(bundle: Bundle, build: Build, backend: HostBackend) -> list[Se
     return found
 
 
+def in_a_row(launches: Sequence[Launch]) -> Launch:
+    """Return one launch of several, one after the other."""
+    if len(launches) == 1:
+        return launches[0]
+
+    def launch_all() -> None:
+        for launch in launches:
+            launch()
+
+    return launch_all
+
+
 Timed = tuple[int, list[tuple[str, Launch, Launch | None]], Any]
-"""What is timed for costs: cached tokens, (name, run, bypass) of every segment, and a decoder's (step, cache)."""
+"""Launches to time: cached tokens, (name, run, bypass) of every segment, and a decoder's (step, cache)."""
 
 
 def timed_token(engines: Any, context: int) -> Timed:

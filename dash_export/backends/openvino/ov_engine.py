@@ -22,7 +22,7 @@ from dash_export.errors import BackendError, PolicyError
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _SINK = "/sink_port_0"
-"""What OpenVINO appends to the name of an output. Its tensor may have further names, of inner values."""
+"""Suffix that OpenVINO appends to the name of an output. Its tensor may have further names, of inner values."""
 
 
 @cache

@@ -115,12 +115,12 @@ def head_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
     return g.model()
 
 
-def bypass_graph(spec: EncoderSpec, unit: Unit, bypass: Weights) -> ir.Model:
+def bypass_graph(checkpoint: EncoderCheckpoint, unit: Unit, bypass: Weights) -> ir.Model:
     """Return the graph of a skipped unit, hidden -> hidden_out: hidden + x @ weight + bias, x = hidden normed with unit
     gain; patches and special tokens have a product each. Without weights the state passes unchanged.
     """
     name = unit.bypass
-    g = EncoderWriter(name, f"Layers {unit}, skipped: {'linear' if bypass else 'none'} bypass.", spec)
+    g = EncoderWriter(name, f"Layers {unit}, skipped: {'linear' if bypass else 'none'} bypass.", checkpoint.spec)
     hidden = g.state_input()
     if not bypass:
         g.state_output(g.op("Identity", [hidden], f"{name}/passed"))

@@ -10,16 +10,18 @@ from PIL import Image
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.layout import ANSWERS
+from dash_export.bundle.layout import ANSWERS, PREPROCESSOR
 from dash_export.bundle.policy_file import load_policy
-from dash_export.core.input_table import held_out
+from dash_export.core.input_table import Picture, held_out, held_out_text, narrowed_table
 from dash_export.core.rule import ForcedRule
 from dash_export.core.units import Unit
 from dash_export.errors import PolicyError, RequestError
-from dash_export.models import open_model
+from dash_export.files.artifacts import no_progress
+from dash_export.images.processor import ImageProcessor
+from dash_export.models import EncoderCheckpoint, open_model
 from dash_export.train import image_policy
 from dash_export.train.image_network import fitted_network, predicted, unit_damages
-from dash_export.train.image_passes import Regression, divergence, unit_candidates
+from dash_export.train.image_passes import ImageModel, Regression, divergence, unit_candidates
 from dash_export.train.image_policy import ImageSettings, best_units, train_on_images
 from tests.commands.helpers import dash, done
 from tests.tiny import save_model
@@ -223,3 +225,41 @@ def test_the_best_units_are_those_of_all_choices(seed: int) -> None:
     expected = min(choices, key=lambda units: sum(lost[candidates.index(unit)] for unit in units))
     assert best_units(candidates, lost, 4, 3) == tuple(sorted(expected))
     assert len(best_units(candidates, lost, 4, 1)) == 1  # of three layers: four would take two units
+
+
+def test_a_bypass_mends_what_the_units_before_it_did(tmp_path: Path) -> None:
+    """Where they are skipped it comes nearer to the dense state than one that was fitted to dense states."""
+    save_encoder(tmp_path / "model")
+    files, units = save_pictures(tmp_path / "pictures", 60), [Unit(1, 1), Unit(2, 3)]
+    checkpoint = open_model(tmp_path / "model")
+    assert isinstance(checkpoint, EncoderCheckpoint)
+    model, processor = ImageModel(checkpoint, tmp_path), ImageProcessor.parse(checkpoint.assets[PREPROCESSOR])
+    work = image_policy._Work(tmp_path, "key")
+    run = image_policy._Run(model, processor, (files[:48], files[48:]), SETTINGS, work, no_progress)
+    sums = run._sums(units)
+    first, alone = (run._bypass(sums, unit) for unit in units)
+    chained = run._fitted(units[1], [(units[0], first)])
+    states = [*model.states(processor.batch(files[:48]))]
+    state = model.skip(states[1], first)
+    errors = [float(((model.skip(state, bypass) - states[4]) ** 2).mean()) for bypass in (chained, alone)]
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_a_table_of_some_of_the_units() -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture(
+            tuple(rng.random(3).tolist()), tuple(rng.random(8).tolist()), changed=tuple((rng.random(8) < 0.5).tolist())
+        )
+        for _ in range(5)
+    ]
+    whole = held_out(held_out_text(pictures), 3)
+    some = held_out(narrowed_table(held_out_text(pictures), (0, 2)), 2)
+    np.testing.assert_array_equal(some.damage, whole.damage[[0, 2]])
+    for skips in product([False, True], repeat=2):
+        own = int(some.of(np.array(skips)[:, None])[0])
+        there = int(whole.of(np.array([skips[0], False, skips[1]])[:, None])[0])
+        np.testing.assert_array_equal(some.divergence[:, own], whole.divergence[:, there])
+        assert some.changed is not None
+        assert whole.changed is not None
+        np.testing.assert_array_equal(some.changed[:, own], whole.changed[:, there])

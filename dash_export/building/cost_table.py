@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dash_export.backends.cuda.step import DeviceStep
 
 WARM_UP = 10
+MOST = 0.99
+"""Share of a token that all units together save at most: more is noise, in differences on a busy machine."""
 NOT_MEASURED = "not measured"
 """The device in a stand-in cost table: the build has not been measured yet where it runs."""
 
@@ -71,24 +73,26 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     medians = {name: round(median(found), 2) for name, found in times.items()}
     asks = medians.pop(POLICY, 0.0)
     runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
-    dense, device, dispatch, modes = sum(runs.values()), cpu_name(), "sync", {}
+    dense, device, dispatch = sum(runs.values()), cpu_name(), "sync"
     saved = [runs[name] - medians[unit.bypass] for name, unit in zip(gated, units, strict=True)]
+    times_of: dict[str, _Tokens] = {}
     if isinstance(engines, DeviceEngines):
         times_of = _in_modes(bundle, build, backend, bound_step[1])
         device, wanted = engines.device.name, build.recipe.runtime.dispatch
         fastest = min((mode for mode in times_of if mode != "sync"), key=lambda mode: times_of[mode].half)
         dispatch = wanted if wanted in times_of else fastest
         dense, asks, saved = times_of[dispatch]
-        modes = {
-            mode: Mode(round(max(own.asks, 0.0) / own.dense, 5), round(ratio, 5))
-            for mode, own in times_of.items()
-            if mode != dispatch and sum(saved) > 0 and 1e-3 <= (ratio := sum(own.saved) / sum(saved)) <= 1e3
-        }
     load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)
     for unit, each in zip(units, saved, strict=True):
         alike[len(unit.layers)].append(each)
-    cost = tuple(min(max(median(alike[len(unit.layers)]), 0.0) / dense, 1.0) for unit in units)
+    found = [max(median(alike[len(unit.layers)]), 0.0) / dense for unit in units]
+    cost = tuple(each / max(1.0, sum(found) / MOST) for each in found)
+    modes = {
+        mode: Mode(round(max(own.asks, 0.0) / own.dense, 5), round(min(ratio, MOST / (sum(cost) or MOST)), 5))
+        for mode, own in times_of.items()
+        if mode != dispatch and sum(saved) > 0 and 1e-3 <= (ratio := sum(own.saved) / sum(saved)) <= 1e3
+    }
     asks = round(max(asks, 0.0) / dense, 5)
     return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch, modes)
 

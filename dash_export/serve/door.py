@@ -208,6 +208,7 @@ class HttpServer(uvicorn.Server):
             http=partial(Door, heads=Heads(most)),  # type: ignore[arg-type]
             ws="none",
             loop=f"{__name__}:Loop",
+            log_config=None,  # its own would close the handlers of the program that embeds this
             log_level="error",
             timeout_graceful_shutdown=int(drain + 5),
             ssl_certfile=certificate,

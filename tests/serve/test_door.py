@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import socket
 import ssl
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -237,6 +239,16 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             with context.wrap_socket(connected(plain), server_hostname="localhost") as client:
                 client.sendall(sent)
                 assert said in answer(client)[1]
+
+
+def test_logging_of_the_program_around_it_is_left_alone() -> None:
+    """A handler that is closed may close the program's stderr, as absl's does."""
+    closed = Mock()
+    handler = logging.StreamHandler()
+    handler.close = closed  # type: ignore[method-assign]
+    with listening(PlainTextResponse("done")) as address:
+        assert httpx.get(address).text == "done"
+    closed.assert_not_called()
 
 
 def test_a_crowd_is_left_out_of_collections() -> None:

@@ -177,7 +177,9 @@ class Card(Memory):
         while not all(node.done for node in until):
             ready = [node for node in pending if all(before.done for before in node.before)]
             ahead = [node for node in ready if names.get(node.stream) == self.first]
-            node = ahead[0] if ahead else ready[int(self._rng.integers(len(ready)))]
+            node = ahead[0] if ahead else ready[int(self._rng.integers(len(ready)))] if ready else until[-1]
+            if node.done:  # Python freed something just now, and waited for all that was pending
+                continue
             pending.remove(node)
             node.done, acts, self._acts = True, self._acts, True
             try:

@@ -14,7 +14,7 @@ from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial_table import calibrate_dial
 from dash_export.building.pruning import check_prunable, prune
-from dash_export.building.references import REFERENCES, compare_engines
+from dash_export.building.references import compare_engines, find_references
 from dash_export.bundle.bundle import Bundle, Seal
 from dash_export.bundle.layout import BUILD, CALIBRATION, LOWERED, SIGNATURE
 from dash_export.bundle.recipe import Recipe
@@ -183,12 +183,10 @@ def _with_measurements(bundle: Bundle, draft: Build, recipe: Recipe, progress: P
     it was quiet are kept.
     """
     backend = load_backend(recipe.backend, recipe.runtime.threads)
-    for name in (draft.target, f"{draft.target}{LOWERED}") if recipe.on_device else ():
-        if (place := bundle.path(f"engines/{name}/{REFERENCES}")).is_file():
-            progress("comparing engines with the references", 0, 0)
-            found = compare_engines(DashRuntime(bundle, draft, backend), place, progress)
-            draft = replace(draft, verification=found)
-            break
+    if recipe.on_device and (place := find_references(bundle, draft.target)) is not None:
+        progress("comparing engines with the references", 0, 0)
+        found = compare_engines(DashRuntime(bundle, draft, backend), place, progress)
+        draft = replace(draft, verification=found)
     progress("measuring the cost of each layer", 0, 0)
     known, costs = draft.cost, [measure_cost(bundle, draft, backend)]
     while costs[-1].disturbed and len(costs) < TRIALS:

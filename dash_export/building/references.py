@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import LOWERED
 from dash_export.bundle.recipe import Precision, Recipe
 from dash_export.bundle.records import POLICY, Segment, Verification
 from dash_export.core.units import Unit, layer_actions
@@ -69,6 +70,12 @@ def relative(pairs: Sequence[tuple[npt.NDArray[np.floating], ...]]) -> float:
     scale = max(rms(expected), rms(bases) * SMALLEST_UPDATE, 1e-12)
     error = rms([other - one for one, other in zip(expected, found, strict=True)]) / scale
     return round(error, 6) if np.isfinite(error) else float("inf")
+
+
+def find_references(bundle: Bundle, target: str) -> Path | None:
+    """Return the file of references of a build, or of the lowered graphs that it was compiled from."""
+    places = (bundle.path(f"engines/{name}/{REFERENCES}") for name in (target, f"{target}{LOWERED}"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_references(path: Path) -> Arrays:

@@ -54,13 +54,23 @@ LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
     "--probe", "probed", is_flag=True,
     help="Try the first GPU, for seconds: launches, waits, copies, graphs with decisions. Send --json back with a bug.",
 )  # fmt: skip
+@click.option(
+    "--card", type=click.Path(path_type=Path), metavar="BUNDLE",
+    help="Check, step by step, that this bundle is right on this card, and how fast. Writes BUNDLE-TARGET-card.json and "
+    ".html here, to be sent.",
+)  # fmt: skip
+@click.option("--target", help="With --card: the GPU target; by default the only one of the bundle.")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
+def command(ctx: click.Context, as_json: bool, probed: bool, card: Path | None, target: str | None) -> None:
     """Show this machine's hardware, packages and backends, and which targets it can build and run.
 
     Exits with 1 when something is broken: two conflicting ONNX Runtime packages, half an install, a GPU that CUDA
-    cannot use.
+    cannot use, a step of --card.
     """
+    if card is not None:
+        from dash_export.commands.card_report import report_card
+
+        return report_card(ctx, card, target, examine(), as_json)
     report = examine()
     if probed:
         from dash_export.backends.cuda.cuda import Cuda

@@ -2,31 +2,23 @@
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 
-from dash_export.bundle.layout import REPORT
 from dash_export.measure.breakdown import PARTS, conditions, shares
+from dash_export.measure.html import render_page
 from dash_export.measure.pictures import breakdown_figure, render, skip_map_figure
 from dash_export.measure.probe import Lane
 
-TEMPLATE = "report.html.jinja"
 MAP_TOKENS = 64
 """Most rows (tokens) of a skip map: these fit a printed page."""
 
 
 def render_report(found: dict[str, Any], lanes: Sequence[Lane]) -> str:
     """Return the profile `found` as HTML. `lanes`: the lanes of this profile, in its order."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["mb"] = lambda count: f"{count / 1e6:.1f}"
-    return environment.get_template(TEMPLATE).render(
-        made_by=REPORT,
+    return render_page(
+        "report.html.jinja",
         found=found,
         conditions=conditions(found),
         shares=shares,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from threading import RLock
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Node:
     act: Callable[[], object]
     before: list[Node]
     done: bool = False
+    ended: float = 0.0
 
 
 @dataclass(eq=False)
@@ -52,10 +54,11 @@ class Graph:
 
 @dataclass
 class Event:
-    """The nodes it stands for, and what they belong to."""
+    """The nodes it stands for, and what they belong to. `recorded`: when, if it tells the time."""
 
     nodes: list[Node]
     graph: Graph
+    recorded: float | None = None
 
 
 class Card(Memory):
@@ -184,6 +187,7 @@ class Card(Memory):
             node.done, acts, self._acts = True, self._acts, True
             try:
                 node.act()
+                node.ended = perf_counter()
             except BaseException:  # as after an illegal access: the rest is lost
                 for lost in pending:
                     lost.done = True
@@ -203,16 +207,26 @@ class Card(Memory):
         return OK, rt.cudaStream_t(handle)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
-        assert flags == rt.cudaEventDisableTiming
+        assert flags in (rt.cudaEventDisableTiming, rt.cudaEventDefault)
         handle = next(self._handles)
-        self._events[handle] = Event([], self.live)
+        self._events[handle] = Event([], self.live, perf_counter() if flags == rt.cudaEventDefault else None)
         return OK, rt.cudaEvent_t(handle)
 
     def cudaEventRecord(self, event: Any, stream: int) -> tuple[Any]:  # noqa: N802
         at = self._at(stream)
         at.log.append((stream, "record", int(event)))
-        self._events[int(event)] = Event(list(at.ends[stream]), at)
+        recorded = None if self._events[int(event)].recorded is None else perf_counter()
+        self._events[int(event)] = Event(list(at.ends[stream]), at, recorded)
         return (OK,)
+
+    def cudaEventElapsedTime(self, *events: Any) -> tuple[Any, ...]:  # noqa: N802
+        times = []
+        for each in (self._events[int(event)] for event in events):
+            rule(each.recorded is not None, "cudaErrorInvalidResourceHandle: an event without timing")
+            rule(each.graph is self.live, "cudaErrorInvalidValue: the event is part of a recording")
+            rule(all(node.done for node in each.nodes), "cudaErrorNotReady: it has not happened yet")
+            times.append(max([each.recorded, *(node.ended for node in each.nodes)]))
+        return OK, 1e3 * (times[1] - times[0])
 
     def cudaStreamWaitEvent(self, stream: int, event: Any, flags: int) -> tuple[Any]:  # noqa: N802
         assert flags == 0

@@ -213,14 +213,24 @@ class Cuda:
             self._streams[name] = int(self(self.rt.cudaStreamCreateWithPriority(flags, priority)))
         return self._streams[name]
 
-    def _event(self, name: str) -> Any:
+    def _event(self, name: str, timed: bool = False) -> Any:
         if name not in self._events:
-            self._events[name] = self(self.rt.cudaEventCreateWithFlags(self.rt.cudaEventDisableTiming))
+            flags = self.rt.cudaEventDefault if timed else self.rt.cudaEventDisableTiming
+            self._events[name] = self(self.rt.cudaEventCreateWithFlags(flags))
         return self._events[name]
 
     def record(self, stream: str, event: str) -> None:
         """Enqueue the event: it happens when the stream has done its work so far."""
         self(self.rt.cudaEventRecord(self._event(event), self.stream(stream)))
+
+    def stamp(self, stream: str, event: str) -> None:
+        """Enqueue the event as `record` does, with the time: an event of that name is for `between` alone."""
+        self(self.rt.cudaEventRecord(self._event(event, timed=True), self.stream(stream)))
+
+    def between(self, first: str, second: str) -> float:
+        """Return the microseconds from one stamp to another, by the device's clock. Both must have happened."""
+        events = self._event(first, timed=True), self._event(second, timed=True)
+        return 1e3 * float(self(self.rt.cudaEventElapsedTime(*events), f" between {first} and {second}"))
 
     def wait(self, stream: str, event: str) -> None:
         """Make later work of this stream wait for the event; the host does not wait."""

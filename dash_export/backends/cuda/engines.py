@@ -67,6 +67,8 @@ class DeviceEngines:
         # All sessions share the streams and their scratch memory, and work that another thread enqueues while a step is
         # recorded would become part of the recording. So sessions take turns, a step at a time.
         self.turn = threading.RLock()
+        self.step_kind = DeviceStep
+        """Kind of the steps that are made: one that measures, perhaps (`timed_step`)."""
 
         shape = (2 * self.model.num_layers, model.num_kv_heads, recipe.engine.kv_capacity, model.head_dim)
         files = {bundle.path(engine.file): engine.bytes for engine in build.engines.values()}
@@ -104,7 +106,7 @@ class DeviceEngines:
         return timed_token(self, context)
 
     def step(self, cache: DeviceCache, sequence: int, _teacher_forced: bool = False, batch: int = 1) -> DeviceStep:
-        return DeviceStep(self, cache, sequence, batch)
+        return self.step_kind(self, cache, sequence, batch)
 
 
 class DeviceCache(Sequences):

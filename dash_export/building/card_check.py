@@ -10,6 +10,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -41,16 +42,22 @@ LOST = 16 << 20
 
 @dataclass
 class CardCheck:
-    """What the steps know. `machine`: what `doctor` says of it; `facts`: figures for the report, by their step."""
+    """What the steps know. `given`: the target, a name or a file; `machine`: what `doctor` says of it; `facts`:
+    figures for the report.
+    """
 
     bundle: Bundle
-    target: str
+    given: str
     machine: dict[str, Any]
     progress: Progress = no_progress
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     runtimes: dict[str, DashRuntime] = field(default_factory=dict)
     """By dispatch mode; all run the same engines."""
+
+    @property
+    def target(self) -> str:
+        return self.bundle.recipe(self.given).name
 
     @property
     def builds(self) -> dict[str, Build]:
@@ -72,12 +79,13 @@ class CardCheck:
         """Return how tokens are decoded: dense, half of the units skipped, and as the policy decides at limits by which
         it skips half of the references' tokens.
         """
-        policy, found = self.bundle.manifest.policy, {"dense": DENSE}
+        policy, found = self.bundle.manifest.policy, dict[str, Rule](dense=DENSE)
         if policy.units:
-            found["static"] = static_rule([*(policy.static_order or range(len(policy.units)))][: -(-len(policy.units) // 2)])
+            order = policy.static_order or range(len(policy.units))
+            found["static"] = static_rule(order[: -(-len(order) // 2)])
         if policy.has_network:
             found["token"] = DecisionRule(tuple(self.references["limits"].tolist()))
-        return found  # type: ignore[return-value]
+        return found
 
 
 class Step(NamedTuple):
@@ -100,8 +108,8 @@ class Outcome:
 
 
 def card_target(bundle: Bundle, target: str | None) -> str:
-    """Return the GPU target to check: `target`, or the only one of the bundle. Raises BundleError, and BackendError for
-    a target without a card.
+    """Return the GPU target to check: the given one, or the only one of the bundle. Raises BundleError, and
+    BackendError for a target without a card.
     """
     found = [target] if target else bundle.targets()
     names = {name.removesuffix(LOWERED) for name in found if target or bundle.load_build(name).recipe.on_device}
@@ -150,7 +158,7 @@ def _copy(check: CardCheck) -> str:
 def _driver(check: CardCheck) -> str:
     if problems := check.machine["problems"]:
         raise BackendError(" ".join(f"{each['problem']} Fix: {each['fix']}." for each in problems))
-    maker = backend_of(check.bundle.recipe(check.target))
+    maker = backend_of(check.bundle.recipe(check.given))
     maker.require_runtime()
     version = maker.version()
     if (reason := maker.refused_version(version)) is not None:
@@ -176,7 +184,7 @@ def _probe(check: CardCheck) -> str:
 def _build(check: CardCheck) -> str:
     known = check.builds.get(check.target)
     if known is None or known.cost.device == NOT_MEASURED:
-        known = build(check.bundle, check.target, measure=known is not None, progress=check.progress)
+        known = build(check.bundle, check.given, measure=known is not None, progress=check.progress)
     check.facts["build"] = {
         "version": known.backend_version, "device": known.device, "seconds": known.seconds, "cost": asdict(known.cost)
     }  # fmt: skip
@@ -260,13 +268,18 @@ def _time(check: CardCheck) -> str:
                         figures = step.device_us / 1e3, host, int((actions == 0).sum())
                         rows.setdefault((mode, name), []).append(figures)
         check.progress("timing tokens", number + 1, 1 + ROUNDS)
-    times = check.facts["times"] = [
-        {"mode": mode, "tokens": name, "device_ms": float(np.median(found[:, 0])), "device_ms_p90": float(np.quantile(found[:, 0], 0.9)),
-         "host_ms": float(np.median(found[:, 1])), "layers": float(found[:, 2].mean())}
-        for (mode, name), found in ((key, np.array(each)) for key, each in rows.items())
-    ]  # fmt: skip
-    fastest = {name: min((row for row in times if row["tokens"] == name), key=lambda row: row["host_ms"]) for name in rules}
-    read = sum(own.engines[segment.name].bytes for segment in own.segments) / own.recipe.engine.profiles  # type: ignore[union-attr]
+    times = check.facts["times"] = list[dict[str, Any]]()
+    for (mode, name), each in rows.items():
+        device, host, layers = np.array(each).T
+        times.append(
+            {
+                "mode": mode, "tokens": name, "layers": float(layers.mean()), "device_ms": float(np.median(device)),
+                "slow_ms": float(np.quantile(device, 0.9)), "host_ms": float(np.median(host)),
+            }
+        )  # fmt: skip
+    fastest = {name: min((row for row in times if row["tokens"] == name), key=itemgetter("host_ms")) for name in rules}
+    assert own.recipe.engine is not None
+    read = sum(own.engines[segment.name].bytes for segment in own.segments) / own.recipe.engine.profiles
     least = check.facts["least_ms"] = 1e3 * read / check.facts["probe"]["bytes_per_second"]
     shares = ", ".join(
         f"{name} {row['host_ms']:.3f} ms ({row['host_ms'] / fastest['dense']['host_ms']:.2f} of dense, {row['mode']}, "
@@ -307,7 +320,9 @@ def _free(device: Any) -> int:
 
 STEPS = (
     Step("copy", "every file is as it was written (SHA-256)", _copy),
-    Step("driver and packages", "a card of the target's compute capability, its driver, and what runs engines", _driver),
+    Step(
+        "driver and packages", "a card of the target's compute capability, its driver, and what runs engines", _driver
+    ),
     Step("probe", "launches take microseconds, and graphs decide rightly", _probe),
     Step("build", "every engine is compiled, and agrees with its references", _build),
     Step("engines", "each engine gives the references' states, keys, values, damages and logits", _engines),

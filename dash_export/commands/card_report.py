@@ -19,19 +19,18 @@ def report_card(ctx: click.Context, folder: Path, target: str | None, machine: d
     from dash_export.building.card_check import STEPS, CardCheck, card_target, check_card
 
     bundle = Bundle.open(folder)
-    name = card_target(bundle, target)
-    files = [Path(f"{bundle.root.resolve().stem}-{name}-card.{kind}") for kind in ("json", "html")]
+    check = CardCheck(bundle, card_target(bundle, target), machine)
+    files = [Path(f"{bundle.root.resolve().stem}-{check.target}-card.{kind}") for kind in ("json", "html")]
     steps: list[dict[str, Any]] = []
     with sole_writer(ctx, *files):
-        with progress_bar("card") as progress:
-            check = CardCheck(bundle, name, machine, progress)
+        with progress_bar("card") as check.progress:
             for number, outcome in enumerate(check_card(check), 1):
                 steps.append(asdict(outcome))
                 said = f"WRONG     {outcome.wrong}" if outcome.wrong else f"found     {outcome.found}"
                 told = f"{number}/{len(STEPS)} {outcome.name}\n    expected  {outcome.expected}\n    {said}"
                 click.echo(told, err=as_json)
         found = {
-            "made_by": REPORT, "model": bundle.manifest.model.name, "target": name, "steps": steps,
+            "made_by": REPORT, "model": bundle.manifest.model.name, "target": check.target, "steps": steps,
             "warnings": [*dict.fromkeys(check.warnings)], "facts": check.facts, "machine": machine,
         }  # fmt: skip
         content = json.dumps(found)

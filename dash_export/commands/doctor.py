@@ -56,8 +56,8 @@ LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
 )  # fmt: skip
 @click.option(
     "--card", type=click.Path(path_type=Path), metavar="BUNDLE",
-    help="Check, step by step, that this bundle is right on this card, and how fast. Writes BUNDLE-TARGET-card.json and "
-    ".html here, to be sent.",
+    help="Check, step by step, that this bundle is right on this card, and how fast. Writes BUNDLE-TARGET-card.json "
+    "and .html here, to be sent.",
 )  # fmt: skip
 @click.option("--target", help="With --card: the GPU target; by default the only one of the bundle.")
 @click.pass_context
@@ -70,7 +70,8 @@ def command(ctx: click.Context, as_json: bool, probed: bool, card: Path | None, 
     if card is not None:
         from dash_export.commands.card_report import report_card
 
-        return report_card(ctx, card, target, examine(), as_json)
+        report_card(ctx, card, target, examine(), as_json)
+        return
     report = examine()
     if probed:
         from dash_export.backends.cuda.cuda import Cuda

@@ -205,10 +205,10 @@ def _engines(check: CardCheck) -> str:
     own = check.builds[check.target]
     backend = load_backend(own.backend, own.recipe.runtime.threads)
     assert isinstance(backend, Cuda)
-    check.facts["free"] = [_free(backend)]
+    check.facts["free"] = [backend.room()[0]]
     for mode in DISPATCH_MODES:
         check.runtimes[mode] = DashRuntime(check.bundle, own, backend, mode)
-    check.facts["free"].append(_free(backend))
+    check.facts["free"].append(backend.room()[0])
     found = compare_engines(check.runtimes["sync"], place, check.progress)
     check.facts["errors"] = found.engines
     errors = {name: max(own.values()) for name, own in found.engines.items() if name != TOGETHER}
@@ -300,7 +300,7 @@ def _memory(check: CardCheck) -> str:
         cache = session.cache.nbytes
         del session
         gc.collect()
-        left.append(_free(device))
+        left.append(device.room()[0])
     before, loaded = check.facts["free"]
     files = sum(engine.bytes for engine in own.engines.values())
     check.facts["memory"] = {"engines": before - loaded, "files": files, "cache": cache, "free": left[-1]}
@@ -312,10 +312,6 @@ def _memory(check: CardCheck) -> str:
         f"engines {(before - loaded) / 1e6:.0f} MB (files {files / 1e6:.0f} MB), a conversation's cache "
         f"{cache / 1e6:.1f} MB; {left[-1] / 1e6:.0f} MB are free"
     )
-
-
-def _free(device: Any) -> int:
-    return int(device(device.rt.cudaMemGetInfo())[0])
 
 
 STEPS = (

@@ -38,7 +38,8 @@ def command(
 
     Time per token, per segment and bypass, and what a skip takes; decisions, sampling and the host apart; layers run;
     peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same
-    known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too.
+    known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too. On a GPU engines have the
+    device's own times, and every token is launched piece by piece, which takes longer than as one graph.
     """
     from dash_export.files.resources import resource_folder
     from dash_export.measure.breakdown import profile
@@ -111,6 +112,14 @@ def _print(found: dict[str, Any]) -> None:
                 for row in lane["segments"]
             ),
         )  # fmt: skip
+        if lane["device"]:
+            print_table(
+                f"{lane['label']}: microseconds per engine, by events of the device",
+                ("engine",),
+                ("device p50", "p90", "p99", "host p50", "p90", "p99", "gap p50", "p90", "p99"),
+                ((row["name"], *(text for kind in ("device", "host", "gap") for text in _percentiles(row[kind], 1)))
+                 for row in lane["device"]),
+            )  # fmt: skip
 
 
 def _percentiles(times: dict[str, Any] | None, digits: int = 0) -> tuple[str, ...]:

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export import __version__
+from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.backends.onnxruntime.cpus import cpu_name, physical_cores
+from dash_export.bundle.records import POLICY
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure.candidates import Candidate, setting_record
 from dash_export.measure.intervals import Interval, median_ratios
@@ -30,7 +32,8 @@ PARTS = {
     "sampling": "sampling and text",
     "host": "other host gaps",
 }
-"""Parts of a token's time. Damage is an output of the segment before the first unit: its time is part of that one's."""
+"""Parts of a token's time; of engines on a device by its clock. On a CPU damage is an output of the segment before the
+first unit: its time is part of that one's."""
 BUSY = 0.5
 """Load per core before the profile, above which other work disturbs the timings."""
 Spread = dict[str, float]
@@ -46,7 +49,7 @@ def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
 def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> dict[str, Any]:
     """Return the figures of one lane for JSON; `dense` is the lane that its bypasses are compared with. `ratio`: its
     time as a fraction of the first lane's, over rounds; `layers`: layers run per token; `parts`: microseconds per
-    token, whose means add up to the whole; `peak_memory`: bytes.
+    token, whose means add up to the whole; `peak_memory`: bytes, of a device what is in use after all lanes.
     """
     candidate = lane.candidate
     return {
@@ -59,6 +62,7 @@ def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> 
         "layers": spread((lane.actions == 0).sum(axis=1)),
         "parts": {name: spread(values, 1e-3) for name, values in token_parts(lane).items()},
         "segments": segment_times(lane, dense),
+        "device": device_times(lane),
         "peak_memory": peak_memory,
     }
 
@@ -106,6 +110,37 @@ def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
     return rows
 
 
+def device_times(lane: Lane) -> list[dict[str, Any]]:
+    """Return a row per segment, and one for the policy where it was asked; none for a CPU. In microseconds, `device`:
+    its own time; `host`: of the call that launched it; `gap`: from the end of what it waits for, the segment before.
+    """
+    if lane.launches is None or lane.policy is None:
+        return []
+    ends = np.hstack([lane.stamps[:, :1, 0], lane.stamps[:, : len(lane.segments) - 1, 1]])
+    gaps, launched = lane.stamps[:, : len(lane.segments), 0] - ends, lane.launches[..., 1] - lane.launches[..., 0]
+    rows = [
+        {
+            "name": segment.name,
+            "device": spread(lane.took[:, place], 1e-3),
+            "host": spread(launched[:, place], 1e-3),
+            "gap": spread(gaps[:, place], 1e-3),
+        }
+        for place, segment in enumerate(lane.segments)
+    ]
+    if (asked := lane.policy[:, 0] > 0).any():
+        took = (lane.policy[:, 1] - lane.policy[:, 0])[asked]
+        begun = (lane.policy[:, 0] - ends[:, np.argmax(lane.gated) - 1])[asked]
+        rows.append(
+            {
+                "name": POLICY,
+                "device": spread(took, 1e-3),
+                "host": spread(launched[asked, -1], 1e-3),
+                "gap": spread(begun, 1e-3),
+            }
+        )
+    return rows
+
+
 def conditions(found: dict[str, Any]) -> list[str]:
     """Return lines about a profile: its model, targets and machine; the load before it; what was decoded; and a warning
     if other work disturbed it.
@@ -143,8 +178,13 @@ def profile(
     machine, memory = this_machine(), []
     for number, candidate in enumerate(candidates):
         progress("peak memory", number, len(candidates))  # in a process that only decodes
-        memory.append(run_alone(candidate, parts[0].tolist(), context).peak_memory)
+        on_device = isinstance(candidate.runtime.engines, DeviceEngines)
+        memory.append(0 if on_device else run_alone(candidate, parts[0].tolist(), context).peak_memory)
     lanes = measure(candidates, parts, tokens, rounds, progress)
+    for number, candidate in enumerate(candidates):
+        if isinstance(engines := candidate.runtime.engines, DeviceEngines):
+            free, total = engines.device.room()
+            memory[number] = total - free
     ratios = median_ratios(np.array([lane.wall.mean(axis=1) for lane in lanes]))
     profiles = [
         lane_profile(lane, lanes[0], ratio, peak) for lane, ratio, peak in zip(lanes, ratios, memory, strict=True)

@@ -4,17 +4,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dash_export.bundle.layout import REPORT
+from dash_export.bundle.records import POLICY
 from dash_export.core.kinds import OWN
 from dash_export.core.units import units_text
 from dash_export.measure.probe import DECISION, SAMPLING, WHOLE, Lane
 
 TRACKS = {1: "tokens", 2: "host: decisions, sampling", 3: "engines (one after another)"}
-_TOKENS, _HOST, _ENGINES = TRACKS
+ON_DEVICE = {2: "host: launches, decisions, sampling", 3: "stream of the layers", 4: "stream of the policy"}
+_TOKENS, _HOST, _ENGINES, _POLICY = 1, 2, 3, 4
 
 
 def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
     """Return the JSON object format of the Trace Event Format: complete events of the first `tokens` tokens of each
-    lane's first round. Times are microseconds since the earliest of these tokens began.
+    lane's first round. Times are microseconds since the earliest of these tokens began. A device's streams are tracks.
     """
     start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
     events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]
@@ -22,9 +24,10 @@ def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, An
 
 
 def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[dict[str, Any]]:
+    tracks = TRACKS if lane.policy is None else TRACKS | ON_DEVICE
     names = [
         (0, "process_name", lane.candidate.label),
-        *((track, "thread_name", name) for track, name in TRACKS.items()),
+        *((track, "thread_name", name) for track, name in tracks.items()),
     ]
     for track, kind, name in names:
         yield {"ph": "M", "pid": process, "tid": track, "name": kind, "args": {"name": name}}
@@ -52,3 +55,8 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
             bypassed = lane.bypassed[at, index]
             name, kind = (next(bypasses).bypass, "bypass") if bypassed else (segment.name, "run")
             yield event(_ENGINES, name, kind, stamps[index])
+            if lane.launches is not None:
+                yield event(_HOST, f"launch {name}", "launch", lane.launches[at, index])
+        if lane.launches is not None and lane.policy is not None and lane.policy[at, 0]:
+            yield event(_HOST, f"launch {POLICY}", "launch", lane.launches[at, -1])
+            yield event(_POLICY, POLICY, "policy", lane.policy[at])

@@ -116,7 +116,7 @@ class Cuda:
         """
         loaded = {path for path, _ in self.engines}
         weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
-        free, total = self(self.rt.cudaMemGetInfo())
+        free, total = self.room()
         if weights + cache <= free:
             return
         said = (
@@ -147,13 +147,18 @@ class Cuda:
 
     # --- memory
 
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that are free on the device, and all."""
+        free, total = self(self.rt.cudaMemGetInfo())
+        return int(free), int(total)
+
     def memory(self, nbytes: int) -> CudaMemory:
         """Return new memory. Raises BackendError that says how much was asked for and how much is free."""
         rt, size = self.rt, max(nbytes, 1)
         code, address = rt.cudaMalloc(size)
         if code == rt.cudaError_t.cudaErrorMemoryAllocation:
             rt.cudaGetLastError()  # a failed allocation is not sticky
-            free, total = self(rt.cudaMemGetInfo())
+            free, total = self.room()
             raise BackendError(
                 f"{self.device.name} is out of memory: {size / 1e6:.1f} MB were asked for and {free / 1e6:.1f} of "
                 f"{total / 1e6:.0f} MB are free. {LESS_MEMORY}"
@@ -264,6 +269,11 @@ class PromptMemory:
         """Start again with the first buffer."""
         self._asked = 0
         return self
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that are free on the device, and all."""
+        free, total = self(self.rt.cudaMemGetInfo())
+        return int(free), int(total)
 
     def memory(self, nbytes: int) -> Any:
         return self._next(self._device.memory, nbytes).part(0, nbytes)

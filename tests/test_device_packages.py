@@ -68,6 +68,8 @@ def test_it_is_enough_to_import() -> None:
         "commands.build",
         "commands.run",
         "commands.doctor",
+        "commands.card_report",
+        "building.card_check",
         "commands.inspect",
         "backends.tensorrt.trt_maker",
     )

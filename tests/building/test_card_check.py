@@ -29,7 +29,15 @@ from tests.standin import installed
 from tests.standin.cuda import Card
 
 STEPS = [step.name for step in card_check.STEPS]
-RECIPES = [name for name in recipe_names() if load_recipe(name).backend.startswith("tensorrt")]
+QUICK = {"jetson-orin-nano", "rtx", "K and V swapped", "a bypass that swaps K and V", "another policy"}
+
+
+def param(name: str) -> Any:
+    """Each takes some seconds; `QUICK` are of all kinds."""
+    return pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+
+
+RECIPES = [param(name) for name in recipe_names() if load_recipe(name).backend.startswith("tensorrt")]
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +129,7 @@ def break_engine(what: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RtxBackend, "compile", compile)
 
 
-@pytest.mark.parametrize("what", BREAKS)
+@pytest.mark.parametrize("what", map(param, BREAKS))
 @pytest.mark.usefixtures("card")
 def test_a_broken_engine_is_named(what: str, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a build that is there; nothing after it is tried."""

@@ -270,11 +270,6 @@ class PromptMemory:
         self._asked = 0
         return self
 
-    def room(self) -> tuple[int, int]:
-        """Return the bytes that are free on the device, and all."""
-        free, total = self(self.rt.cudaMemGetInfo())
-        return int(free), int(total)
-
     def memory(self, nbytes: int) -> Any:
         return self._next(self._device.memory, nbytes).part(0, nbytes)
 

@@ -67,7 +67,7 @@ class DeviceEngines:
         # All sessions share the streams and their scratch memory, and work that another thread enqueues while a step is
         # recorded would become part of the recording. So sessions take turns, a step at a time.
         self.turn = threading.RLock()
-        self.step_kind = DeviceStep
+        self.step_kind: type[DeviceStep] = DeviceStep
         """Kind of the steps that are made: one that measures, perhaps (`timed_step`)."""
 
         shape = (2 * self.model.num_layers, model.num_kv_heads, recipe.engine.kv_capacity, model.head_dim)

@@ -27,6 +27,7 @@ from dash_export.building.references import TOGETHER, Arrays, compare_engines, f
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import LOWERED
 from dash_export.bundle.records import Build
+from dash_export.bundle.signing import check_trusted
 from dash_export.core.rule import DENSE, DecisionRule, Rule, static_rule
 from dash_export.core.sampling import Sampling
 from dash_export.errors import BackendError, BundleError, DashError
@@ -34,8 +35,9 @@ from dash_export.files.artifacts import Progress, no_progress
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.runtime import DISPATCH_MODES
 
-TOKENS, ROUNDS = 32, 10
-"""Tokens decoded at a time, and how often they are timed; one round more warms up."""
+PROMPT, TOKENS, ROUNDS = 8, 32, 10
+"""Tokens of the prompt of answers that are compared; tokens decoded at a time, and how often they are timed: one round
+more warms up."""
 LOST = 16 << 20
 """Bytes that a conversation may keep for good, at most: drivers allocate in blocks."""
 
@@ -150,6 +152,7 @@ class _Kept(logging.Handler):
 
 
 def _copy(check: CardCheck) -> str:
+    check_trusted(check.bundle)
     files = [*check.bundle.files, *(record for build in check.builds.values() for record in build.files)]
     check.bundle.verify(files)
     return f"{len(files)} files, {sum(record.bytes for record in files) / 1e6:.0f} MB; built: {', '.join(check.builds)}"
@@ -221,15 +224,19 @@ def _engines(check: CardCheck) -> str:
 
 
 def _modes(check: CardCheck) -> str:
-    """The tokens that the device draws ahead are those that the host draws, so answers may be compared."""
-    known = check.references
-    prompt = known["ids"][: int(known["prompt"])]
-    count = min(TOKENS, check.runtimes["sync"].engines.model.max_positions - len(prompt))
+    """The prompt goes in token by token: TensorRT-RTX may change kernels of other lengths at any time, and with them
+    the rounding. The tokens that the device draws ahead are those that the host draws, so answers may be compared.
+    """
+    *before, last = check.references["ids"][:PROMPT].tolist()
+    count = min(TOKENS, check.runtimes["sync"].engines.model.max_positions - PROMPT)
     expected: dict[str, Any] = {}
     for mode, runtime in check.runtimes.items():
         for name, rule in check.rules().items():
             for how in (Sampling(ignore_eos=True), Sampling(0.8, seed=1, ignore_eos=True)):
-                steps = [*runtime.session_under(rule).stream(prompt, count, how)]
+                session = runtime.session_under(rule)
+                for token in before:
+                    session.decode_one(token, DENSE)
+                steps = [*session.stream([last], count, how)]
                 told = [(step.token, tuple(step.actions.tolist())) for step in steps]
                 key = f"{name}, {'drawn' if how.temperature else 'likeliest'}"
                 first = expected.setdefault(key, told)

@@ -81,7 +81,7 @@ def test_the_wheel_holds_what_it_needs(wheel: Path) -> None:
         (entries,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/entry_points.txt"))
     assert "dash_export/_resources/engines/cpu.toml" in names
     assert "dash_export/_resources/calibration/prose.txt" in names
-    assert {"dash_export/measure/report.html.jinja", "dash_export/backends/cuda/kernels.ptx"} <= names
+    assert {"dash_export/measure/card.html.jinja", "dash_export/backends/cuda/kernels.ptx"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("dash_export/", "dash_export-")) for name in names)
     assert "[polygraphy.run.plugins]\ndash-export = dash_export.polygraphy.plugin:arg_groups" in entries

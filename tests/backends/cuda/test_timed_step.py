@@ -34,9 +34,11 @@ def test_when_pieces_ran(host: Host, on_card: MakeOnCard) -> None:
     engines.step_kind = PiecesStep  # type: ignore[union-attr]
     session = made.runtime.session_under(host.rule)
     session.prefill(IDS[:20])
-    session.decode_one(int(IDS[20]))
+    session.decode_one(int(IDS[20]), DENSE)
     step = session.bound(1)
     assert isinstance(step, PiecesStep)
+    assert POLICY not in step.launched, "nobody asked it, though it has been recorded"
+    session.decode_one(int(IDS[21]))
     assert step.launched.keys() == {POLICY, *range(len(step.parts))}
     ran = [step.ran(place) for place in range(len(step.parts))]
     assert all(begun < ended for begun, ended in ran)
@@ -46,8 +48,6 @@ def test_when_pieces_ran(host: Host, on_card: MakeOnCard) -> None:
     assert ran[first - 2][1] <= asked[0] + 1000
     assert asked[1] <= ran[first][0] + 1000
     assert 0 < (ran[-1][1] - step.began) / 1e3 <= step.device_us + 1
-    session.decode_one(int(IDS[21]), DENSE)
-    assert POLICY not in step.launched, "nobody asked it"
 
 
 def test_profile(on_card: MakeOnCard, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,8 +234,8 @@ class Cuda:
 
     def between(self, first: str, second: str) -> float:
         """Return the microseconds from one stamp to another, by the device's clock. Both must have happened."""
-        events = self._event(first, timed=True), self._event(second, timed=True)
-        return 1e3 * float(self(self.rt.cudaEventElapsedTime(*events), f" between {first} and {second}"))
+        begin, end = self._event(first, timed=True), self._event(second, timed=True)
+        return 1e3 * float(self(self.rt.cudaEventElapsedTime(begin, end), f" between {first} and {second}"))
 
     def wait(self, stream: str, event: str) -> None:
         """Make later work of this stream wait for the event; the host does not wait."""

@@ -47,8 +47,8 @@ def check_exits(units: Sequence[Unit], num_layers: int) -> None:
     ends = [*(unit.first for unit in units[1:]), num_layers]
     if any(unit.last + 1 != end for unit, end in zip(units, ends, strict=False)):
         raise PolicyError(
-            f"The units {units_text(units):.200} of an encoder must follow each other up to its last layer, "
-            f"{num_layers - 1}: who leaves skips all that comes behind. Train it again, or give such --units."
+            f"The units {units_text(units):.200} must follow each other up to layer {num_layers - 1}: a picture that "
+            "leaves an encoder skips all that comes behind. Train it again, or give such --units."
         )
 
 

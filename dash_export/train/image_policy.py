@@ -196,7 +196,7 @@ class _Run:
         distance = distances(guard, held["guard"])
         own = np.concatenate([distance, distances(guard, learnt["guard"])])
         guard["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
-        guarded = (distance > guard["limit"]).any(axis=1)
+        guarded = np.atleast_1d((distance > guard["limit"]).any(axis=1))
         reads = {unit.first: held[f"read-{unit.first}"] for unit in units}
         damage, found = answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
         lost = np.stack([divergence(held["ends"][:, :hidden], each[:, :hidden]) for each in found], axis=1)

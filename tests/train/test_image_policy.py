@@ -9,6 +9,7 @@ from PIL import Image
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
+from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.policy_file import load_policy
 from dash_export.core.exits import leaving_damage, moves
@@ -165,6 +166,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                            "--skipped", "0.2,1", "-o", tmp_path / "front").stdout  # fmt: skip
     assert (tmp_path / "front.png").is_file()
     done("inspect", tmp_path / "a.dash")
+    given = ("export", tmp_path / "model", "-o", tmp_path / "b.dash")
+    refused = dash(*given, "--policy", tmp_path / "line.safetensors", "--units", "3-4").output
+    assert "exits of an encoder's policy build on one another: train it again with these --units" in refused
+    done(*given, "--policy", "untrained")
+    assert Bundle.open(tmp_path / "b.dash").manifest.policy.units == ()
+    assert "lacks bypass.03-04" in dash(*given, "--policy", "untrained", "--units", "3-4").output
 
 
 def test_refusals(tmp_path: Path) -> None:

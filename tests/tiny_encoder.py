@@ -15,7 +15,7 @@ from dash_export.core.units import Unit
 from dash_export.models import EncoderCheckpoint, open_model
 
 SIDE, PATCH = 42, 14
-UNITS = (Unit(1, 1), Unit(2, 3))
+UNITS = (Unit(1, 1), Unit(2, 2), Unit(3, 4))
 """Of five layers."""
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dinov2": ("Dinov2", "Dinov2Model", {}),
@@ -61,7 +61,7 @@ def encoder_policy(checkpoint: EncoderCheckpoint, units: tuple[Unit, ...] = UNIT
         }
         for shapes in map(spec.bypass_shapes, units)
     )
-    return SkipPolicy(units, units[0].first - 1, policy.network, bypasses, "random", tuple(range(len(units))))
+    return SkipPolicy(units, units[0].first - 1, policy.network, bypasses, "random", tuple(range(len(units)))[::-1])
 
 
 def encoder_bundle(root: Path, name: str = "dinov2", target: str = "portable", **options: Any) -> Path:

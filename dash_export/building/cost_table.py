@@ -74,7 +74,10 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     asks = medians.pop(POLICY, 0.0)
     runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
     dense, device, dispatch = sum(runs.values()), cpu_name(), "sync"
-    saved = [runs[name] - medians[unit.bypass] for name, unit in zip(gated, units, strict=True)]
+    bypassed = [medians[unit.bypass] for unit in units]
+    if bundle.manifest.model.decides == "input":  # an exit is asked whether or not the picture leaves there
+        asks, bypassed = asks + sum(bypassed), [0.0] * len(units)
+    saved = [runs[name] - spent for name, spent in zip(gated, bypassed, strict=True)]
     times_of: dict[str, _Tokens] = {}
     if isinstance(engines, DeviceEngines):
         times_of = _in_modes(bundle, build, backend, bound_step[1])

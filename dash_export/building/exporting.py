@@ -31,7 +31,7 @@ from dash_export.graphs.portable.all_graphs import jobs
 from dash_export.models import AnyCheckpoint, open_model
 from dash_export.models.bypasses import check_model
 
-GRAPH_REVISION = 8
+GRAPH_REVISION = 9
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
 
 
@@ -51,7 +51,8 @@ def export(
     output = checked_output(output)
     checkpoint = model if isinstance(model, AnyCheckpoint) else open_model(model)
     check_inputs(checkpoint.seen, output)
-    policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
+    if policy is None:
+        policy = no_policy(checkpoint.spec.num_layers, () if checkpoint.spec.decides == "input" else None)
     check_model(policy, checkpoint)
     if policy.answers:
         checkpoint = replace(checkpoint, assets={**checkpoint.assets, ANSWERS: policy.answers})

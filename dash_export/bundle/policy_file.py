@@ -133,10 +133,9 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
             raise PolicyError(f"it is the policy of {known}; this model is {given}")
         norm, homes = tensors.pop(FINAL_NORM, None), defaultdict[str, dict[str, Float32Array]](dict)
         for name, array in tensors.items():
-            # "bypass.05-07.special.weight" is "special.weight" of that bypass.
-            parts = name.split(".", 2) if name.startswith("bypass.") else name.rsplit(".", 1)
-            home, own = ".".join(parts[:-1]), parts[-1]
-            homes[home][own] = array
+            # "network.early.weight" is "early.weight" of the network; a bypass has the name of its unit, too.
+            *home, own = name.split(".", 2 if name.startswith("bypass.") else 1)
+            homes[".".join(home)][own] = array
         network = homes.pop("network", None)
         bypasses = tuple(homes.pop(f"bypass.{unit.name}", {}) for unit in facts.units)
         if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dash_export.bundle.recipe import Recipe, recipe_faults
 from dash_export.core.dial import MEASURES, CostTable, DialPoint, Measure
+from dash_export.core.exits import check_exits
 from dash_export.core.facts import DecoderFacts, EncoderFacts
 from dash_export.core.policy import PolicyFacts
 from dash_export.core.units import Unit, check_static_order, check_units
@@ -165,6 +166,8 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     try:
         check_units(policy.units, policy.read, model.num_layers)
         check_static_order(policy.static_order, policy.units)
+        if model.decides == "input":
+            check_exits(policy.units, model.num_layers)
     except PolicyError as error:
         yield str(error)
     yield from model.faults()

@@ -96,6 +96,8 @@ def export_model(
             check_inputs([policy_path(policy)], output)
         progress(f"reading {source}", 0, 0)
         model = open_model(source)
+        if not trained and units is None and model.spec.decides == "input":
+            units = ()  # an exit has nothing to say that was not trained
         if policy == "none":
             chosen = no_policy(model.spec.num_layers, units)
         elif policy == "untrained":

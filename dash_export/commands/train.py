@@ -123,14 +123,11 @@ def _on_images(ctx: click.Context, model: str, output: Path, images: Path, units
         train_on_images(model, output, image_files(images), units=units, progress=progress)
     path = output_path(output)
     card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    held, names = card["held_out"], card["units"].split(",")
-    rows = (
-        (",".join(name for place, name in enumerate(names) if choice >> place & 1) or "none", f"{1 - lost:.4f}")
-        for choice, lost in enumerate(held["divergence_by_choice"])
-    )
     print_table(
-        f"Held out: {card['pictures']['held_out']} pictures", ("skipped for all",), ("cosine with dense",), rows
-    )
+        f"Held out: {card['pictures']['held_out']} pictures, {card['held_out']['guarded']:.1%} guarded",
+        ("all leave before layer",), ("cosine with dense", "worst"),
+        ((at["before"], f"{1 - at['divergence']:.4f}", f"{1 - at['worst']:.3f}") for at in card["held_out"]["exits"]),
+    )  # fmt: skip
     click.echo(f"{path} (card: {path.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
     click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(path))} --target portable")
 

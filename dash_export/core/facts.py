@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.exits import MOVES
 from dash_export.core.units import Unit
 from dash_export.files.typed_json import NotNegative, Within
 
@@ -219,10 +220,14 @@ class EncoderFacts(ModelFacts):
         }
 
     def bypass_shapes(self, unit: Unit) -> dict[str, Shape]:  # noqa: ARG002
-        """Return the shapes: one product for patches and one for the special tokens."""
-        hidden = self.hidden_size
-        square = {"weight": (hidden, hidden), "bias": (hidden,)}
-        return square | ({f"special.{name}": shape for name, shape in square.items()} if self.special else {})
+        """Return the shapes: the columns are the pooled vector's, then the classes'."""
+        columns = self.hidden_size + self.labels
+        return {"weight": (self.exit_features, columns), "bias": (columns,)}
+
+    @property
+    def exit_features(self) -> int:
+        """Numbers of a state that an exit reads."""
+        return (1 + bool(self.special)) * self.hidden_size
 
     def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:
         features = (2 + bool(self.special)) * self.hidden_size
@@ -231,9 +236,12 @@ class EncoderFacts(ModelFacts):
             "mean": (features,),
             "components": (features, kept),
             "spread": (kept,),
-            "weight": (kept, units),
-            "bias": (units,),
             "limit": (2,),
+            "early.weight": (self.exit_features, self.hidden_size),
+            "early.bias": (self.hidden_size,),
+            "centre": (self.hidden_size,),
+            "weight": (units, MOVES, units),
+            "bias": (units, units),
         }
 
     def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
@@ -242,7 +250,7 @@ class EncoderFacts(ModelFacts):
             name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
             for name, shape in self.network_shapes(units, {"components": (0, kept)}).items()
         }
-        return found | {"bias": np.full(units, -2.0, np.float32), "limit": np.full(2, 1e30, np.float32)}
+        return found | {"bias": found["bias"] - 2, "limit": np.full(2, 1e30, np.float32)}
 
 
 def rope_tables(model: DecoderFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:

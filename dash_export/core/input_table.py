@@ -1,4 +1,4 @@
-"""The dial of an encoder's policy, from held-out pictures that its training ran under every choice of units.
+"""The dial of an encoder's policy, from the answers that its exits gave to held-out pictures.
 
 The policy brings a table (`HeldOut`), so a build needs neither pictures nor engines for its dial: by its own costs it
 knows what each trade-off decides, and the table has what that does.
@@ -21,15 +21,13 @@ from dash_export.files.typed_json import WrongFieldError, typed
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Shares of (picture, unit) that the trade-offs skip. Two more skip nothing and everything."""
-MOST_UNITS = 8
-"""Every choice of units is run in training: 256 of 8."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A held-out picture. `damage` [units], as the policy predicts it, and whether it is `guarded`; by choice of units
-    [2 ** units], unit u counting 2 ** u: `divergence` from the dense pooled vector (1 - cosine) and, where the model
-    has a classifier, whether the likeliest class `changed`.
+    """A held-out picture. `damage` [units], as the policy predicts it, and whether it is `guarded`; by the unit where
+    it leaves: `divergence` from the dense pooled vector (1 - cosine) and, where the model has a classifier, whether the
+    likeliest class `changed`.
     """
 
     damage: tuple[float, ...]
@@ -40,8 +38,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The table: arrays over the pictures. `damage` [units, n], infinite where guarded; `divergence` [n, choices];
-    `changed` [n, choices] bool or None.
+    """The table: arrays over the pictures. `damage` [units, n], infinite where guarded; `divergence` [n, units + 1] and
+    `changed`, bool or None, by the unit at which a picture leaves: at the last one it runs all.
     """
 
     damage: npt.NDArray[np.float64]
@@ -54,8 +52,8 @@ class HeldOut:
         return self.divergence > 1 - COSINE if self.changed is None else self.changed
 
     def of(self, skipped: Skips) -> npt.NDArray[np.intp]:
-        """Return the index of each picture's choice [n] for skips [units, n]."""
-        found: npt.NDArray[np.intp] = (2 ** np.arange(len(skipped))) @ skipped.astype(np.intp)
+        """Return the unit at which each picture leaves [n] for skips [units, n]."""
+        found: npt.NDArray[np.intp] = len(skipped) - skipped.sum(axis=0)
         return found
 
 
@@ -76,23 +74,13 @@ def held_out(text: str, units: int) -> HeldOut:
     except (WrongFieldError, ValueError, RecursionError) as error:
         raise PolicyError(f"The policy's held-out pictures cannot be read: {error} Train it again.") from error
     sizes = {(len(one.damage), len(one.divergence), len(one.changed)) for one in pictures}
-    if units > MOST_UNITS or len(sizes) != 1 or not sizes <= {(units, 2**units, 0), (units, 2**units, 2**units)}:
+    if len(sizes) != 1 or not sizes <= {(units, units, 0), (units, units, units)}:
         raise PolicyError("The policy's held-out pictures are not of its units: train it again.")
     damage = np.array([one.damage for one in pictures], np.float64).T
     damage[:, [one.guarded for one in pictures]] = np.inf
-    changed = np.array([one.changed for one in pictures], np.bool_)
-    return HeldOut(damage, np.array([one.divergence for one in pictures]), changed if changed.size else None)
-
-
-def narrowed_table(text: str, kept: Sequence[int]) -> str:
-    """Return the table for the units at these places only: the others are never skipped."""
-    choices = [sum(1 << place for at, place in enumerate(kept) if choice >> at & 1) for choice in range(1 << len(kept))]
-    lines = [json.loads(line) for line in text.splitlines()]
-    for line in lines:
-        line["damage"] = [line["damage"][place] for place in kept]
-        for name in ("divergence", "changed"):
-            line[name] = [line[name][choice] for choice in choices] if line[name] else []
-    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    changed, end = np.array([one.changed for one in pictures], np.bool_), np.zeros((len(pictures), 1), np.bool_)
+    divergence = np.hstack([np.array([one.divergence for one in pictures]), end])
+    return HeldOut(damage, divergence, np.hstack([changed, end]) if changed.size else None)
 
 
 def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layers: int) -> tuple[DialPoint, ...]:
@@ -101,12 +89,13 @@ def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layer
     worth = np.flatnonzero(own > 0)
     points = [DialPoint(0.0, float(num_layers), round(1.0 + cost.asks, 5), 0.0)]
     ratios = (table.damage[worth] / own[worth, None])[:, np.isfinite(table.damage).all(axis=0)]
+    ratios = np.minimum.accumulate(ratios, axis=0)  # a unit is skipped where one before it is
     if not ratios.size:
         return tuple(points)
     sizes = np.array([len(unit.layers) for unit in units])
     found = {float(f"{trade_off:.6g}") for trade_off in (*np.quantile(ratios, SHARES), 1.01 * ratios.max() + 1e-9)}
     for trade_off in sorted(found - {0.0}):
-        skipped = decision_rule(units, cost.cost, trade_off).skips(table.damage)
+        skipped = np.logical_or.accumulate(decision_rule(units, cost.cost, trade_off).skips(table.damage))
         at = np.arange(skipped.shape[1]), table.of(skipped)
         lost = table.divergence[at].mean()
         differing = int((table.differs[at]).sum())

@@ -110,7 +110,12 @@ class Static:
     def _places(self, setting: Setting, served: Served) -> tuple[int, ...]:
         policy, layers = served.policy, served.model.num_layers
         if setting.skip is not None:
-            return units_of(setting.skip, policy.units)
+            found = units_of(setting.skip, policy.units)
+            if served.model.decides == "input" and found and found[0] != len(policy.units) - len(found):
+                raise PolicyError(
+                    f"A picture that leaves skips all layers behind: give {policy.units[found[0]].first}-{layers - 1}."
+                )
+            return found
         wanted = setting.skipped or 0.0
         if setting.max_layers is not None:
             check_max_layers(setting.max_layers, policy.units, layers)

@@ -12,13 +12,11 @@ read the state itself (`Traits.norms_after`):
 K is before its own norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
 columns only. A bypass without weights has no update, and K and V of each layer are that layer's projections of h[a].
 
-An encoder's policy decides once for a picture. x = [class token, mean of patches, spread of patches] of the state that
-enters layer `read`, normed without gain; z = (x - mean) @ components has unit variance on the pictures it learnt from;
-
-    damage[u] = softplus(z . weight[:, u] + bias[u]), or infinite where mean(z^2) > limit[0] (the Mahalanobis distance)
-    or |x - mean|^2 - |z * spread|^2 > limit[1] (what lies outside of the components)
-
-and its bypass is an update alone, for patches and for special tokens.
+An encoder's units are exits (`core/exits.py`): a bypass gives the answer. The state that enters layer `read` gives a
+first answer, with which that of the first exit is compared, and the guard. x = [class token, mean of patches, spread of
+patches], normed without gain; z = (x - mean) @ components has unit variance on the pictures it learnt from; damage is
+infinite where mean(z^2) > limit[0] (the Mahalanobis distance) or |x - mean|^2 - |z * spread|^2 > limit[1] (what lies
+outside of the components).
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.exits import check_exits
 from dash_export.core.facts import ModelFacts
-from dash_export.core.input_table import narrowed_table
 from dash_export.core.units import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 
@@ -123,6 +121,8 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     """Return the policy with the units of these layers only. Raises PolicyError where they are not whole units."""
     kept = units_of(layers, policy.units)
     network = policy.network
+    if "limit" in (network or {}):
+        raise PolicyError("The exits of an encoder's policy build on one another: train it again with these --units.")
     if network is not None:
         own = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
         network = {**network, **own}
@@ -132,7 +132,6 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
         network=network if kept else None,
         bypasses=tuple(policy.bypasses[place] for place in kept),
         static_order=tuple(kept.index(place) for place in policy.static_order if place in kept),
-        answers=narrowed_table(policy.answers, kept) if "limit" in (network or {}) else policy.answers,
     )
 
 
@@ -140,6 +139,8 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     """Raise PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
     check_static_order(policy.static_order, policy.units)
+    if spec.decides == "input":
+        check_exits(policy.units, spec.num_layers)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
     found, needed = policy.weights(), dict[str, tuple[int, ...]]()
@@ -148,7 +149,7 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
         shapes = spec.network_shapes(len(policy.units), given)
         needed |= {f"network.{name}": shape for name, shape in shapes.items()}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        if bypass:
+        if bypass or spec.decides == "input":
             needed |= {f"bypass.{unit.name}.{name}": shape for name, shape in spec.bypass_shapes(unit).items()}
     if policy.final_norm is not None:
         found[FINAL_NORM], needed[FINAL_NORM] = policy.final_norm, (spec.hidden_size,)

@@ -87,6 +87,13 @@ class DecisionRule:
         np.put_along_axis(forced, ranked, before < self.fewest, axis=0)
         return below | forced
 
+    def leaves(self, place: int, damage: Damages) -> npt.NDArray[np.bool_]:
+        """Return which pictures leave at unit `place` of an encoder, for its damage [n]. All do where leaving at the
+        next one would skip less than `fewest`.
+        """
+        found: npt.NDArray[np.bool_] = damage.astype(np.float64) < self.limits_of(place + 1)[place]
+        return found | (sum(self.sizes[place + 1 :]) < self.fewest)
+
 
 def decision_rule(
     units: Sequence[Unit], cost: Sequence[float], trade_off: float, max_layers: int | None = None, num_layers: int = 0
@@ -131,6 +138,10 @@ class ForcedRule:
 
     def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
         return self._skipped
+
+    def leaves(self, place: int, damage: Damages) -> npt.NDArray[np.bool_]:  # noqa: ARG002
+        found: npt.NDArray[np.bool_] = self._skipped[place]
+        return found
 
 
 def skips_for(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:

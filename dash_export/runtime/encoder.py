@@ -1,4 +1,4 @@
-"""Pictures in, vectors out: an encoder under a policy that decides once for each picture."""
+"""Pictures in, vectors out: an encoder under a policy by which each picture leaves at an exit, or at the end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.core.own_policy import OwnRule
-from dash_export.core.rule import Rule
-from dash_export.core.units import Damages, Skips, layer_actions
+from dash_export.core.rule import DENSE, DecisionRule, ForcedRule, Rule
+from dash_export.core.units import Damages, layer_actions
 from dash_export.errors import PolicyError, RequestError
 
 if TYPE_CHECKING:
@@ -32,14 +32,15 @@ MOST_LABEL = 200
 @dataclass(frozen=True)
 class Encoded:
     """Results of n pictures. `pooled` float32 [n, hidden]: a vector for each; `states` float32 [n, tokens, hidden]:
-    special tokens, then patches row by row; `actions` int8 [n, layers] (0 run, 1 skip); `guarded` bool [n]: foreign to
-    what the policy was trained on, so every layer ran; `probabilities` float32 [n, classes] and the `classes`' names,
-    where the model has a classifier; `damage` float32 [n, units], the policy's output, infinite where guarded;
-    `seconds` that they took, without reading the pictures.
+    special tokens, then patches row by row, by the policy `dense` only: an exit knows the pooled vector, not these;
+    `actions` int8 [n, layers] (0 run, 1 skip); `guarded` bool [n]: foreign to what the policy was trained on, so every
+    layer ran; `probabilities` float32 [n, classes] and the `classes`' names, where the model has a classifier; `damage`
+    float32 [n, units], the policy's output, infinite where guarded and 0 behind the exit that a picture took; `seconds`
+    that they took, without reading the pictures.
     """
 
     pooled: Floats
-    states: Floats
+    states: Floats | None
     actions: npt.NDArray[np.int8]
     guarded: npt.NDArray[np.bool_]
     damage: Floats
@@ -97,7 +98,7 @@ class Encoder:
         if pixels.ndim != 4 or not len(pixels) or pixels.shape[1:] != shape or not np.isfinite(pixels).all():
             raise RequestError(f"Pictures must be finite numbers [n, {', '.join(map(str, shape))}], n at least 1.")
         began = time.perf_counter()
-        found = self.engines.encode(np.ascontiguousarray(pixels, np.float32), self._decide, self.rule.asks)
+        found = self.engines.encode(np.ascontiguousarray(pixels, np.float32), self._leaves, self.rule.asks)
         seconds = time.perf_counter() - began
         probabilities = None
         if found.logits is not None:
@@ -105,7 +106,7 @@ class Encoder:
             probabilities = raised / raised.sum(axis=1, keepdims=True)
         return Encoded(
             found.pooled,
-            found.states,
+            found.states if self.rule is DENSE else None,
             layer_actions(found.skipped, self.engines.units, self.engines.model.num_layers),
             np.asarray(np.isinf(found.damage).any(axis=0)),
             np.ascontiguousarray(found.damage.T, np.float32),
@@ -132,6 +133,6 @@ class Encoder:
                 following = beside.submit(prepared)
                 yield self.encode(pixels)
 
-    def _decide(self, damage: Damages) -> Skips:
-        """Return the skips [units, n]. A guarded picture runs every unit, whatever the rule says."""
-        return self.rule.skips(damage) & ~np.isinf(damage).any(axis=0)
+    def _leaves(self, unit: int, damage: Damages) -> npt.NDArray[np.bool_]:
+        assert isinstance(self.rule, (DecisionRule, ForcedRule))
+        return self.rule.leaves(unit, damage)

@@ -1,14 +1,8 @@
-"""A policy for an image encoder from unlabelled pictures, in minutes: bypasses by ridge regression, units by
-dynamic programming, damage by regression on the pooled state that enters an early layer, and a guard against foreign
-pictures.
+"""A policy for an image encoder from unlabelled pictures, in minutes: exits, what predicts the damage of leaving at
+one, and a guard against foreign pictures (`core/exits.py` has the formulas).
 
-No gradient is taken and no torch is needed. The course, over the pictures that are not held out:
-
-1. one dense pass gives the sums of which every candidate's bypass is solved;
-2. the units are those separate ones, of a wanted number of layers, that cost least divergence, each skipped alone;
-3. the bypass of each unit is fitted again on states that the units before it, skipped at random, have changed;
-4. every choice of units is run, for every picture: what skipping a unit adds, on average, is its damage;
-5. the network predicts the logarithm of damage from the principal components of the pooled state.
+One dense pass over the pictures keeps a few pooled vectors of each layer. All else is ridge regression on these: no
+gradient is taken and no torch is needed. A share of the pictures is only judged on; the dial is made of these.
 """
 
 from __future__ import annotations
@@ -16,19 +10,22 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_export import __version__
 from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.bundle.policy_file import check_replaceable, save_policy
-from dash_export.core.input_table import MOST_UNITS, Picture, held_out_text
-from dash_export.core.policy import SkipPolicy, Weights
+from dash_export.core.exits import check_exits
+from dash_export.core.input_table import Picture, held_out_text
+from dash_export.core.policy import SkipPolicy, Weights, half
 from dash_export.core.units import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.files.artifacts import Progress, content_key, identity, no_progress, write_atomic
@@ -36,35 +33,38 @@ from dash_export.files.outputs import locked, output_path, remove_own, work_fold
 from dash_export.images.processor import ImageProcessor
 from dash_export.models import EncoderCheckpoint, open_model
 from dash_export.models.spec import FINAL_NORM
-from dash_export.train.image_network import Doubles, fitted_network, pooled_features, predicted, unit_damages
-from dash_export.train.image_passes import Floats, ImageModel, Regression, divergence, unit_candidates, unit_normed
+from dash_export.train.image_exits import (
+    answered,
+    distances,
+    exit_read,
+    fitted_exit,
+    fitted_guard,
+    fitted_scores,
+    guard_read,
+)
+from dash_export.train.image_passes import Floats, ImageModel, divergence
 
-SKIPPED = 0.7
-"""Share of the batches in which a unit is skipped while the bypasses behind it are fitted."""
 SLACK = 1.1
 """Factor of the guard's limits over what the share `own` of the pictures stays below."""
 FEWEST = 60
 """Pictures that a training takes at least: a quarter is held out."""
+CHUNK = 50
+"""Pictures after which a killed training goes on."""
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Course of a training. `held_out`: share of the pictures that are only judged on. `searched`: pictures that
-    candidates are tried on; `longest`: layers of a candidate; `first`: the first layer that may be skipped; `most`:
-    units; `share` of the layers that are in units. `components` of the pooled state that the network reads;
-    `own`: share of the model's own pictures that the guard lets through.
+    """Course of a training. `held_out`: share of the pictures that are only judged on. `before`: share of the layers
+    before the first exit; `most`: exits. `components` of the pooled state that the guard reads; `own`: share of the
+    model's own pictures that it lets through.
     """
 
     seed: int = 0
     batch: int = 4
     held_out: float = 0.25
-    searched: int = 48
-    longest: int = 3
-    first: int = 3
-    most: int = 4
-    share: float = 0.67
+    before: float = 0.25
+    most: int = 8
     components: int = 16
-    ridge: float = 0.05
     own: float = 0.99
 
 
@@ -78,8 +78,8 @@ def train_on_images(
     progress: Progress = no_progress,
 ) -> SkipPolicy:
     """Train a policy for an image encoder on pictures and write it to `output` (`.safetensors`, and a JSON card beside
-    it). Without `units` a search finds them. A training that was killed goes on where it was. Raises CheckpointError,
-    PolicyError and RequestError.
+    it). `units` follow each other up to the last layer: there is an exit before each. A training that was killed goes
+    on where it was. Raises CheckpointError, PolicyError and RequestError.
     """
     output, settings = output_path(output), settings or ImageSettings()
     check_replaceable(output)
@@ -89,17 +89,16 @@ def train_on_images(
     if len(files) < FEWEST:
         raise RequestError(f"These are {len(files)} pictures; a policy needs at least {FEWEST}, better 500.")
     spec = opened.spec
-    if units is not None:
-        if not 0 < len(units) <= MOST_UNITS:
-            raise PolicyError(f"These are {len(units)} units; from 1 to {MOST_UNITS} are learnt about together.")
-        check_units(tuple(units), units[0].first - 1, spec.num_layers)
+    chosen = tuple(units or exit_units(spec.num_layers, settings.before, settings.most))
+    check_units(chosen, chosen[0].first - 1, spec.num_layers)
+    check_exits(chosen, spec.num_layers)
     began, seen = time.perf_counter(), [(path.name, *identity(path)) for path in files]
-    key = content_key(asdict(settings), opened.fingerprint, units and units_text(units), seen, __version__)
+    key = content_key(asdict(settings), opened.fingerprint, units_text(chosen), seen, __version__)
     with locked(output, "train"), tempfile.TemporaryDirectory() as graphs:
         work = _Work(work_folder(output, "train"), key)
         processor = ImageProcessor.parse(opened.assets[PREPROCESSOR], PREPROCESSOR)
         run = _Run(ImageModel(opened, Path(graphs)), processor, _split(files, settings), settings, work, progress)
-        policy, figures = run.policy(None if units is None else tuple(units))
+        policy, figures = run.policy(chosen)
         opened.check_same()
         made = f"trained by dash-export (seed {settings.seed}, key {key[:8]})"
         policy = replace(
@@ -130,23 +129,11 @@ def _split(files: Sequence[Path], settings: ImageSettings) -> tuple[list[Path], 
     return [files[place] for place in order[held:]], [files[place] for place in order[:held]]
 
 
-def best_units(candidates: Sequence[Unit], lost: Doubles, layers: int, most: int) -> tuple[Unit, ...]:
-    """Return at most `most` separate units, of `layers` layers in all or as many as there can be, whose divergences
-    when each is skipped alone have the least sum.
-    """
-    ends = {unit.last for unit in candidates}
-    # (units, layers skipped) -> (sum, units), of the units up to a layer.
-    known: dict[int, dict[tuple[int, int], tuple[float, tuple[Unit, ...]]]] = {-1: {(0, 0): (0.0, ())}}
-    for layer in range(max(ends) + 1):
-        here = dict(known[layer - 1])
-        for unit, own in zip(candidates, lost.tolist(), strict=True):
-            for (count, skipped), (total, units) in known[unit.first - 1].items() if unit.last == layer else ():
-                at = (count + 1, skipped + len(unit.layers))
-                if count < most and at[1] <= layers and total + own < here.get(at, (np.inf, ()))[0]:
-                    here[at] = (total + own, (*units, unit))
-        known[layer] = here
-    reached = max(skipped for _, skipped in known[max(ends)])
-    return min(own for (_, skipped), own in known[max(ends)].items() if skipped == reached)[1]
+def exit_units(num_layers: int, before: float, most: int) -> tuple[Unit, ...]:
+    """Return units, at most `most`, that follow each other up to the last layer; the last has two layers or more."""
+    first = max(1, round(before * num_layers))
+    firsts = range(first, max(first + 1, num_layers - 1), max(1, -(-(num_layers - 1 - first) // most)))
+    return tuple(Unit(a, b - 1) for a, b in pairwise([*firsts, num_layers]))
 
 
 class _Work:
@@ -186,151 +173,78 @@ class _Run:
         self.learnt, self.held = split
         self.settings, self.work, self._progress = settings, work, progress
 
-    def policy(self, units: tuple[Unit, ...] | None) -> tuple[SkipPolicy, dict[str, Any]]:
+    def policy(self, units: tuple[Unit, ...]) -> tuple[SkipPolicy, dict[str, Any]]:
         """Run all stages. Return the policy and figures of the held-out pictures."""
-        settings = self.settings
-        first = min(self.settings.first, self.spec.num_layers - 2)
-        candidates = list(units or unit_candidates(self.spec.num_layers, first, self.settings.longest))
-        sums = self.work.once("sums", lambda: self._sums(candidates))
-        if units is None:
-            found = self.work.once("units", lambda: {"units": self._searched(candidates, sums)})["units"]
-            units = tuple(Unit(int(a), int(b)) for a, b in found)
-        bypasses: list[Weights] = [self._bypass(sums, units[0])]  # nothing lies before it: solved already
-        for unit in units[1:]:
-            bypasses.append(self._fitted(unit, list(zip(units, bypasses, strict=False))))
-        read = units[0].first - 1
-        learnt = self.work.once("learnt", lambda: self._table(self.learnt, units, bypasses, read))
-        held = self.work.once("held", lambda: self._table(self.held, units, bypasses, read))
-        network = fitted_network(
-            learnt["features"], unit_damages(learnt["divergence"]), settings.components, settings.ridge
+        read, hidden, layers = units[0].first - 1, self.spec.hidden_size, self.spec.num_layers
+        learnt, held = (
+            self._pooled(files, name, units) for name, files in (("learnt", self.learnt), ("held", self.held))
         )
-        damage, distance = predicted(network, held["features"])
-        own = np.concatenate([distance, predicted(network, learnt["features"])[1]])
-        network["limit"] = (SLACK * np.quantile(own, settings.own, axis=0)).astype(np.float32)
-        guarded = np.atleast_1d((distance > network["limit"]).any(axis=1))
-        order = np.argsort(unit_damages(held["divergence"]).mean(axis=0) / [len(unit.layers) for unit in units])
+        dense = learnt["ends"][:, :hidden]
+        self._progress("fitting exits", 0, 1 + len(units))
+        early, unseen = fitted_exit(learnt[f"read-{read}"], dense, hidden)
+        bypasses, answers = list[Weights](), [unseen]
+        for place, unit in enumerate(units, 1):
+            self._progress("fitting exits", place, 1 + len(units))
+            bypass, unseen = fitted_exit(learnt[f"read-{unit.first}"], learnt["ends"], hidden)
+            bypasses.append(bypass)
+            answers.append(unseen)
+        centre = dense.mean(axis=0)
+        weight, bias = fitted_scores(answers, dense, centre)
+        network = {f"early.{name}": half(array) for name, array in early.items()}
+        network |= {"centre": centre, "weight": weight, "bias": bias}
+        guard = fitted_guard(learnt["guard"], self.settings.components)
+        distance = distances(guard, held["guard"])
+        own = np.concatenate([distance, distances(guard, learnt["guard"])])
+        guard["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
+        guarded = np.atleast_1d((distance > guard["limit"]).any(axis=1))
+        reads = {unit.first: held[f"read-{unit.first}"] for unit in units}
+        damage, found = answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
+        lost = np.stack([divergence(held["ends"][:, :hidden], each[:, :hidden]) for each in found], axis=1)
+        classes = [each[:, hidden:].argmax(axis=1) for each in (held["ends"], *found)] if self.spec.labels else []
         pictures = [
             Picture(
-                tuple(float(f"{one:.5g}") for one in damage[place]),
-                tuple(float(f"{one:.5g}") for one in held["divergence"][place]),
+                tuple(float(f"{one:.5g}") for one in damage[:, place]),
+                tuple(float(f"{max(one, 0):.5g}") for one in lost[place]),
                 bool(guarded[place]),
-                tuple(map(bool, held["changed"][place])) if held["changed"].size else (),
+                tuple(bool(each[place] != classes[0][place]) for each in classes[1:]),
             )
-            for place in range(len(damage))
+            for place in range(len(lost))
         ]
-        policy = SkipPolicy(
-            units, read, network, tuple(bypasses), static_order=tuple(map(int, order)), answers=held_out_text(pictures)
-        )
+        order = tuple(range(len(units)))[::-1]
+        policy = SkipPolicy(units, read, network | guard, tuple(bypasses), static_order=order,
+                            answers=held_out_text(pictures))  # fmt: skip
         return policy, {
             "guarded": float(guarded.mean()),
-            "divergence_by_choice": held["divergence"].mean(axis=0).round(5).tolist(),
-            "correlation": [
-                round(float(np.corrcoef(np.log(damage[:, at] + 1e-9), np.log(own_damage + 1e-9))[0, 1]), 3)
-                for at, own_damage in enumerate(unit_damages(held["divergence"]).T)
+            "exits": [
+                {"before": unit.first, "divergence": round(float(lost[:, at].mean()), 5),
+                 "worst": round(float(lost[:, at].max()), 5)}
+                for at, unit in enumerate(units)
             ],
-        }
+        }  # fmt: skip
 
-    def _batches(self, files: Sequence[Path], stage: str) -> Iterator[Floats]:
-        size = self.settings.batch
+    def _pooled(self, files: Sequence[Path], name: str, units: Sequence[Unit]) -> dict[str, Floats]:
+        """Run pictures densely. Return what exits read before each unit and at the first answer (`read-LAYER`), what
+        the `guard` reads, and `ends`: the pooled vector and the class logits, of each picture [n, ...].
+        """
+        starts = range(0, len(files), CHUNK)
+        parts = [
+            self.work.once(
+                f"{name}-{start}", partial(self._chunk, files[start : start + CHUNK], start, len(files), units)
+            )
+            for start in starts
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _chunk(self, files: Sequence[Path], done: int, total: int, units: Sequence[Unit]) -> dict[str, Floats]:
+        found: dict[str, list[Floats]] = defaultdict(list)
+        given, read, size = (self.spec.special, self.spec.norm_eps), units[0].first - 1, self.settings.batch
         for start in range(0, len(files), size):
-            yield self._processor.batch(files[start : start + size])
-            self._progress(stage, min(len(files), start + size), len(files))
-
-    def _sums(self, candidates: Sequence[Unit]) -> dict[str, Any]:
-        """Return X'X of what a bypass reads before each first layer, and X'Y of each candidate's update."""
-        fits = {unit: Regression(self.spec) for unit in candidates}
-        for pixels in self._batches(self.learnt, "the dense pass"):
-            entered: dict[int, tuple[Floats, Floats]] = {}
-            for layer, state in enumerate(self.model.states(pixels)):
-                for unit in candidates:
-                    if unit.last == layer - 1:
-                        read, before = entered[unit.first]
-                        fits[unit].add(read, state - before)
-                if any(unit.first == layer for unit in candidates):
-                    entered[layer] = (unit_normed(state, self.spec.norm_eps), state)
-        solved = {unit: fit.solved() for unit, fit in fits.items()}
-        return {f"{unit.name}.{name}": array for unit, own in solved.items() for name, array in own.items()}
-
-    @staticmethod
-    def _bypass(sums: dict[str, Any], unit: Unit) -> Weights:
-        prefix = f"{unit.name}."
-        return {name.removeprefix(prefix): array for name, array in sums.items() if name.startswith(prefix)}
-
-    def _searched(self, candidates: Sequence[Unit], sums: dict[str, Any]) -> npt.NDArray[np.int64]:
-        """Return the units [n, 2], first and last layers, in rising order."""
-        files = self.learnt[: self.settings.searched]
-        lost = np.zeros(len(candidates))
-        pixels = [self._processor.batch(files[at : at + 8]) for at in range(0, len(files), 8)]
-        for place, batch in enumerate(pixels):
-            states = [*self.model.states(batch)]
-            dense = self.model.head(states[-1])["pooled"]
-            for at, unit in enumerate(candidates):
-                state = self.model.skip(states[unit.first], self._bypass(sums, unit))
-                state = self.model.layers(state, range(unit.last + 1, self.spec.num_layers))
-                lost[at] += divergence(dense, self.model.head(state)["pooled"]).sum() / len(files)
-                self._progress("choosing units", place * len(candidates) + at + 1, len(pixels) * len(candidates))
-        wanted = round(self.settings.share * self.spec.num_layers)
-        chosen = best_units(candidates, lost, wanted, self.settings.most)
-        return np.array([[unit.first, unit.last] for unit in chosen], np.int64)
-
-    def _fitted(self, unit: Unit, before: Sequence[tuple[Unit, Weights]]) -> Weights:
-        """Return the bypass of a unit, fitted where the units before it are skipped at random. Its aim is the dense
-        state behind the unit, so it mends what they did.
-        """
-        first = before[0][0].first
-
-        def fit() -> dict[str, Any]:
-            rng, regression = np.random.default_rng((self.settings.seed, unit.first)), Regression(self.spec)
-            for pixels in self._batches(self.learnt, f"the bypass of layers {unit}"):
-                layer = first
-                state = dense = self.model.layers(self.model.embed(pixels), range(layer))
-                for other, bypass in before:
-                    state = self.model.layers(state, range(layer, other.first))
-                    skips = rng.random() < SKIPPED
-                    state = self.model.skip(state, bypass) if skips else self.model.layers(state, other.layers)
-                    layer = other.last + 1
-                state = self.model.layers(state, range(layer, unit.first))
-                dense = self.model.layers(dense, range(first, unit.last + 1))
-                regression.add(unit_normed(state, self.spec.norm_eps), dense - state)
-            return dict(regression.solved())
-
-        return self.work.once(f"bypass-{unit.name}", fit)
-
-    def _table(
-        self, files: Sequence[Path], units: tuple[Unit, ...], bypasses: Sequence[Weights], read: int
-    ) -> dict[str, Any]:
-        """Run every choice of units. Return `features` [n, features] of the state that enters layer `read`,
-        `divergence` [n, choices], and `changed` [n, choices] where the model has a classifier.
-        """
-        features, lost, changed = [], [], []
-        for pixels in self._batches(files, "every choice of units"):
-            state = self.model.layers(self.model.embed(pixels), range(read))
-            features.append(pooled_features(state, self.spec.special, self.spec.norm_eps))
-            ends = self._ends(state, read, 0, 0, units, bypasses)
-            found = [ends[choice] for choice in range(2 ** len(units))]
-            lost.append(np.stack([divergence(found[0]["pooled"], one["pooled"]) for one in found], axis=1))
-            if self.spec.labels:
-                classes = np.stack([one["logits"].argmax(axis=1) for one in found], axis=1)
-                changed.append(classes != classes[:, :1])
-        return {
-            "features": np.concatenate(features),
-            "divergence": np.maximum(np.concatenate(lost), 0.0),
-            "changed": np.concatenate(changed) if changed else np.zeros((len(files), 0), np.bool_),
-        }
-
-    def _ends(
-        self, state: Floats, layer: int, unit: int, choice: int, units: tuple[Unit, ...], bypasses: Sequence[Weights]
-    ) -> dict[int, dict[str, Floats]]:
-        """Return what the head gives for every choice of the units from `unit` on; layers that choices share run
-        once.
-        """
-        if unit == len(units):
-            found = self.model.head(self.model.layers(state, range(layer, self.spec.num_layers)))
-            return {choice: {name: found[name] for name in ("pooled", "logits") if name in found}}
-        own = units[unit]
-        state = self.model.layers(state, range(layer, own.first))
-        runs, skips = self.model.layers(state, own.layers), self.model.skip(state, bypasses[unit])
-        following = (own.last + 1, unit + 1)
-        return self._ends(runs, *following, choice, units, bypasses) | self._ends(
-            skips, *following, choice + 2**unit, units, bypasses
-        )
+            for layer, state in enumerate(self.model.states(self._processor.batch(files[start : start + size]))):
+                if layer == read or any(unit.first == layer for unit in units):
+                    found[f"read-{layer}"].append(exit_read(state, *given))
+                if layer == read:
+                    found["guard"].append(guard_read(state, *given))
+            head = self.model.head(state)
+            found["ends"].append(np.concatenate([head[name] for name in ("pooled", "logits") if name in head], axis=1))
+            self._progress("the dense pass", done + min(len(files), start + size), total)
+        return {name: np.concatenate(parts) for name, parts in found.items()}

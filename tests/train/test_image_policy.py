@@ -1,6 +1,5 @@
 """A policy for an image encoder from unlabelled pictures: stages against the runtime, guard, resuming, refusals."""
 
-from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +9,24 @@ from PIL import Image
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
-from dash_export.bundle.layout import ANSWERS, PREPROCESSOR
+from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import ANSWERS
 from dash_export.bundle.policy_file import load_policy
-from dash_export.core.input_table import Picture, held_out, held_out_text, narrowed_table
+from dash_export.core.exits import leaving_damage, moves
+from dash_export.core.input_table import held_out
 from dash_export.core.rule import ForcedRule
-from dash_export.core.units import Unit
+from dash_export.core.units import Unit, units_text
 from dash_export.errors import PolicyError, RequestError
-from dash_export.files.artifacts import no_progress
-from dash_export.images.processor import ImageProcessor
-from dash_export.models import EncoderCheckpoint, open_model
+from dash_export.models import open_model
 from dash_export.train import image_policy
-from dash_export.train.image_network import fitted_network, predicted, unit_damages
-from dash_export.train.image_passes import ImageModel, Regression, divergence, unit_candidates
-from dash_export.train.image_policy import ImageSettings, best_units, train_on_images
+from dash_export.train.image_exits import applied, distances, fitted_exit, fitted_guard, fitted_scores
+from dash_export.train.image_passes import divergence
+from dash_export.train.image_policy import ImageSettings, exit_units, train_on_images
 from tests.commands.helpers import dash, done
 from tests.tiny import save_model
 from tests.tiny_encoder import save_encoder
 
-SETTINGS = ImageSettings(first=1, longest=2, searched=8, components=6)
+SETTINGS = ImageSettings(components=6)
 
 
 def save_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -62,38 +61,37 @@ def test_the_table_is_what_the_runtime_does(trained: Path) -> None:
     units = runtime.bundle.manifest.policy.units
     table = held_out((trained / "line.dash" / ANSWERS).read_text(), len(units))
     files = sorted((trained / "pictures").iterdir())
-    held = [
-        files[place]
-        for place in np.random.default_rng(SETTINGS.seed).permutation(64)[64 - len(table.divergence) - 48 :]
-    ]
     order = np.random.default_rng(SETTINGS.seed).permutation(64)
-    held = [files[place] for place in order[: round(SETTINGS.held_out * 64)]]
     encoder, asked = runtime.encoder(), runtime.encoder("token", trade_off=0.0)
-    pixels = encoder.processor.batch(held)
-    dense, damage = encoder.encode(pixels), asked.encode(pixels).damage
-    np.testing.assert_allclose(
-        table.damage.T[~asked.encode(pixels).guarded], damage[~asked.encode(pixels).guarded], rtol=2e-3
-    )
-    for skips in product([False, True], repeat=len(units)):
-        skipped = np.repeat(np.array(skips)[:, None], len(held), axis=1)
+    pixels = encoder.processor.batch([files[place] for place in order[: round(SETTINGS.held_out * 64)]])
+    dense, policy = encoder.encode(pixels), asked.encode(pixels)
+    np.testing.assert_array_equal(np.isinf(table.damage).any(axis=0), policy.guarded)
+    np.testing.assert_allclose(table.damage.T[~policy.guarded], policy.damage[~policy.guarded], rtol=5e-3)
+    for place in range(len(units) + 1):
+        skipped = np.repeat(np.arange(len(units))[:, None] >= place, len(pixels), axis=1)
         encoder.rule = ForcedRule(skipped)
         found = encoder.encode(pixels)
-        choice = int(table.of(skipped[:, :1])[0])
-        np.testing.assert_allclose(table.divergence[:, choice], divergence(dense.pooled, found.pooled), atol=2e-4)
+        assert (table.of(skipped) == place).all()
+        np.testing.assert_allclose(table.divergence[:, place], divergence(dense.pooled, found.pooled), atol=2e-4)
         assert dense.probabilities is not None
         assert found.probabilities is not None
         assert table.changed is not None
         classes = found.probabilities.argmax(1) != dense.probabilities.argmax(1)
-        assert (table.changed[:, choice] == classes).mean() > 0.9
+        assert (table.changed[:, place] == classes).mean() > 0.9
 
 
-def test_skipping_with_bypasses_beats_leaving_layers_out(trained: Path) -> None:
+def test_later_exits_answer_better_and_all_better_than_the_mean(trained: Path) -> None:
     runtime = DashRuntime.load(trained / "line.dash", "portable")
-    pixels = runtime.encoder().processor.batch(sorted((trained / "pictures").iterdir())[:16])
-    dense = runtime.encoder().encode(pixels).pooled
     encoder = runtime.encoder()
-    encoder.rule = ForcedRule(np.ones((len(runtime.bundle.manifest.policy.units), 16), bool))
-    assert divergence(dense, encoder.encode(pixels).pooled).mean() < 0.1
+    pixels = encoder.processor.batch(sorted((trained / "pictures").iterdir()))
+    dense, units = encoder.encode(pixels).pooled, len(runtime.bundle.manifest.policy.units)
+    lost = []
+    for place in range(units):
+        encoder.rule = ForcedRule(np.repeat(np.arange(units)[:, None] >= place, 64, axis=1))
+        lost.append(divergence(dense, encoder.encode(pixels).pooled).mean())
+    mean = divergence(dense, np.repeat(dense.mean(axis=0, keepdims=True), 64, axis=0)).mean()
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] < 0.8 * mean
     assert len(runtime.build.dial) > 2
 
 
@@ -108,25 +106,29 @@ def test_foreign_pictures_are_guarded_and_dense(trained: Path) -> None:
     assert encoder(own).guarded.mean() < 0.2
 
 
-def test_a_killed_training_goes_on(tmp_path: Path) -> None:
+def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_encoder(tmp_path / "model")
     files = save_pictures(tmp_path / "pictures", 60)
-    passes: list[str] = []
+    passes: list[tuple[str, int]] = []
 
-    def stop_after(stage: str) -> None:
-        def progress(name: str, *_: int) -> None:
-            passes.append(name)
-            if name.startswith(stage):
+    def stop_after(stage: str, at: int = 0) -> None:
+        def progress(name: str, done: int, _: int) -> None:
+            passes.append((name, done))
+            if name.startswith(stage) and done >= at:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             train_on_images(tmp_path / "model", tmp_path / "a.safetensors", files, settings=SETTINGS, progress=progress)
 
-    stop_after("the bypass")
-    assert "the dense pass" in passes
+    monkeypatch.setattr(image_policy, "CHUNK", 20)
+    stop_after("the dense pass", 30)
+    stop_after("fitting")
+    whole = [done for name, done in passes if name == "the dense pass"]
+    assert whole[:8] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert whole[8] == 24  # the first 20 are not run again
     passes.clear()
-    stop_after("every choice")
-    assert not {"the dense pass", "choosing units"} & set(passes)
+    stop_after("fitting")
+    assert [name for name, _ in passes] == ["fitting exits"]
     train_on_images(tmp_path / "model", tmp_path / "a.safetensors", files, settings=SETTINGS)
     train_on_images(tmp_path / "model", tmp_path / "b.safetensors", files, settings=SETTINGS)
     spec = open_model(tmp_path / "model").spec
@@ -143,8 +145,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_policy, "ImageSettings", lambda: SETTINGS)
     given = ("train", tmp_path / "model", "--images", tmp_path / "pictures", "-o", tmp_path / "line.safetensors")
     assert "--units only" in dash(*given, "--steps", "3").output
-    output = done(*given, "--units", "1-2,3").stdout
-    assert "1-2,3" in output
+    assert "follow each other up to layer 4" in dash(*given, "--units", "1-2,3").output
+    output = done(*given, "--units", "1-2,3-4").stdout
+    assert "all leave before layer" in output
     assert "Next: dash-export build" in output
     built = done(
         "build", tmp_path / "model", "--policy", tmp_path / "line.safetensors", "-o", tmp_path / "a.dash"
@@ -163,6 +166,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                            "--skipped", "0.2,1", "-o", tmp_path / "front").stdout  # fmt: skip
     assert (tmp_path / "front.png").is_file()
     done("inspect", tmp_path / "a.dash")
+    given = ("export", tmp_path / "model", "-o", tmp_path / "b.dash")
+    refused = dash(*given, "--policy", tmp_path / "line.safetensors", "--units", "3-4").output
+    assert "exits of an encoder's policy build on one another: train it again with these --units" in refused
+    done(*given, "--policy", "untrained")
+    assert Bundle.open(tmp_path / "b.dash").manifest.policy.units == ()
+    assert "lacks bypass.03-04" in dash(*given, "--policy", "untrained", "--units", "3-4").output
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -173,93 +182,60 @@ def test_refusals(tmp_path: Path) -> None:
     save_encoder(tmp_path / "model")
     with pytest.raises(RequestError, match="59 pictures; a policy needs at least 60"):
         train_on_images(tmp_path / "model", tmp_path / "a.safetensors", files[:59])
-    with pytest.raises(PolicyError, match="from 1 to 8"):
-        train_on_images(
-            tmp_path / "model", tmp_path / "a.safetensors", files, units=[Unit(at, at) for at in range(1, 10)]
-        )
+    with pytest.raises(PolicyError, match="Layer 0 can be in no unit"):
+        train_on_images(tmp_path / "model", tmp_path / "a.safetensors", files, units=[Unit(0, 4)])
 
 
-def test_regression_finds_a_linear_map() -> None:
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(12, "3,4,5,6,7,8,9,10-11"), (5, "1,2,3-4"), (24, "6-8,9-11,12-14,15-17,18-20,21-23"), (2, "1"), (3, "1-2")],
+)
+def test_where_exits_lie(layers: int, expected: str) -> None:
+    assert units_text(exit_units(layers, 0.25, 8)) == expected
 
+
+def test_an_exit_finds_a_linear_map_and_says_how_well_it_answers() -> None:
     rng = np.random.default_rng(0)
-    maps = {part: rng.standard_normal((5, 4)).astype(np.float32) for part in ("", "special.")}
-    fit = Regression(SimpleNamespace(special=2, hidden_size=4))  # type: ignore[arg-type]
-    for _ in range(8):
-        read = rng.standard_normal((3, 9, 4)).astype(np.float32)
-        update = read @ maps[""][:4] + maps[""][4]
-        update[:, :2] = read[:, :2] @ maps["special."][:4] + maps["special."][4]
-        fit.add(read, update)
-    found = fit.solved()
-    for part, expected in maps.items():
-        np.testing.assert_allclose(found[f"{part}weight"], expected[:4], atol=0.02)
-        np.testing.assert_allclose(found[f"{part}bias"], expected[4], atol=0.02)
+    x, weight = rng.standard_normal((400, 12)).astype(np.float32), rng.standard_normal((12, 5)).astype(np.float32)
+    noise = 0.3 * rng.standard_normal((400, 5)).astype(np.float32)
+    found, unseen = fitted_exit(x, x @ weight + 2 + noise, 4)
+    np.testing.assert_allclose(found["weight"], weight, atol=0.15)
+    np.testing.assert_allclose(found["bias"], 2, atol=0.15)
+    seen = divergence(x @ weight[:, :4] + 2 + noise[:, :4], applied(found, x)[:, :4]).mean()
+    own = divergence(x @ weight[:, :4] + 2 + noise[:, :4], unseen).mean()
+    assert seen < own < 2 * seen
 
 
-def test_damage_of_a_unit_is_what_it_adds() -> None:
-    alone, both = np.array([0.0, 0.1, 0.3]), 0.5
-    lost = np.array([[*alone, both]])
-    np.testing.assert_allclose(unit_damages(lost), [[(0.1 + 0.2) / 2, (0.3 + 0.4) / 2]])
+def test_pictures_whose_answers_still_move_have_more_damage() -> None:
+    """Half of the pictures settle at the first exit, the others at the last."""
+    rng, hidden, count = np.random.default_rng(0), 16, 400
+    dense = rng.standard_normal((count, hidden)).astype(np.float32)
+    late = np.arange(count) % 2 == 1
+    spread = [np.where(late, 1.0, 0.3), np.where(late, 0.9, 0.01), np.where(late, 0.5, 0.01), np.full(count, 0.01)]
+    answers = [(dense + own[:, None] * rng.standard_normal(dense.shape)).astype(np.float32) for own in spread]
+    centre = dense.mean(axis=0)
+    weight, bias = fitted_scores(answers, dense, centre)
+    for place in range(2):
+        logs = moves(answers[place + 1], answers[place::-1], centre) @ weight[place] + bias[place]
+        units = (Unit(1, 1), Unit(2, 2), Unit(3, 3))
+        damage = leaving_damage(logs[:, place:], place, units, 4)
+        assert np.median(damage[late]) > 20 * np.median(damage[~late])
+    assert not weight[0, 3].any()  # before the first exit there is one answer, so the second and third move not
 
 
-def test_the_network_learns_what_features_say() -> None:
+def test_damage_is_what_leaving_here_adds_per_layer() -> None:
+    units = (Unit(1, 2), Unit(3, 3), Unit(4, 5))
+    logs = np.log([[0.5, 0.4, 0.1], [0.1, 0.2, 0.3]])
+    # Leaving at 1 instead of at 3 adds 0.1 for 2 layers, at 4 0.4 for 3, at the end 0.5 for 5.
+    np.testing.assert_allclose(leaving_damage(logs, 0, units, 6), [2 * 0.4 / 3, 2 * 0.1 / 5], rtol=1e-5)
+    np.testing.assert_allclose(leaving_damage(logs[:, 1:], 1, units, 6), [0.3, 0.2 / 3], rtol=1e-5)
+    np.testing.assert_allclose(leaving_damage(logs[:, 2:], 2, units, 6), [0.1, 0.3], rtol=1e-5)
+
+
+def test_the_guard_knows_what_is_far() -> None:
     rng = np.random.default_rng(0)
     features = rng.standard_normal((200, 12)).astype(np.float32)
-    damages = np.exp(-5 + features[:, :2] * [1.0, 0.5] + [[0.0, 1.0]])
-    network = fitted_network(features, damages, 12, 1e-3)
-    found, distance = predicted(network, features)
-    assert np.corrcoef(np.log(found).ravel(), np.log(damages).ravel())[0, 1] > 0.99
-    assert predicted(network, features + 30)[1].min(axis=0)[0] > 4 * distance.max(axis=0)[0]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_units_are_those_of_all_choices(seed: int) -> None:
-    candidates = unit_candidates(7, 1, 3)
-    lost = np.random.default_rng(seed).random(len(candidates))
-
-    def separate(units: tuple[Unit, ...]) -> bool:
-        layers = [layer for unit in units for layer in unit.layers]
-        return len(layers) == len(set(layers)) == 4
-
-    choices = [units for count in (1, 2, 3) for units in combinations(candidates, count) if separate(units)]
-    expected = min(choices, key=lambda units: sum(lost[candidates.index(unit)] for unit in units))
-    assert best_units(candidates, lost, 4, 3) == tuple(sorted(expected))
-    assert len(best_units(candidates, lost, 4, 1)) == 1  # of three layers: four would take two units
-
-
-def test_a_bypass_mends_what_the_units_before_it_did(tmp_path: Path) -> None:
-    """Where they are skipped it comes nearer to the dense state than one that was fitted to dense states."""
-    save_encoder(tmp_path / "model")
-    files, units = save_pictures(tmp_path / "pictures", 60), [Unit(1, 1), Unit(2, 3)]
-    checkpoint = open_model(tmp_path / "model")
-    assert isinstance(checkpoint, EncoderCheckpoint)
-    model, processor = ImageModel(checkpoint, tmp_path), ImageProcessor.parse(checkpoint.assets[PREPROCESSOR])
-    work = image_policy._Work(tmp_path, "key")
-    run = image_policy._Run(model, processor, (files[:48], files[48:]), SETTINGS, work, no_progress)
-    sums = run._sums(units)
-    first, alone = (run._bypass(sums, unit) for unit in units)
-    chained = run._fitted(units[1], [(units[0], first)])
-    states = [*model.states(processor.batch(files[:48]))]
-    state = model.skip(states[1], first)
-    errors = [float(((model.skip(state, bypass) - states[4]) ** 2).mean()) for bypass in (chained, alone)]
-    assert errors[0] < 0.97 * errors[1]
-
-
-def test_a_table_of_some_of_the_units() -> None:
-    rng = np.random.default_rng(0)
-    pictures = [
-        Picture(
-            tuple(rng.random(3).tolist()), tuple(rng.random(8).tolist()), changed=tuple((rng.random(8) < 0.5).tolist())
-        )
-        for _ in range(5)
-    ]
-    whole = held_out(held_out_text(pictures), 3)
-    some = held_out(narrowed_table(held_out_text(pictures), (0, 2)), 2)
-    np.testing.assert_array_equal(some.damage, whole.damage[[0, 2]])
-    for skips in product([False, True], repeat=2):
-        own = int(some.of(np.array(skips)[:, None])[0])
-        there = int(whole.of(np.array([skips[0], False, skips[1]])[:, None])[0])
-        np.testing.assert_array_equal(some.divergence[:, own], whole.divergence[:, there])
-        assert some.changed is not None
-        assert whole.changed is not None
-        np.testing.assert_array_equal(some.changed[:, own], whole.changed[:, there])
+    guard = fitted_guard(features, 6)
+    near, far = distances(guard, features), distances(guard, features + 30)
+    assert (far.min(axis=0) > 4 * near.max(axis=0)).all()
+    np.testing.assert_allclose(near[:, 0].mean(), 1, atol=0.01)

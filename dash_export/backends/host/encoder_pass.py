@@ -1,5 +1,5 @@
-"""The loop of an encoder on the host: run what lies before the first unit, decide for each picture, then run or skip
-each unit for all pictures that decided alike. Nothing is computed twice.
+"""The loop of an encoder on the host: run layers up to the next exit, decide for each picture whether it leaves there,
+and go on with the others. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -16,23 +16,37 @@ from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, i
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, STATES
 from dash_export.bundle.records import POLICY, Build
+from dash_export.core.exits import BEFORE
 from dash_export.core.units import Damages, Skips
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, Floats]
+Leaves = Callable[[int, Damages], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Results of n pictures: `pooled` [n, hidden], `states` [n, tokens, hidden], `logits` [n, labels] (None without a
-    classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody asked the policy.
+    """Results of n pictures: `pooled` [n, hidden], `states` [n, tokens, hidden] (None where a picture left early),
+    `logits` [n, labels] (None without a classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody
+    asked for it, and infinite where the guard holds a picture back.
     """
 
     pooled: Floats
-    states: Floats
+    states: Floats | None
     logits: Floats | None
     damage: Damages
     skipped: Skips
+
+
+def _put(
+    found: Arrays, answer: Arrays, gone: npt.NDArray[np.bool_], pictures: npt.NDArray[np.intp], count: int
+) -> None:
+    """Put the answers of those rows that are `gone` in the places of their `pictures`, of `count`."""
+    for name, array in answer.items():
+        if len(pictures) == count:
+            found[name] = array
+        elif name != STATES:  # whole batches only have states
+            found.setdefault(name, np.empty((count, *array.shape[1:]), np.float32))[pictures] = array[gone]
 
 
 class EncoderEngines:
@@ -49,46 +63,50 @@ class EncoderEngines:
         self.policy: HostEngine | None = None
         if policy.has_network:
             self.policy = backend.load(bundle.path(build.engines[POLICY].file))
-        gated = [place for place, item in enumerate(self.segments) if item.bypass is not None]
-        self._first = gated[0] if gated else len(self.segments)
         self._read = next(place for place, item in enumerate(self.segments) if item.segment.last + 1 >= policy.read) + 1
         bundle.check_same(seal)
 
     @backend_errors
-    def encode(self, pixels: Floats, decide: Callable[[Damages], Skips], asks: bool) -> Pass:
-        """Run pictures [n, 3, height, width] float32. `decide` gives the skips [units, n] for the damage [units, n];
-        `asks`: whether it needs the damage.
+    def encode(self, pixels: Floats, leaves: Leaves, asks: bool) -> Pass:
+        """Run pictures [n, 3, height, width] float32. `leaves(unit, damage)` says which of them leave at an exit, for
+        its damage [n]; `asks`: whether it needs the damage.
         """
         count = len(pixels)
-        damage = np.zeros((len(self.units), count), np.float32)
-        state: Arrays = {"pixel_values": pixels}
-        for place, item in enumerate(self.segments[: self._first], 1):
-            state = self._run(item.run, state, count)
-            if place == self._read and asks and self.policy is not None:
-                damage[:] = self._launched(self.policy, state, count)["damage"].T
-        skipped: Skips = np.zeros(damage.shape, np.bool_)
-        skipped[:] = decide(damage)
-        choices, groups = np.unique(skipped, axis=1, return_inverse=True)
-        found: Arrays = {}
-        for number, choice in enumerate(choices.T):
-            rows = np.flatnonzero(groups.reshape(-1) == number)
-            own = state if len(rows) == count else {name: array[rows] for name, array in state.items()}
-            for name, array in self._rest(own, choice, len(rows)).items():
-                if len(rows) == count:
-                    found[name] = array
-                else:
-                    found.setdefault(name, np.empty((count, *array.shape[1:]), np.float32))[rows] = array
-        return Pass(found[POOLED], found[STATES], found.get("logits"), damage, skipped)
-
-    def _rest(self, state: Arrays, skipped: npt.NDArray[np.bool_], count: int) -> Arrays:
-        unit = 0
-        for item in self.segments[self._first :]:
+        damage, skipped = np.zeros((len(self.units), count), np.float32), np.zeros((len(self.units), count), np.bool_)
+        rows, foreign = np.arange(count), np.zeros(count, np.float32)  # rows: the pictures that are still here
+        before, state, found, unit = self._no_answers(count), Arrays({"pixel_values": pixels}), Arrays(), 0
+        for place, item in enumerate(self.segments, 1):
             if item.bypass is not None:
-                skips, unit = bool(skipped[unit]), unit + 1
-                state = self._run([("", item.bypass)] if skips else item.run, state, count)
-            else:
-                state = self._run(item.run, state, count)
-        return state
+                damage[unit] = foreign
+                if (asks and not foreign[rows].all()) or leaves(unit, damage[unit])[rows].any():
+                    answer = self._launched(item.bypass, state | before, len(rows))
+                    told = answer.pop("damage", None)
+                    if asks and told is not None:
+                        damage[unit, rows] += told[:, 0]
+                    gone = leaves(unit, damage[unit])[rows] & (foreign[rows] == 0)
+                    before = dict(zip(before, [answer[POOLED], *before.values()], strict=False))
+                    if gone.any():
+                        _put(found, answer, gone, rows[gone], count)
+                        skipped[unit:, rows[gone]] = True
+                        rows = rows[~gone]
+                        state, before = (
+                            {name: array[~gone] for name, array in each.items()} for each in (state, before)
+                        )
+                unit += 1
+            if not len(rows):
+                break
+            state = self._run(item.run, state, len(rows))
+            if place == self._read and asks and self.policy is not None:
+                early = self._launched(self.policy, state, count)
+                foreign = early["foreign"][:, 0]
+                before = dict(zip(before, [early[POOLED], *before.values()], strict=False))
+        if len(rows):
+            _put(found, state, np.ones(len(rows), np.bool_), rows, count)
+        return Pass(found[POOLED], None if skipped.any() else found[STATES], found.get("logits"), damage, skipped)
+
+    def _no_answers(self, count: int) -> Arrays:
+        """Return the answers of the exits before, the last one first, as an exit takes them: there are none yet."""
+        return {f"before_{at}": np.zeros((count, self.model.hidden_size), np.float32) for at in range(1, BEFORE + 1)}
 
     def _run(self, engines: Sequence[tuple[str, HostEngine]], state: Arrays, count: int) -> Arrays:
         for _, engine in engines:
@@ -109,7 +127,7 @@ class EncoderEngines:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         model = self.model
-        shapes = {"damage": (len(self.units),), POOLED: (model.hidden_size,), "logits": (model.labels,)}
+        shapes = {"damage": (1,), "foreign": (1,), POOLED: (model.hidden_size,), "logits": (model.labels,)}
         return shapes.get(name, (model.tokens, model.hidden_size))
 
     def timed(self, _context: int, batch: int = 1) -> Timed:
@@ -126,7 +144,7 @@ class EncoderEngines:
                 launch()
                 launches.append(launch)
             if item.bypass is not None:
-                bypass, _ = self._bound(item.bypass, entering, batch)
+                bypass, _ = self._bound(item.bypass, entering | self._no_answers(batch), batch)
             found.append((item.segment.name, in_a_row(launches), bypass))
             if place == self._read and self.policy is not None:
                 found.append((POLICY, self._bound(self.policy, state, batch)[0], None))

@@ -70,9 +70,9 @@ class OvEngine:
             for before, model in zip(models, others, strict=False):
                 model.inputs[0].replace(before.outputs[0].node.input_value(0))
             whole = ov.Model(models[-1].get_results(), first.get_parameters(), self.name)
-            if whole.input().any_name == "hidden":
+            if whole.inputs[0].any_name == "hidden":
                 # So outputs have known shapes: OpenVINO writes nothing, without an error, where one has another.
-                whole.reshape([-1, tokens, whole.input().partial_shape[2]])
+                whole.reshape({"hidden": [-1, tokens, whole.inputs[0].partial_shape[2]]})
             self._compiled = core().compile_model(whole, device, options)
             self._inputs = {port.any_name: port for port in self._compiled.inputs}
             self._outputs = {port.node.friendly_name.removesuffix(_SINK): port for port in self._compiled.outputs}
@@ -117,8 +117,9 @@ class OvDevice:
 
     def load(self, path: Path) -> OvEngine:
         """Load an engine file. Raises BackendError where OpenVINO refuses it."""
-        # The policy's distances and damages are compared with limits: they are computed exactly.
-        exact = {"INFERENCE_PRECISION_HINT": "f32"} if path.stem == POLICY and self._device == "CPU" else {}
+        # Distances and damages are compared with limits: policy and exits are computed exactly.
+        exits = path.stem == POLICY or path.stem.startswith("bypass_")
+        exact = {"INFERENCE_PRECISION_HINT": "f32"} if exits and self._device == "CPU" else {}
         return OvEngine([path], self._tokens, self._device, {**self._options, **exact})
 
     def join(self, paths: Sequence[Path]) -> OvEngine:

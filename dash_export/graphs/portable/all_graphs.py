@@ -35,8 +35,8 @@ def jobs(checkpoint: AnyCheckpoint, policy: SkipPolicy) -> Iterator[Job]:
     yield _graph("embed", partial(graphs.embed_graph, checkpoint))
     for layer in range(checkpoint.spec.num_layers):
         yield _graph(f"layer_{layer:02d}", partial(graphs.layer_graph, checkpoint, layer))
-    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        yield _graph(unit.bypass, partial(graphs.bypass_graph, checkpoint, unit, bypass), True)
+    for place, unit in enumerate(policy.units):
+        yield _graph(unit.bypass, partial(graphs.bypass_graph, checkpoint, policy, place), True)
     if policy.network is not None:
         yield _graph("policy", partial(graphs.policy_graph, checkpoint.spec, policy), True)
     yield _graph("head", partial(graphs.head_graph, checkpoint))

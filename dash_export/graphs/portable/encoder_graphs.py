@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import POOLED, STATES
-from dash_export.core.policy import SkipPolicy, Weights
-from dash_export.core.units import Unit
+from dash_export.core.exits import BEFORE, LEAST, MOST, per_layer
+from dash_export.core.policy import SkipPolicy
 from dash_export.graphs.portable.model_writer import ModelWriter
 from dash_export.models.encoders import resized
 from dash_export.models.spec import (
@@ -27,6 +27,8 @@ from dash_export.models.spec import (
 
 SHARPNESS = 1.702
 """Factor in CLIP's approximation of Gelu: x * sigmoid(1.702 x)."""
+GUARD = ("mean", "components", "spread", "limit")
+"""Weights of a policy's guard."""
 
 
 def embed_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
@@ -115,35 +117,54 @@ def head_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
     return g.model()
 
 
-def bypass_graph(checkpoint: EncoderCheckpoint, unit: Unit, bypass: Weights) -> ir.Model:
-    """Return the graph of a skipped unit, hidden -> hidden_out: hidden + x @ weight + bias, x = hidden normed with unit
-    gain; patches and special tokens have a product each. Without weights the state passes unchanged.
+def bypass_graph(checkpoint: EncoderCheckpoint, policy: SkipPolicy, place: int) -> ir.Model:
+    """Return the graph of an exit (the formulas of `dash_export/core/exits.py`): hidden, and before_1 (the answer of
+    the exit before) to before_3 as far as there are such, [batch, hidden] -> pooled, logits where the model has a
+    classifier, and of a policy with a network damage [batch, 1], that of unit `place`.
     """
+    spec, unit, network = checkpoint.spec, policy.units[place], policy.network
     name = unit.bypass
-    g = EncoderWriter(name, f"Layers {unit}, skipped: {'linear' if bypass else 'none'} bypass.", checkpoint.spec)
-    hidden = g.state_input()
-    if not bypass:
-        g.state_output(g.op("Identity", [hidden], f"{name}/passed"))
-        return g.model()
-    special, patches = g.apart(g.unit_norm(hidden, f"{name}/norm"), name)
-    update = g.product(patches, bypass, name, f"{name}/patches")
-    if special is not None:
-        own = {key.removeprefix("special."): array for key, array in bypass.items() if key.startswith("special.")}
-        parts = [g.product(special, own, f"{name}.special", f"{name}/special"), update]
-        update = g.op("Concat", parts, f"{name}/update", axis=1)
-    g.state_output(g.op("Add", [hidden, update], f"{name}/updated"))
+    g = EncoderWriter(name, f"The answer of a picture that leaves before layer {unit.first}.", spec)
+    found = g.product(g.exit_read(g.state_input(), name), policy.bypasses[place], name, name)
+    answer = found
+    if spec.labels:
+        sizes = g.constant(f"{name}.sizes", [spec.hidden_size, spec.labels])
+        answer, logits = g.node("Split", [found, sizes], f"{name}/parts", 2, axis=-1)
+        g.output(logits, "logits", ("batch", spec.labels))
+    g.output(answer, POOLED, ("batch", spec.hidden_size))
+    if network is not None:
+        before = [g.input(f"before_{at}", ("batch", spec.hidden_size)) for at in range(1, min(BEFORE, place + 1) + 1)]
+        centre = g.initializer(f"{name}.centre", network["centre"][None])
+        own = g.unit_length(answer, f"{name}/unit")
+        gaps = [g.gap(own, other, f"{name}/gap_{at}") for at, other in enumerate([centre, *before])]
+        moves = g.op("Concat", [*gaps, *(g.op("Mul", [each, each], f"{each.name}/squared") for each in gaps)],
+                     f"{name}/moves", axis=1)  # fmt: skip
+        known = [half * (1 + BEFORE) + at for half in (0, 1) for at in range(len(gaps))]
+        weight = g.initializer(f"{name}.moves.weight", np.ascontiguousarray(network["weight"][place, known, place:]))
+        bias = g.initializer(f"{name}.moves.bias", np.ascontiguousarray(network["bias"][place, place:]))
+        score = g.op("Add", [g.op("MatMul", [moves, weight], f"{name}/score"), bias], f"{name}/logs")
+        most = g.initializer(f"{name}.most", np.array(MOST, np.float32))
+        lost = g.op("Exp", [g.op("Min", [score, most], f"{name}/bounded")], f"{name}/lost")
+        matrix = g.initializer(f"{name}.per_layer", per_layer(place, policy.units, spec.num_layers))
+        each = g.op("MatMul", [lost, matrix], f"{name}/per_layer")
+        damage = g.op("ReduceMax", [each, g.constant(f"{name}.axis", [1])], f"{name}/damage", keepdims=1)
+        g.output(damage, "damage", ("batch", 1))
     return g.model()
 
 
 def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
-    """Return the graph hidden [batch, tokens, hidden], the input of the policy's layer `read`, -> damage [batch, units]
-    float32 (the formula of `dash_export/core/policy.py`): infinite for a picture that is foreign.
+    """Return the graph hidden [batch, tokens, hidden], the input of the policy's layer `read`, -> pooled [batch,
+    hidden], the first answer, and foreign [batch, 1] float32 (the formula of `dash_export/core/policy.py`): infinite
+    for a picture that is foreign, else 0.
     """
     network = policy.network
     assert network is not None
-    g = EncoderWriter("policy", f"Damage of skipping each unit ({policy.origin}).", spec)
-    weights = {name: g.initializer(f"policy.{name}", array) for name, array in network.items()}
-    special, patches = g.apart(g.unit_norm(g.state_input(), "policy/norm"), "policy")
+    g = EncoderWriter("policy", f"First answer and guard ({policy.origin}).", spec)
+    hidden = g.state_input()
+    early = {key: network[f"early.{key}"] for key in ("weight", "bias")}
+    g.output(g.product(g.exit_read(hidden, "early"), early, "early", "early"), POOLED, ("batch", spec.hidden_size))
+    weights = {name: g.initializer(f"policy.{name}", network[name]) for name in GUARD}
+    special, patches = g.apart(g.unit_norm(hidden, "policy/norm"), "policy")
     axis = g.constant("policy.tokens", [1])
     mean = g.op("ReduceMean", [patches, axis], "policy/mean", keepdims=0)
     square = g.op("ReduceMean", [g.op("Mul", [patches, patches], "policy/square"), axis], "policy/squares", keepdims=0)
@@ -155,7 +176,6 @@ def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
     joined = g.op("Concat", features, "policy/features", axis=-1)
     centred = g.op("Sub", [joined, weights["mean"]], "policy/centred")
     kept = g.op("MatMul", [centred, weights["components"]], "policy/components")
-    score = g.op("Add", [g.op("MatMul", [kept, weights["weight"]], "policy/score"), weights["bias"]], "policy/biased")
     far = g.op("ReduceMean", [g.op("Mul", [kept, kept], "policy/kept_square"), axis], "policy/far", keepdims=1)
     inside = g.length(g.op("Mul", [kept, weights["spread"]], "policy/inside"), "policy/within")
     outside = g.op("Sub", [g.length(centred, "policy/length"), inside], "policy/outside")
@@ -163,10 +183,10 @@ def policy_graph(spec: EncoderSpec, policy: SkipPolicy) -> ir.Model:
     over = g.op("Greater", [found, weights["limit"]], "policy/over")
     beyond = g.op("Cast", [over], "policy/each", to=ir.DataType.FLOAT)
     beyond = g.op("ReduceMax", [beyond, axis], "policy/any", keepdims=1)
-    foreign = g.op("Greater", [beyond, g.initializer("policy.none", np.array([0.0], np.float32))], "policy/foreign")
+    none = g.initializer("policy.none", np.array([0.0], np.float32))
     infinite = g.initializer("policy.infinite", np.array([np.inf], np.float32))
-    damage = g.op("Where", [foreign, infinite, g.op("Softplus", [score], "policy/softplus")], "policy/damage")
-    g.output(damage, "damage", ("batch", len(policy.units)))
+    foreign = g.op("Where", [g.op("Greater", [beyond, none], "policy/beyond"), infinite, none], "policy/foreign")
+    g.output(foreign, "foreign", ("batch", 1))
     return g.model()
 
 
@@ -231,6 +251,32 @@ class EncoderWriter(ModelWriter):
         """Return the sum of squares [batch, 1] of [batch, features]."""
         square = self.op("Mul", [value, value], f"{node}/square")
         return self.op("ReduceSum", [square, self.constant("policy.tokens", [1])], node, keepdims=1)
+
+    def exit_read(self, hidden: ir.Value, node: str) -> ir.Value:
+        """Return what an exit reads of a state: class token and mean of the patches, normed with unit gain."""
+        special, patches = self.apart(hidden, node)
+        mean = self.op("ReduceMean", [patches, self.constant("exit.tokens", [1])], f"{node}/mean", keepdims=0)
+        parts = [self.unit_norm(mean, f"{node}/patches")]
+        if special is not None:
+            first = self.op("Gather", [special, self.zero()], f"{node}/class", axis=1)
+            parts.insert(0, self.unit_norm(first, f"{node}/first"))
+        return self.op("Concat", parts, f"{node}/read", axis=-1) if len(parts) > 1 else parts[0]
+
+    def unit_length(self, value: ir.Value, node: str) -> ir.Value:
+        """Return the rows of [batch, hidden], each divided by its length."""
+        length = self.op("ReduceL2", [value, self.constant("exit.tokens", [1])], f"{node}/length", keepdims=1)
+        least = self.initializer("exit.shortest", np.array(1e-12, np.float32))
+        return self.op("Div", [value, self.op("Max", [length, least], f"{node}/some")], node)
+
+    def gap(self, unit: ir.Value, other: ir.Value, node: str) -> ir.Value:
+        """Return the logarithm [batch, 1] of 1 - cosine of rows of unit length with those of another array."""
+        apart = self.op("Sub", [unit, self.unit_length(other, f"{node}/unit")], f"{node}/apart")
+        square = self.op("Mul", [apart, apart], f"{node}/square")
+        total = self.op("ReduceSum", [square, self.constant("exit.tokens", [1])], f"{node}/sum", keepdims=1)
+        half, least = (self.initializer(f"exit.{name}", np.array(number, np.float32))
+                       for name, number in (("half", 0.5), ("least", LEAST)))  # fmt: skip
+        raised = self.op("Add", [self.op("Mul", [total, half], f"{node}/half"), least], f"{node}/raised")
+        return self.op("Log", [raised], node)
 
     def rotated(self, value: ir.Value, node: str) -> ir.Value:
         """Rotate the patches of [batch, tokens, hidden] by their places (DINOv3); special tokens stay as they are."""

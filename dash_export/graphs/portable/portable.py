@@ -11,8 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import FINAL_STATE, past_names, present_names
-from dash_export.core.policy import SkipPolicy, Weights
-from dash_export.core.units import Unit
+from dash_export.core.policy import SkipPolicy
 from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE, ModelWriter
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
@@ -102,10 +101,11 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     return g.model()
 
 
-def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Weights) -> ir.Model:
-    """Return the graph of a skipped unit: hidden -> hidden + update (`dash_export/policy.py` has the formula). One
-    product gives the update and the K and V of all the unit's layers, which are written to their caches.
+def bypass_graph(checkpoint: Checkpoint, policy: SkipPolicy, place: int) -> ir.Model:
+    """Return the graph of skipped unit `place`: hidden -> hidden + update (see `core/policy.py`). One product
+    gives the update and the K and V of all the unit's layers, which are written to their caches.
     """
+    unit, bypass = policy.units[place], policy.bypasses[place]
     spec, name = checkpoint.spec, unit.bypass
     g = PortableWriter(name, f"Layers {unit}, skipped: {'linear' if bypass else 'none'} bypass.", spec, checkpoint)
     hidden = g.state_input()

@@ -17,7 +17,9 @@ from dash_export.errors import BackendError, RecipeError
 from tests.tiny import tiny_bundle
 from tests.tiny_encoder import MODELS, UNITS, encoder_bundle, random_pixels
 
-CHOICES = np.array([[False, True, False, True, True], [False, False, True, True, True]])
+CHOICES = np.array(
+    [[False, True, False, False, True], [False, True, True, False, True], [False, True, True, True, True]]
+)
 FIELDS = ("pooled", "states", "probabilities")
 
 
@@ -29,12 +31,12 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_same_results_as_onnx_runtime(bundle: Path) -> None:
-    """Dense, static, by token policy, and a batch regrouped by decision."""
+    """Dense, all at one exit, by token policy, and a batch that leaves at several."""
     pixels = random_pixels(5)
     expected, found = (DashRuntime.load(bundle, target) for target in ("portable", "openvino"))
     asked = expected.encoder("token", trade_off=0.0).encode(pixels).damage
     limits = np.median(asked, axis=0)
-    rules = [ForcedRule(np.zeros_like(CHOICES)), ForcedRule(CHOICES[:, 3:4].repeat(5, 1)), ForcedRule(CHOICES)]
+    rules = [ForcedRule(np.zeros_like(CHOICES)), ForcedRule(CHOICES[:, 2:3].repeat(5, 1)), ForcedRule(CHOICES)]
     for rule in rules:
         both = []
         for runtime in (expected, found):

@@ -50,8 +50,9 @@ def answer(client: socket.socket) -> tuple[int, str]:
     return (int(head.split()[1]), json.loads(body)["error"]["message"]) if said else (0, "")
 
 
-def test_a_head_that_is_too_large(address: str) -> None:
+def test_a_head_that_is_too_large(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bytes, whole or not, or in lines. One that is as large as it may be is answered."""
+    monkeypatch.setattr(door, "LINGER", 0.2)
     lines = b"".join(b"x%d: %s\r\n" % (line, b"y" * 600) for line in range(98))
     for head, status, said in (
         (GET + b"x: " + b"y" * door.HEAD_BYTES, 431, "more than 65536 bytes"),

@@ -278,6 +278,7 @@ def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
 def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial_table, "WINDOWS", 1)
     monkeypatch.setattr(dial_table, "TOKENS", 40)
+    monkeypatch.setattr(dial_table, "SHARES", (0.2, 0.6))
     made = device_bundle.load_build("trt10")
     cost = measure_cost(device_bundle, made, TensorRT("tensorrt"))
     assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)

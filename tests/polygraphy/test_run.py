@@ -110,11 +110,11 @@ def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: P
     assert not passed(here(tiny_root, *loaded, *FP32, "--dash-skip", "4"))
 
 
-def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
+def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path, here: Here) -> None:
     """Of a merged segment, whose graph is in no bundle."""
     script = tmp_path / "script.py"
     run = (tiny_root, "--dash", "--onnxrt", *FP32, "--dash-segment", "layers_02-03", *CLOSE)
-    assert polygraphy(*run, "--gen-script", script).returncode == 0
+    assert here(*run, "--gen-script", script).returncode == 0
     result = python(script)
     assert result.returncode == 0, result.stdout + result.stderr
     (names,) = set(re.findall(r"All outputs matched \| Outputs: \[(.*)\]", result.stdout))

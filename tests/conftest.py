@@ -85,21 +85,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def quick_builds() -> Iterator[None]:
     """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here; what
     its units save is given, for what a busy machine measures may be nothing, and budgets and dials would be others;
-    dials are of little text, which is most of what a tiny build takes; and no memory is moved, which takes long in a
-    process that has loaded much.
+    costs are of few tokens and dials of little text, which is most of what a tiny build takes; and no memory is moved,
+    which takes long in a process that has loaded much.
     """
     from dash_export.building import cost_table, dial_table, pipeline
 
-    def given_cost(bundle: Bundle, *given: Any) -> CostTable:
-        manifest = bundle.manifest
+    def given_cost(bundle: Bundle, build: Build, backend: Any) -> CostTable:
+        manifest, recipe = bundle.manifest, build.recipe
         saved = [0.8 * len(unit.layers) / manifest.model.num_layers for unit in manifest.policy.units]
-        found = measured(bundle, *given)
+        brief = replace(recipe, cost=replace(recipe.cost, repeats=2))
+        found = measured(bundle, replace(build, recipe=brief), backend)
         modes = {name: replace(mode, saved=1.0) for name, mode in found.modes.items()}
         return replace(found, cost=tuple(saved), modes=modes)
 
     measured = pipeline.measure_cost
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure_cost", given_cost)
+        patch.setattr(cost_table, "WARM_UP", 1)
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
         patch.setattr(dial_table, "WINDOWS", 2)
         patch.setattr(dial_table, "TOKENS", 64)
@@ -178,7 +180,7 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
             tested = target in ("cpu", "cpu-nearest")  # the others only need a dial
             if target in ("portable", "cpu-int8"):  # which are only compared: no dial is read
                 patch.setattr(pipeline, "_with_measurements", as_drafted)
-            patch.setattr(dial_table, "WINDOWS", 3 if tested else 1)
+            patch.setattr(dial_table, "DIAL_ANSWERS", 6 if tested else 2)
             patch.setattr(dial_table, "TOKENS", 128 if tested else 64)
             patch.setattr(dial_table, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
             recipe, _, changed = target.partition("-")

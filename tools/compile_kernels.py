@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "dash_export" / "backends" / "cuda" / "kernels.cu"
 OLDEST = b"--gpu-architecture=compute_75"
-"""What every card from Turing on takes."""
+"""Target that every card from Turing on takes."""
 
 
 def compiled(source: str) -> str:

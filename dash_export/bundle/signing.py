@@ -11,7 +11,7 @@ from dash_export.bundle.bundle import LARGEST_RECORD, Bundle
 from dash_export.bundle.layout import MANIFEST, SIGNATURE
 from dash_export.errors import BundleError, StaleBuildError
 from dash_export.files.artifacts import read_bounded, write_atomic
-from dash_export.files.outputs import check_writable, folder_locked, lock_file
+from dash_export.files.outputs import check_writable, folder_locked, lock_file, locked
 
 TRUSTED_KEY = "DASH_EXPORT_TRUSTED_KEY"
 """Environment variable: the public key that every bundle has to be signed by before it is run."""
@@ -45,7 +45,8 @@ def sign(bundle: Bundle, private_key: Path) -> Path:
         except Exception as error:
             advice = "Expected an elliptic curve's: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
             raise BundleError(f"{private_key} is no private key that can sign ({error}). {advice}") from None
-        write_atomic(place, (Path(folder) / SIGNATURE).read_bytes())
+        with locked(place, "sign"):  # another `sign` would take the same temporary name
+            write_atomic(place, (Path(folder) / SIGNATURE).read_bytes())
         if read_bounded(bundle.path(MANIFEST), LARGEST_RECORD) != signed.read_bytes():
             place.unlink(missing_ok=True)  # the build may have removed it
             raise BundleError(f"{bundle.root} was built while it was signed: sign it again.")

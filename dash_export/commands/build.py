@@ -18,6 +18,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_units
 from dash_export.core.dial import WORTH, recommended_budget
 from dash_export.core.units import Unit
+from dash_export.files.outputs import REPLACED, work_of
 
 PRECISION = click.Choice(get_args(Precision))
 
@@ -65,7 +66,8 @@ def command(
 
     folder = Path(source)
     other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a checkpoint beside another manifest.json
-    if folder.suffix == ".dash" or ((folder / MANIFEST).is_file() and not other):
+    interrupted = not folder.exists() and (work_of(folder) / REPLACED).is_dir()  # a killed export: `open` finishes it
+    if folder.suffix == ".dash" or interrupted or ((folder / MANIFEST).is_file() and not other):
         given = {
             name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         }

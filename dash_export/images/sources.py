@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow reads 40 more, with code that few files ever tried."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_PIXELS = 1 << 26
-"""Of a picture, 67 million. Pillow takes 4 bytes for each; three times as much for a moment where it is transparent."""
+"""Bound of a picture. Pillow takes 4 bytes for each; three times as much for a moment where it is transparent."""
 MOST_URL = 1 << 26
 """Characters of a data URL."""
 _URL = re.compile(r"data:image/[\w.+-]{1,64}(;[\w.=-]{1,64}){0,4};base64", re.IGNORECASE)

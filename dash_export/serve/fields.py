@@ -1,4 +1,4 @@
-"""What all JSON objects of a request have in common: which fields are known, and what is a number."""
+"""Rules that all JSON objects of a request share: which fields are known, and what is a number."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Final, NoReturn

@@ -92,7 +92,7 @@ class Scheduler:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._seconds = 0.0
-        """Of a step and the prefill that it waited for: a running mean."""
+        """Running mean of a step and the prefill that it waited for."""
         self.figures = Counter[str]()
         """Counts since the start, by the names that metrics.py tells."""
 

@@ -26,7 +26,7 @@ class DeadlineError(RequestError):
 
 @dataclass(frozen=True)
 class Reading:
-    """What is wanted of a prompt itself, which is always dense. `logprobs`: the log-likelihood of each of its tokens
+    """Results wanted of a prompt itself, which is always dense. `logprobs`: the log-likelihood of each of its tokens
     and of so many of the most likely ones; `pooling`: its final states, of the last token or their mean. `only`: no
     answer (the room of one token is asked for all the same).
     """
@@ -71,7 +71,7 @@ class Ticket:
     known: int = 0
     """Tokens of the prompt that were not computed again."""
     likely: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """Of each token of the prompt but the first, where wanted: (token, nats) of it and of the most likely ones."""
+    """For each token of the prompt but the first, where wanted: (token, nats) of it and of the most likely ones."""
     state: Any = 0.0
     """The pooled state float32 [hidden], where wanted."""
 

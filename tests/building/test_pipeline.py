@@ -1,9 +1,8 @@
 """Builds: incremental, exact about what depends on what, with a cost table and a budget table."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,11 +10,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.base import Launch
 from dash_export.backends.cuda.cuda_maker import CudaBackend
-from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.building import build, cost_table, dial_table, pipeline
-from dash_export.building.cost_table import NOT_MEASURED, measure_cost
+from dash_export.building import build, dial_table, pipeline
+from dash_export.building.cost_table import NOT_MEASURED
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ANSWERS
@@ -384,21 +381,3 @@ def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatc
     shutil.rmtree(bundle.path("onnx"))
     monkeypatch.setattr("dash_export.building.engine_graphs.artifacts", None)
     assert build(bundle, "cuda", measure=True) == second
-
-
-def test_what_a_unit_costs(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that takes longer and longer. Units 2-3 and 4 are skipped in turn; all else always runs."""
-    passes = count()
-
-    def timed(launches: Iterable[Launch]) -> list[float]:
-        assert len(list(launches)) == 5
-        repeat, parity = divmod(next(passes), 2)
-        found = [100.0, 400.0, 200.0, 30.0, 300.0] if parity else [100.0, 400.0, 40.0, 100.0, 300.0]
-        return [(1 + repeat / 100) * time for time in found]
-
-    monkeypatch.setattr(cost_table, "_timed", timed)
-    runtime = tiny_runtime()
-    table = measure_cost(runtime.bundle, runtime.build, OrtBackend(0))
-    assert table.cost == pytest.approx((160 / 1100, 70 / 1100), rel=0.02)
-    assert set(table.bypass_us) == {"bypass_02-03", "bypass_04-04"}
-    assert table.segment_us["layers_02-03"] / table.bypass_us["bypass_02-03"] == pytest.approx(5, rel=0.02)

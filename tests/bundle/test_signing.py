@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import SIGNATURE
 from dash_export.bundle.signing import TRUSTED_KEY, check_signed
 from dash_export.errors import BundleError, OutputError
+from dash_export.files.outputs import locked
 from tests.commands.helpers import done, refused
 
 PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
@@ -113,6 +115,12 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     next(own_bundle.glob("engines/cpu-fp32/layer*.onnx")).write_bytes(b"")
     assert "hash mismatch" in refused("sign", own_bundle, "--key", private)
     assert not (own_bundle / "manifest.json.sig").exists()
+
+
+def test_two_at_once(own_bundle: Path, tmp_path: Path) -> None:
+    private, _ = keys(tmp_path, "mine")
+    with locked(own_bundle / SIGNATURE, "sign"):
+        assert "manifest.json.sig is being written by dash-export sign" in refused("sign", own_bundle, "--key", private)
 
 
 def test_a_signature_of_gigabytes(own_bundle: Path, signed: tuple[Path, Path]) -> None:

@@ -9,6 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import EXPORT
+from dash_export.files.outputs import MARK, REPLACED, work_of
 from tests.commands.helpers import DISK_FULL, dash, done, refused
 from tests.tiny import TINY_UNITS
 
@@ -27,6 +29,15 @@ def test_a_bundle_without_graphs_and_builds_is_no_model(own_bundle: Path, tmp_pa
     for folder in ("onnx", "engines"):
         shutil.rmtree(own_bundle / folder)
     assert "without portable graphs" in refused("build", own_bundle.rename(tmp_path / "plain"), "--target", "portable")
+
+
+def test_a_bundle_whose_replacement_was_killed(own_bundle: Path, tmp_path: Path) -> None:
+    """Nothing has its name until the next command finishes the replacement, whatever the name ends in."""
+    work = own_bundle.rename(work_of(tmp_path / "plain"))
+    (work / REPLACED).mkdir()
+    (work / MARK).write_text(EXPORT)
+    assert "portable graphs, used as they are" in done("build", tmp_path / "plain", "--target", "portable").stdout
+    assert not work.exists()
 
 
 def test_model(model: Path, tmp_path: Path) -> None:

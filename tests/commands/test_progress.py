@@ -31,11 +31,11 @@ def test_a_line_every_twenty_seconds(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_one_long_step_is_not_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EVERY", 0.5)
+    monkeypatch.setattr(module, "EVERY", 0.2)
     with progress_bar("train") as said:
         said("own answers", 3, 100)
-        time.sleep(2.5)
-    time.sleep(1.5)
+        time.sleep(1.0)
+    time.sleep(0.6)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "train: own answers (3/100)"
     assert lines[1:] in (["train: own answers (3/100), still at it"] * count for count in (1, 2, 3))

@@ -102,7 +102,7 @@ def pile_up(address: str, first: bytes, piece: bytes, size: int) -> None:
 
 
 def test_nothing_is_piled_up_before_the_key_is_asked_for(tiny_root: Path) -> None:
-    """200 MB over 20 connections, in every way in which headers can be sent. The server's memory is measured."""
+    """100 MB over 20 connections, in every way in which headers can be sent. The server's memory is measured."""
     get, post = (f"{method} /v1/models HTTP/1.1\r\nHost: localhost\r\n".encode() for method in ("GET", "POST"))
     chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
     ways = {
@@ -120,7 +120,7 @@ def test_nothing_is_piled_up_before_the_key_is_asked_for(tiny_root: Path) -> Non
             before = megabytes(process, "VmRSS")
             with ThreadPoolExecutor(20) as pool:
                 for _ in range(20):
-                    pool.submit(pile_up, address, first, piece, 10_000_000)
+                    pool.submit(pile_up, address, first, piece, 5_000_000)
             assert httpx.get(f"{address}/health", timeout=20).status_code == 200
             assert megabytes(process, "VmHWM") - before < 30, way
         process.terminate()

@@ -95,26 +95,26 @@ def test_engines_that_are_not_their_graphs_fail(own_bundle: Path) -> None:
     assert "Mismatched outputs" in result.stdout
 
 
-def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: Path) -> None:
+def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: Path, here: Here) -> None:
     kept = tmp_path / "dense.json"
     steps = ("--dash-tokens", "2", "--iterations", "3")
-    dense = polygraphy(tiny_root, "--dash", *FP32, *steps, "--save-outputs", kept, SEQUENTIAL)
+    dense = here(tiny_root, "--dash", *FP32, *steps, "--save-outputs", kept, SEQUENTIAL)
     assert passed(dense), dense.stdout
     assert "{input_ids [dtype=int64, shape=(1, 66)]}" in dense.stdout
     assert "{logits [dtype=float32, shape=(1, 2, 300)]}" in dense.stdout
     (time,) = re.findall(r"in [\d.e+-]+ ms \| Average inference time: ([\d.e+-]+)", dense.stdout)
     assert 0 < float(time) < 2000
     loaded = ("--dash", *steps, "--load-outputs", kept, *CLOSE)
-    same = polygraphy(tiny_root, *loaded, "--dash-target", "portable")
+    same = here(tiny_root, *loaded, "--dash-target", "portable")
     assert passed(same), same.stdout
-    assert not passed(polygraphy(tiny_root, *loaded, *FP32, "--dash-skip", "4"))
+    assert not passed(here(tiny_root, *loaded, *FP32, "--dash-skip", "4"))
 
 
-def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
+def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path, here: Here) -> None:
     """Of a merged segment, whose graph is in no bundle."""
     script = tmp_path / "script.py"
     run = (tiny_root, "--dash", "--onnxrt", *FP32, "--dash-segment", "layers_02-03", *CLOSE)
-    assert polygraphy(*run, "--gen-script", script).returncode == 0
+    assert here(*run, "--gen-script", script).returncode == 0
     result = python(script)
     assert result.returncode == 0, result.stdout + result.stderr
     (names,) = set(re.findall(r"All outputs matched \| Outputs: \[(.*)\]", result.stdout))

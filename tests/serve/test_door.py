@@ -50,8 +50,9 @@ def answer(client: socket.socket) -> tuple[int, str]:
     return (int(head.split()[1]), json.loads(body)["error"]["message"]) if said else (0, "")
 
 
-def test_a_head_that_is_too_large(address: str) -> None:
+def test_a_head_that_is_too_large(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bytes, whole or not, or in lines. One that is as large as it may be is answered."""
+    monkeypatch.setattr(door, "LINGER", 0.2)
     lines = b"".join(b"x%d: %s\r\n" % (line, b"y" * 600) for line in range(98))
     for head, status, said in (
         (GET + b"x: " + b"y" * door.HEAD_BYTES, 431, "more than 65536 bytes"),
@@ -82,6 +83,7 @@ def test_what_is_no_body(address: str) -> None:
 def test_a_head_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly it comes, on a new connection or on one that has had an answer."""
     monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(door, "LINGER", 0.2)
     for before in (b"", GET + b"\r\n"):
         with connected(address) as client:
             client.sendall(before)
@@ -103,7 +105,7 @@ def test_a_head_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /"])
 def test_an_answer_is_not_cut_by_what_comes_after_its_request(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "HEAD_SECONDS", 0.3)
-    with slow_answers(1.0) as address, connected(address) as client:
+    with slow_answers(0.7) as address, connected(address) as client:
         client.sendall(GET + b"\r\n" + sent)
         assert until(b"done", client).endswith(b"done")
 
@@ -158,7 +160,7 @@ def test_an_answer_that_is_not_taken(more: bytes, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(door, "TAKE_SECONDS", 0.5)
     size = 16 << 20
     with listening(PlainTextResponse("x" * size)) as address:
-        for pause, each, whole in ((2.0, 0, False), (0.1, 1 << 20, True)):
+        for pause, each, whole in ((1.5, 0, False), (0.1, 2 << 20, True)):
             with connected(address) as client:
                 client.sendall(GET + more + b"\r\n")
                 time.sleep(pause)
@@ -221,6 +223,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same limits, and for the handshake, too."""
     monkeypatch.setattr(door, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(door, "LINGER", 0.2)
     cert, key = certificate(tmp_path)
     context = ssl.create_default_context(cafile=str(cert))
     monkeypatch.setattr(door, "TAKE_SECONDS", 0.5)
@@ -229,7 +232,7 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(httpx.get(f"https://localhost:{port}", verify=context).content) == 16 << 20
         with context.wrap_socket(connected(plain), server_hostname="localhost") as client:
             client.sendall(GET + b"\r\n")
-            time.sleep(2)
+            time.sleep(1.5)
             assert len(until(b"", client)) < 16 << 20, "nobody took it"
         with connected(plain) as client:
             began = time.monotonic()

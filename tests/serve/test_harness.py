@@ -26,14 +26,10 @@ QUESTIONS = [
     ("Question: Which of these is a mammal?\nAnswer:", ["a trout", "a frog", "a dolphin", "an eagle"], 2),
     ("Question: At what temperature does water freeze?\nAnswer:", ["0 degrees Celsius", "50 degrees Celsius"], 0),
     ("Question: What does a thermometer measure?\nAnswer:", ["weight", "length", "temperature"], 2),
-    ("Question: Which planet is closest to the Sun?\nAnswer:", ["Mars", "Neptune", "Mercury", "Saturn"], 2),
-    ("Question: What causes day and night?\nAnswer:", ["the Moon's light", "the Earth's rotation", "the tides"], 1),
 ]
 WORDS = [
     ("The capital of France is Paris, and the capital of Italy is", "Rome"),
-    ("He opened the letter, read it twice, and then put the", "letter"),
     ("She fed the cat and the dog every day, because she loved the cat and the", "dog"),
-    ("They climbed the hill in the rain. On top of the", "hill"),
     ("One, two, three, four, five, six, seven, eight, nine,", "ten"),
 ]
 

@@ -26,7 +26,7 @@ def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
             continue  # it has nothing that could be wrong
 
         @settings(
-            max_examples=12,
+            max_examples=8,
             deadline=None,
             derandomize=True,
             phases=[Phase.generate],

@@ -47,7 +47,7 @@ Names = dict[int, dict[str, int]]
 
 
 class Disk:
-    """What a victim notes of `folder` in `store`. Inodes stand for files and folders: none is used twice, for each is
+    """Notes of a victim about `folder` in `store`. Inodes stand for files and folders: none is used twice, for each is
     kept open.
     """
 
@@ -107,7 +107,7 @@ class Disk:
             self._held[inode] = os.open(path, os.O_RDONLY)
 
     def _copy(self, inode: int, suffix: str = "") -> None:
-        """Of a file what is in it now; nothing of a folder."""
+        """Keep what is in a file now; nothing of a folder."""
         file = self._held[inode]
         status = os.fstat(file)
         if not stat.S_ISDIR(status.st_mode):
@@ -205,7 +205,7 @@ def _write(
 
 
 def _content(kept: Path, synced: Path, random: Random) -> bytes:
-    """What may be there of a file, given what was in it at the crash and at its last fsync."""
+    """Return what may be there of a file, given what was in it at the crash and at its last fsync."""
     last = kept.read_bytes()
     durable = synced.read_bytes() if synced.exists() else b""
     if durable == last:

@@ -1,4 +1,4 @@
-"""What the attacks share: a server in a process of its own, how much memory a process takes, and how an attack ends."""
+"""Parts that the attacks share: a server in its own process, how much memory a process takes, how an attack ends."""
 
 from __future__ import annotations
 

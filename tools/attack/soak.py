@@ -41,7 +41,7 @@ Answer = list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: `bad` is the place in a batch of a prompt that cannot be answered."""
+    """A request: `bad` is the place in a batch of a prompt that cannot be answered."""
 
     kind: str
     setting: Setting
@@ -96,7 +96,7 @@ def batch(task: Task, runtime: DashRuntime) -> Answer:
 
 
 def alone(task: Task, runtime: DashRuntime) -> Answer:
-    """What a task gives when nothing else runs; of a batch, each good row on a session of its own."""
+    """Return what a task gives when nothing else runs; of a batch, each good row on a session of its own."""
     if task.kind != "batch":
         return KINDS[task.kind](task, runtime.session_with(task.setting))
     good = (prompt for index, prompt in enumerate(task.prompts) if index != task.bad)

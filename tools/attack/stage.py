@@ -1,5 +1,5 @@
-"""What is attacked while it writes: a tiny model, the commands that write, as small as they get, what each begins with,
-and what must be there after it was interrupted.
+"""Stage of the attacks on what writes: a tiny model, the commands that write, as small as they get, what each begins
+with, and what must be there after it was interrupted.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Scene:
         return (built if self.command == "build" else exported)(self.stage, folder)
 
     def survived(self, folder: Path) -> list[str]:
-        """What is wrong right after a crash: an output is whole, of before or of after, or says that it is not."""
+        """Return what is wrong after a crash: an output is whole, of before or of after, or says that it is not."""
         try:
             self.state(folder)
         except Exception:
@@ -164,7 +164,7 @@ class Scene:
         return []
 
     def completed(self, folder: Path) -> list[str]:
-        """What is wrong when the command is then run again, to its end."""
+        """Return what is wrong when the command is then run again, to its end."""
         try:
             perform(self.command, self.stage, folder)
             faults = self.finished(folder)
@@ -176,7 +176,7 @@ class Scene:
         return faults
 
     def finished(self, folder: Path) -> list[str]:
-        """What is wrong with what a whole run leaves."""
+        """Return what is wrong with what a whole run leaves."""
         state, (kind, _, policy) = self.state(folder), self.command.partition(" ")
         faults = [] if state and (kind == "build" or state == policy) else [f"a whole run leaves {state!r}"]
         return faults + [f"left behind: {name}" for name in sorted(_names(folder) - self.names)]

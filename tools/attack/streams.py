@@ -35,7 +35,7 @@ _GONE = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
 
 @dataclass
 class Load:
-    """What the clients share."""
+    """State that the clients share."""
 
     client: httpx.AsyncClient
     bodies: list[tuple[str, dict[str, Any]]]

@@ -1,4 +1,4 @@
-"""What skipping costs: the bypasses, K and V and all, against what the skipped units would have taken.
+"""Measure what skipping costs: the bypasses, K and V and all, against what the skipped units would have taken.
 
     python tools/bench/bypass.py BUNDLE --skipped 5
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
+"""Parts that the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
 
 Turns and intervals are those of the package (`dash_export/measure/timing.py`, `intervals.py`).
 """
@@ -73,7 +73,7 @@ def in_fresh_processes(timed_once: Callable[..., Times], *arguments: object, pro
 
 
 def ratios(times: Times) -> dict[str, Interval]:
-    """Of each variant's time to the first one's."""
+    """Return the ratio of each variant's time to the first one's."""
     return dict(zip(times, median_ratios(np.array(list(times.values()))), strict=True))
 
 

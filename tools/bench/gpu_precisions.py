@@ -1,5 +1,5 @@
-"""What a GPU recipe's precisions cost in quality, on a CPU: the portable graphs with their weights (fp8: and what they
-are fed) rounded as the recipe's engines have them, all else in float32.
+"""Measure what a GPU recipe's precisions cost in quality, on a CPU: the portable graphs with their weights (fp8: and
+what they are fed) rounded as the recipe's engines have them, all else in float32.
 
     python tools/bench/gpu_precisions.py BUNDLE --target h100
 """

@@ -24,7 +24,7 @@ MIDDLE = np.int8(8)
 """Code of zero on a symmetric 4-bit grid."""
 _COLUMNS = 4096
 _SMALLEST = np.float32(2.0**-24)
-"""Of float16, in which a scale may be stored: TensorRT refuses a scale of 0."""
+"""Smallest value of float16, in which a scale may be stored: TensorRT refuses a scale of 0."""
 
 
 def quantize_symmetric(matrix: Float32Array, bits: int, block: int) -> tuple[npt.NDArray[np.int8], Float32Array]:

@@ -8,7 +8,7 @@ from dash_export.errors import CheckpointError
 from dash_export.models.config import Config, section
 
 _GEMMA3 = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
-"""What the published 4B leaves out, as in transformers."""
+"""Values that the published 4B leaves out, as in transformers."""
 _NAMES = (
     ("model.language_model.", "model."),
     ("language_model.", ""),

@@ -25,7 +25,7 @@ OFFLINE = (
     "ProxyError",
     "Max retries",
 )
-MACHINES = [("3.10", "aarch64"), ("3.11", "x86_64"), ("3.13", "x86_64")]
+MACHINES = [("3.10", "aarch64"), *((f"3.{minor}", "x86_64") for minor in range(10, 14))]
 """Python and processor: JetPack 6, whose glibc is 2.35 (the JetPacks before: 2.31), and servers."""
 OLDEST = 28
 """glibc 2.28, whose wheels run with every later one."""

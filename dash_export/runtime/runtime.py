@@ -173,7 +173,7 @@ class DashRuntime:
 
     def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
         """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for
-        an encoder decides once for a picture. Raises PolicyError, and BundleError for a causal LM.
+        an encoder decides for a picture, not for a token. Raises PolicyError, and BundleError for a causal LM.
         """
         return self.encoder_with(Setting(policy, **amounts))
 

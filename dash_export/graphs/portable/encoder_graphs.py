@@ -1,7 +1,7 @@
 """The portable graphs of an image encoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX opset 24.
 
 States are batch x tokens x hidden: special tokens (class, registers), then the patches. Nothing is kept between inputs,
-and one decision is made for a whole picture.
+and decisions are made for a whole picture.
 """
 
 import math

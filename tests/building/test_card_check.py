@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from dash_export.backends.cuda import launch_costs
 from dash_export.backends.cuda.cuda import Cuda
 from dash_export.backends.cuda.cuda_graph import CudaGraph
 from dash_export.backends.cuda.step import DeviceStep
-from dash_export.backends.tensorrt.trt_maker import RtxBackend
 from dash_export.building import build, card_check, pipeline
 from dash_export.building.cost_table import uniform_cost
 from dash_export.building.references import REFERENCES
@@ -23,7 +21,7 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.bundle.records import Verification
 from dash_export.files.resources import resource_folder
-from tests.building.test_references import BREAKS
+from tests.building.test_references import BREAKS, break_engine
 from tests.commands.helpers import dash, refused
 from tests.standin import installed
 from tests.standin.cuda import Card
@@ -112,21 +110,6 @@ def test_a_sound_card(name: str, tiny_root: Path, card: Card, tmp_path: Path) ->
     assert set(facts["errors"]) >= {"layers_02-03", "bypass_04-04", "policy"}
     assert facts["memory"]["cache"] > 0
     assert card.calls["cudaEventElapsedTime"] > 0
-
-
-def break_engine(what: str, patch: pytest.MonkeyPatch) -> None:
-    name, change, _ = BREAKS[what]
-    sound = RtxBackend.compile
-
-    def compile(maker: RtxBackend, graph: Path, folder: Path, out: Path) -> list[Path]:
-        if graph.stem == name:
-            model = onnx.load(graph)
-            change(model.graph)
-            graph = out.with_name(f"{name}.onnx")
-            onnx.save(model, graph)
-        return sound(maker, graph, folder, out)
-
-    patch.setattr(RtxBackend, "compile", compile)
 
 
 @pytest.mark.parametrize("what", map(param, BREAKS))

@@ -11,7 +11,7 @@ import pytest
 from tests.commands.helpers import ROOT, environment
 from tests.fuzz.parsers import PARSERS, make_seeds
 
-SECONDS = 3
+SECONDS = 6
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 ATTACK = Path(__file__).parents[2] / "tools" / "attack"
-DRAWN, LAST = 4, 4
+DRAWN, LAST = 8, 5
 """Operations before which a command is killed: by seed, and the last ones."""
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")

@@ -155,7 +155,8 @@ def _copy(check: CardCheck) -> str:
     check_trusted(check.bundle)
     files = [*check.bundle.files, *(record for build in check.builds.values() for record in build.files)]
     check.bundle.verify(files)
-    return f"{len(files)} files, {sum(record.bytes for record in files) / 1e6:.0f} MB; built: {', '.join(check.builds) or 'nothing yet'}"
+    built = ", ".join(check.builds) or "nothing yet"
+    return f"{len(files)} files, {sum(record.bytes for record in files) / 1e6:.0f} MB; built: {built}"
 
 
 def _driver(check: CardCheck) -> str:

@@ -31,6 +31,9 @@ _MAX_BYTES = 1 << 14  # of a recipe file
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
 """A key of too many parts. No recipe has such a key, and the parser's memory grows with the square of the parts."""
+_MOST_LISTS = 100
+"""Lists and tables of a recipe. None has over 20, and the parser calls itself for each that is nested: finalizers that
+run near Python's recursion limit fail, and what they free is lost."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def _read(path: Path) -> Recipe:
         text = read_bounded(path, _MAX_BYTES).decode()
         if _DOTTED.search(text):
             raise ValueError("it has a key of over 8 parts")
+        if text.count("[") + text.count("{") > _MOST_LISTS:
+            raise ValueError(f"it has over {_MOST_LISTS} lists and tables")
         data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(f"The recipe {path} cannot be read: {error}. Give TOML like engines/cpu.toml.") from error

@@ -34,7 +34,7 @@ class Registered:
 
     `package`: what it needs, which the `extra` of dash-export installs. `faults`: yields what is wrong with a recipe
     (`(Recipe) -> Iterator[str]`). `load`: starts the backend (`(name, threads)`), which then loads engines. `maker`:
-    the class that makes engines (`maker.py`).
+    the class that makes engines (`maker.py`). `devices`: whether its recipes may name a `device`.
     """
 
     package: str
@@ -42,6 +42,7 @@ class Registered:
     faults: str
     load: str
     maker: str
+    devices: bool = False
 
     def part(self, name: str) -> Any:
         """Import one of `faults`, `load` and `maker`, given as `module:attribute`."""
@@ -62,11 +63,14 @@ BACKENDS = {
         f"{_CUDA}.cuda_recipe:faults", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
     ),
     "openvino": Registered(
-        "openvino", "openvino", f"{_OV}.ov_recipe:faults", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker"
+        "openvino", "openvino",
+        f"{_OV}.ov_recipe:faults", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True,
     ),
     "tensorrt": Registered("tensorrt", "tensorrt", _FAULTS, _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
     "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _FAULTS, _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
 }  # fmt: skip
+PACKAGES = {entry.package: entry.extra for entry in BACKENDS.values() if entry.extra != "gpu"}
+"""Package of a backend -> the extra that installs it. `gpu` installs another distribution of `cpu`'s package."""
 Launch = Callable[[], None]
 """Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
 enqueued (CUDA).

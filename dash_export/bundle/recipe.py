@@ -187,8 +187,9 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
     if recipe.backend not in BACKENDS:
         yield f"backend = {recipe.backend!r:.60} is none of {', '.join(BACKENDS)}."
     else:
-        if recipe.runtime.device != RuntimeRecipe.device and recipe.backend != "openvino":
-            yield "device is for the backend openvino: leave it out."
+        if recipe.runtime.device != RuntimeRecipe.device and not BACKENDS[recipe.backend].devices:
+            known = ", ".join(name for name, entry in BACKENDS.items() if entry.devices)
+            yield f"device is for the backend {known}: leave it out."
         yield from BACKENDS[recipe.backend].part("faults")(recipe)
 
 

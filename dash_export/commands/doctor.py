@@ -19,6 +19,7 @@ from rich.text import Text
 
 from dash_export import __version__
 from dash_export.backends.base import BACKENDS
+from dash_export.backends.base import PACKAGES as BACKEND_PACKAGES
 from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.maker import Backend, backend_of
 from dash_export.backends.onnxruntime.cpus import allowed_processors, available_memory, cpu_name, physical_cores
@@ -34,14 +35,11 @@ LINE = 200
 # package -> the extra of dash-export that installs it; "" for what dash-export itself always installs
 PACKAGES = {
     **dict.fromkeys(("numpy", "tokenizers"), ""),
-    "onnxruntime": "cpu",
+    **BACKEND_PACKAGES,
     "onnxruntime-gpu": "gpu",
-    "openvino": "openvino",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "rtx",
     **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},
 }
-LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+LOADED = tuple(BACKEND_PACKAGES)
 """Modules that are imported too, because a package is often installed but broken."""
 ORT_PYTHON = (3, 11)
 LOWERING = ("onnx", "onnx_ir", "ml_dtypes")

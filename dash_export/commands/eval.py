@@ -96,8 +96,9 @@ def _check_kind(runtime: DashRuntime, pictures: bool) -> None:
     """Raise RequestError for `pictures` beside a causal LM, and for text beside an image encoder."""
     model = runtime.bundle.manifest.model
     if isinstance(model, EncoderFacts) != pictures:
-        said = ("a causal LM: give it text, by --text or --tasks, and no pictures." if pictures else
-                "an image encoder: give it pictures, --images DIR with a folder for each class, and no text.")  # fmt: skip
+        said = "an image encoder: give it pictures, --images DIR with a folder for each class, and no text."
+        if pictures:
+            said = "a causal LM: give it text, by --text or --tasks, and no pictures."
         raise RequestError(f"{model.name} is {said}")
 
 

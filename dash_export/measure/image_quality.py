@@ -35,7 +35,7 @@ class ImageQuality:
     by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of
     pictures that the guard held back. With classes, on every other picture: `agreement` of the linear classifier with
     itself on dense vectors, the `accuracy` of both it and the `neighbours`, and its flips: the share that it `lost`
-    (right on dense vectors, wrong on these) and `won` (the reverse); with a classifier of the model's own, `same_class`.
+    (right on dense vectors, wrong on these) and `won` (the reverse); with the model's own classifier, `same_class`.
     """
 
     setting: Setting

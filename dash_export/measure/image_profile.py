@@ -46,7 +46,7 @@ def image_profile(runtime: DashRuntime, rounds: int, progress: Progress = no_pro
         def each(times: list[float], scale: float, size: int = size) -> Spread:
             return spread(times[WARM_UP:], scale / size)
 
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": name, "run": each(times, 1e6), "exit": each(exits[name], 1e6) if name in exits else None}
             for name, times in run.items()
         ]

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "measure": {*COMMON, "backends", "images", "runtime"},
     "train": {*COMMON, "backends", "graphs", "images", "models"},
     "reference": {*COMMON, "models"},
-    "serve": {*COMMON, "backends", "runtime"},
+    "serve": {*COMMON, "backends", "images", "runtime"},
     "polygraphy": {*COMMON, "backends", "building", "runtime"},
     "commands": {*COMMON, "backends", "images", "building", "measure", "models", "runtime", "serve", "train"},
     "__init__.py": {"building", "runtime"},

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export import __version__
+from dash_export.cli import printable
 from dash_export.commands import options
 from dash_export.commands.options import Load, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.tables import print_table
+from dash_export.commands.tables import print_images, print_table
+from dash_export.core.facts import EncoderFacts
+from dash_export.errors import RequestError
 
 if TYPE_CHECKING:
     from dash_export.measure.score import Result
@@ -31,19 +34,25 @@ _File = tuple[str, str, "list[Result]"]
               help="A text for KL and perplexity; may be given again.")  # fmt: skip
 @click.option("--tasks", type=options.comma_separated(click.STRING), default=(), metavar="NAMES",
               help="Tasks or groups of lm-eval, like arc_easy,gsm8k.")  # fmt: skip
+@click.option("--images", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+              help="Of an image encoder: pictures, in a folder for each class.")  # fmt: skip
 @click.option("--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
               help="A folder of your own tasks, as YAML, for --tasks.")  # fmt: skip
 @options.window_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
-def command(load: Load, texts: Any, tasks: Any, include_path: Path | None, as_json: bool, **window: int) -> None:
+def command(
+    load: Load, texts: Any, tasks: Any, images: Path | None, include_path: Path | None, as_json: bool, **window: int
+) -> None:
     """Measure a built BUNDLE under each policy kind at equal settings, and other builds, against its own dense mode.
 
     \b
     --text   perplexity, KL from dense, top-1 agreement with dense: of a plain text, or (.jsonl) of chat
              prompts with the model's answers, which the dense mode writes where the file has none
     --tasks  the metrics of lm-eval, and which items dense has right and a setting wrong, or the reverse
+    --images of an image encoder: cosine with dense, and how well a linear classifier and the nearest neighbours
+             on its pooled vectors tell the classes apart
 
-    Without either, the text is the held-out answers that came with the policy, or else the calibration text. The
+    Without any, the text is the held-out answers that came with the policy, or else the calibration text. The
     settings are budgets, 0.9 and 0.8 by default. The column `time` is a prediction: the build's cost table, applied to
     what was skipped in this text or task.
     """
@@ -51,11 +60,17 @@ def command(load: Load, texts: Any, tasks: Any, include_path: Path | None, as_js
     from dash_export.measure.texts import judged_text
 
     began, limit = time.perf_counter(), window["limit"]
+    if images is not None:
+        if texts or tasks:
+            raise click.UsageError("--images is of an image encoder, --text and --tasks of a causal LM: give one.")
+        _of_images(load, images, limit, as_json)
+        return
     texts = texts or (() if tasks else (None,))
     with progress_bar("eval") as progress:
         progress("loading", 0, 0)
         candidates, refused = load()
         runtime = candidates[0].runtime
+        _check_kind(runtime, pictures=False)
         # All are read and checked before the first is measured.
         judged = [judged_text(runtime, path, **window, progress=progress) for path in texts]
         loaded = {}
@@ -75,6 +90,44 @@ def command(load: Load, texts: Any, tasks: Any, include_path: Path | None, as_js
     _print(runtime, window, files)
     print_refused(refused)
     click.echo(f"Took {seconds:.0f} s.")
+
+
+def _check_kind(runtime: DashRuntime, pictures: bool) -> None:
+    """Raise RequestError for `pictures` beside a causal LM, and for text beside an image encoder."""
+    model = runtime.bundle.manifest.model
+    if isinstance(model, EncoderFacts) != pictures:
+        said = "an image encoder: give it pictures, --images DIR with a folder for each class, and no text."
+        if pictures:
+            said = "a causal LM: give it text, by --text or --tasks, and no pictures."
+        raise RequestError(f"{model.name} is {said}")
+
+
+def _of_images(load: Load, images: Path, limit: int, as_json: bool) -> None:
+    """Measure an image encoder on pictures in a folder for each class."""
+    from dash_export.measure.image_quality import image_quality, image_report
+
+    with progress_bar("eval") as progress:
+        candidates, refused = load()
+        runtime = candidates[0].runtime
+        _check_kind(runtime, pictures=True)
+        settings = [candidate.setting for candidate in candidates[1:]]
+        rows = image_quality(runtime, images, settings, limit, progress, labelled=True)
+    if as_json:
+        report = image_report(runtime, images, limit, rows)
+        click.echo(json.dumps(report | {"refused": refused, "version": __version__}))
+        return
+    print_images(
+        f"{runtime.bundle.manifest.model.name}, target {runtime.build.target}; {printable(images.name)}: "
+        f"{rows[0].pictures} pictures", rows,
+        ("predicted", "layers", "cosine", "worst", "same_class", "accuracy", "neighbours", "lost", "won", "guarded"),
+    )  # fmt: skip
+    print_refused(refused)
+    click.echo(
+        "predicted: time of dense by the build's cost table (`frontier` measures it). cosine: of pooled vectors with "
+        "dense ones, mean and worst. accuracy: of a linear classifier, neighbours: of the nearest ones; both learn "
+        "dense vectors of every other picture and are judged on the rest. lost: share that the linear classifier has "
+        "right on dense vectors and wrong on these; won: the reverse. guarded: share held back as foreign."
+    )
 
 
 def _report(runtime: DashRuntime, request: dict[str, Any], files: Sequence[_File]) -> dict[str, object]:

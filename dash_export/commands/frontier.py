@@ -23,7 +23,7 @@ from dash_export.commands.options import (
 )
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import picture_files, save_pictures, save_report, sole_writer
-from dash_export.commands.tables import print_table
+from dash_export.commands.tables import print_images, print_table
 from dash_export.measure import ROUNDS, TOKENS
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def command(
 
 def _of_images(ctx: click.Context, load: Load, images: Path, output: Path, limit: int) -> None:
     """Measure an image encoder: time on the clock against the cosine of pooled vectors."""
-    from dash_export.measure.candidates import label
-    from dash_export.measure.image_quality import image_quality
+    from dash_export.measure.image_quality import image_quality, image_report
     from dash_export.measure.pictures import image_figure
 
     files = picture_files(output, "png", "svg", "json")
@@ -113,24 +112,12 @@ def _of_images(ctx: click.Context, load: Load, images: Path, output: Path, limit
             runtime = candidates[0].runtime
             settings = [candidate.setting for candidate in candidates[1:]]
             rows = image_quality(runtime, images, settings, limit, progress)
-        figures = ("time", "layers", "cosine", "worst", "guarded", "same_class", "agreement", "accuracy", "neighbours")
-        kept = [name for name in figures if getattr(rows[0], name) is not None]
         title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
-        print_table(
-            title, ("setting",), tuple(name.replace("_", " ") for name in kept),
-            ((label(row.setting), *(f"{getattr(row, name):.4f}" for name in kept)) for row in rows),
-        )  # fmt: skip
+        print_images(title, rows, ("time", "layers", "cosine", "worst", "guarded", "same_class", "agreement",
+                                   "accuracy", "neighbours"))  # fmt: skip
         print_refused(refused)
-        report = {
-            "made_by": REPORT,
-            "bundle": runtime.bundle.name,
-            "device": runtime.build.device,
-            "pictures": images.name,
-            "limit": limit,
-            "points": [row.record() for row in rows],
-            "refused": refused,
-            "version": __version__,
-        }
+        report = {"made_by": REPORT, **image_report(runtime, images, limit, rows)}
+        report |= {"refused": refused, "version": __version__}
         written = [save_report(files[-1], json.dumps(report, indent=1) + "\n")]
         written += save_pictures(files, image_figure(rows, title))
     click.echo(f"Written to {', '.join(map(str, written))}")

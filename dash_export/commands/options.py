@@ -196,7 +196,7 @@ def window_options(command: Any) -> Any:
     """Add --limit, --window and --prefix, which say what part of a text is scored."""
     return with_options(
         command,
-        count_option("--limit", LIMIT, "Windows of a text, or items of a task."),
+        count_option("--limit", LIMIT, "Windows of a text, items of a task, or pictures."),
         count_option("--window", WINDOW, "Tokens of a window.", least=4),
         count_option("--prefix", PREFIX, "How many of them are dense.", least=2),
     )

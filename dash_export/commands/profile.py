@@ -1,8 +1,10 @@
 """`dash-export profile`: where the time of a token goes, as a table, JSON, a report and a trace."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +13,13 @@ from dash_export.commands.options import Load, comparison_options, count_option,
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import save_report, sole_writer
 from dash_export.commands.tables import print_table, size
+from dash_export.core.facts import EncoderFacts
+from dash_export.errors import RequestError
+from dash_export.files.artifacts import Progress
 from dash_export.measure import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
+
+if TYPE_CHECKING:
+    from dash_export.runtime import DashRuntime
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "host": "host gaps"}
@@ -40,6 +48,9 @@ def command(
     peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same
     known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too. On a GPU engines have the
     device's own times, and every token is launched piece by piece, which takes longer than as one graph.
+
+    Of an image encoder: the time of each segment and exit for 1 and for 8 pictures together, as a table or --json. They
+    are the same under every setting.
     """
     from dash_export.files.resources import resource_folder
     from dash_export.measure.breakdown import profile
@@ -55,6 +66,11 @@ def command(
         with progress_bar("profile") as progress:
             progress("loading", 0, 0)
             candidates, refused = load()
+            if isinstance(candidates[0].runtime.bundle.manifest.model, EncoderFacts):
+                if given := [name for name, path in (("--html", html), ("--trace", trace)) if path]:
+                    raise RequestError(f"{given[0]} is of a causal LM: leave it out, or take --json.")
+                _of_encoder(candidates[0].runtime, repeats, as_json, progress)
+                return
             found, lanes = profile(candidates, content, name, context, tokens, repeats, progress)
         # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:
@@ -74,6 +90,28 @@ def command(
                 written.append(save_report(html, render_report(found, lanes)))
         for output in written:
             click.echo(f"Written to {output}", err=as_json)
+
+
+def _of_encoder(runtime: DashRuntime, rounds: int, as_json: bool, progress: Progress) -> None:
+    from dash_export.measure.image_profile import image_profile
+
+    found = image_profile(runtime, rounds, progress)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    machine = found["machine"]
+    click.echo(f"{found['model']}, {found['target']}, {machine['cpu']}, {machine['cores']} cores\n"
+               f"load before: {machine['load']:g}\n")  # fmt: skip
+    for batch in found["batches"]:
+        whole, p50, p90, p99 = batch["picture_ms"]["p50"], *_percentiles(batch["picture_ms"], 1)
+        print_table(
+            f"{batch['size']} at a time: milliseconds a picture, dense: {p50}, p90 {p90}, p99 {p99}; its segments "
+            f"together {batch['together']:.1%} of that. Microseconds a picture:",
+            ("segment",),
+            ("run p50", "p90", "p99", "of dense", "exit p50", "p90", "p99"),
+            ((row["name"], *_percentiles(row["run"]), f"{row['run']['p50'] / whole / 1e3:.1%}",
+              *_percentiles(row["exit"])) for row in batch["segments"]),
+        )  # fmt: skip
 
 
 def _print(found: dict[str, Any]) -> None:

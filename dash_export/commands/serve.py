@@ -1,5 +1,7 @@
 """`dash-export serve`: bundles behind OpenAI's API."""
 
+from __future__ import annotations
+
 import gc
 import logging
 import re
@@ -8,16 +10,24 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, TRUSTED, count_option, load_runtime
+from dash_export.core.facts import EncoderFacts
 from dash_export.core.kinds import Setting
 from dash_export.errors import OutputError, RequestError
 from dash_export.serve.scheduler import ROWS, WAITING
 from dash_export.text.text_files import read_text
+
+if TYPE_CHECKING:
+    from dash_export.runtime import DashRuntime
+    from dash_export.serve.app import Endpoint
+    from dash_export.serve.picture_server import PictureServer
+    from dash_export.serve.scheduler import Scheduler
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -32,7 +42,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
-    help=f"Answers of a model that decode together; by default {ROWS}, or as many as the engines take.",
+    help=f"Answers of a model that decode together, or pictures of a request; by default {ROWS}, or as many as the "
+    "engines take.",
 )
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
@@ -69,15 +80,14 @@ def command(
     ssl_keyfile: Path | None, connections: int | None, deadline: int | None, drain: int, logs: bool,
     write_triton: Path | None
 ) -> None:  # fmt: skip
-    """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
-    /health, /metrics, /openapi.json, and a page to try it at /. A request for the model `auto` is answered by the first
+    """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses,
+    /v1/embeddings, /v1/models, /health, /metrics, /openapi.json, and a page to try it at /; of image encoders
+    /v1/embeddings of pictures, without a page. A request for the model `auto` is answered by the first
     of several bundles that has time for it, or else by the last: give the best one first, the fastest one last.
     """
-    from dash_export.backends.onnxruntime.cpus import available_memory
     from dash_export.serve.app import AUTO, Server
     from dash_export.serve.door import HttpServer
     from dash_export.serve.metrics import log
-    from dash_export.serve.scheduler import Scheduler
     from dash_export.serve.triton import write_repository
 
     if write_triton is not None:
@@ -96,33 +106,32 @@ def command(
         raise RequestError(f"{len(bundles)} bundles have {len(names)} names: give a --served-model-name for each.")
     if write_triton is None and host not in LOCAL and not (keys or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
-    served: dict[str, Scheduler] = {}
     runtimes = [load_runtime(bundle, target, trusted_key=trusted_key) for bundle in bundles]
-    memory = available_memory() // 2 // len(bundles)
-    alone = None if budget is None else Setting("token", budget=budget)
+    named: dict[str, DashRuntime] = {}
     for runtime, name in zip(runtimes, names or [one.bundle.name for one in runtimes], strict=True):
-        if name in served or name in ("", ".", "..", AUTO) or "@" in name:
+        if name in named or name in ("", ".", "..", AUTO) or "@" in name:
             raise RequestError(f"Two bundles are called {name}, or it is no name for a model: --served-model-name.")
-        if ctx_size is not None and ctx_size > (most := runtime.engines.model.max_positions):
-            raise RequestError(f"--ctx-size {ctx_size} is more than the {most} positions of {name}.")
-        bends = len(runtimes) == 1 or runtime.bundle.manifest.policy.has_network  # beside others one may be dense
-        served[name] = one = Scheduler(
-            runtime, rows=rows, waiting=waiting, alone=alone if bends else None, memory=memory, least=least,
-            pace=pace / 1000 if pace is not None and bends else None, context=ctx_size,
-        )  # fmt: skip
-        if one.short:
-            said = f"{name}: {one.context} of {ctx_size or runtime.engines.model.max_positions} positions"
-            click.echo(f"{said} for each of {one.size} rows (free memory).", err=True)
-    if write_triton is not None:
-        written = write_repository(write_triton, served)
-        click.echo(printable(f"Written to {', '.join(map(str, written))}"))
-        return
+        named[name] = runtime
+    alone = None if budget is None else Setting("token", budget=budget)
+    server: Endpoint[Any]
+    given: dict[str, Any] = {"keys": keys, "origins": cors, "deadline": deadline, "drain": drain}
+    given["hosts"] = LOCAL if host in LOCAL else None
+    if any(isinstance(one.bundle.manifest.model, EncoderFacts) for one in runtimes):
+        if pace or ctx_size or write_triton:
+            raise RequestError("--pace, --ctx-size and --write-triton are of causal LMs, and there is an image encoder "
+                               "among the bundles: leave them out.")  # fmt: skip
+        server = picture_server(named, rows, waiting, alone, given)
+    else:
+        served = schedulers(named, rows, waiting, alone, pace, least, ctx_size)
+        if write_triton is not None:
+            written = write_repository(write_triton, served)
+            click.echo(printable(f"Written to {', '.join(map(str, written))}"))
+            return
+        server = Server(served, **given)
     if logs:
         log.addHandler(logging.StreamHandler())  # stderr, the message alone
         log.setLevel(logging.INFO)
         log.propagate = False
-    hosts = LOCAL if host in LOCAL else None
-    server = Server(served, keys=keys, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
     raise_open_file_limit()
     try:
         http = HttpServer(server.app, connections, drain, server.drain, ssl_certfile, ssl_keyfile)
@@ -140,10 +149,50 @@ def command(
         ) from None
     shown = listener.getsockname()[1]
     address = f"http{'s' * (ssl_certfile is not None)}://{f'[{host}]' if ':' in host else host}:{shown}"
-    click.echo(printable(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)"), err=True)
+    click.echo(printable(f"Serving {', '.join(named)} at {address}/ (API: {address}/v1)"), err=True)
     gc.freeze()  # the models live on: who connects does not wait while they are looked through
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all answers have ended: exit code 0
     http.run(sockets=[listener])
+
+
+def schedulers(
+    named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, pace: float | None,
+    least: float, ctx_size: int | None
+) -> dict[str, Scheduler]:  # fmt: skip
+    """Return the queues of causal LMs. Raises RequestError and PolicyError."""
+    from dash_export.backends.onnxruntime.cpus import available_memory
+    from dash_export.serve.scheduler import Scheduler
+
+    served, memory = dict[str, Scheduler](), available_memory() // 2 // len(named)
+    for name, runtime in named.items():
+        if ctx_size is not None and ctx_size > (most := runtime.engines.model.max_positions):
+            raise RequestError(f"--ctx-size {ctx_size} is more than the {most} positions of {name}.")
+        bends = len(named) == 1 or runtime.bundle.manifest.policy.has_network  # beside others one may be dense
+        served[name] = one = Scheduler(
+            runtime, rows=rows, waiting=waiting, alone=alone if bends else None, memory=memory, least=least,
+            pace=pace / 1000 if pace is not None and bends else None, context=ctx_size,
+        )  # fmt: skip
+        if one.short:
+            said = f"{name}: {one.context} of {ctx_size or runtime.engines.model.max_positions} positions"
+            click.echo(f"{said} for each of {one.size} rows (free memory).", err=True)
+    return served
+
+
+def picture_server(
+    named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, given: dict[str, Any]
+) -> PictureServer:
+    """Return the server of image encoders. Raises RequestError where there is a causal LM among the bundles."""
+    from dash_export.serve.picture_server import PictureQueue, PictureServer
+
+    for name, runtime in named.items():
+        if not isinstance(runtime.bundle.manifest.model, EncoderFacts):
+            raise RequestError(f"{name} is a causal LM, and others of these bundles are image encoders: serve them by "
+                               "a command of their own, on another --port.")  # fmt: skip
+    queues = {
+        name: PictureQueue(runtime, batch=rows or ROWS, waiting=waiting, setting=alone)
+        for name, runtime in named.items()
+    }
+    return PictureServer(queues, **given)
 
 
 def known_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

@@ -1,12 +1,17 @@
 """Tables on stdout, all of one look (rich), and sizes for people."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash_export.bundle.records import Build
 from dash_export.core.dial import Measure
 from dash_export.core.units import Unit
 from dash_export.files.artifacts import FileRecord
+
+if TYPE_CHECKING:
+    from dash_export.measure.image_quality import ImageQuality
 
 
 def print_table(
@@ -47,6 +52,17 @@ def print_units(build: Build, units: Sequence[Unit], measure: Measure) -> None:
     print_table(
         f"Units: skipping one saves so much of a {measure.at(cost.context)}",
         ("unit",), ("layers", "run µs", "bypass µs", "of run", "saved"), map(row, units, runs, cost.cost),
+    )  # fmt: skip
+
+
+def print_images(title: str, rows: Sequence[ImageQuality], figures: Sequence[str]) -> None:
+    """Print those of the `figures` that were measured, a row for each setting."""
+    from dash_export.measure.candidates import label
+
+    kept = [name for name in figures if getattr(rows[0], name) is not None]
+    print_table(
+        title, ("setting",), tuple(name.replace("_", " ") for name in kept),
+        ((label(row.setting), *(f"{getattr(row, name):.4f}" for name in kept)) for row in rows),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ This file holds the defaults of all measurements, and imports nothing.
 """
 
 LIMIT = 32
-"""Most windows of a text, or items of a task."""
+"""Most windows of a text, items of a task, or pictures."""
 WINDOW = 256
 PREFIX = 64
 """Tokens at the beginning of a window that are dense, like a prompt, and not scored."""

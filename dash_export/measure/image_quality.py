@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.core.kinds import Setting
+from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.images.sources import image_files
+from dash_export.measure.candidates import Candidate
 from dash_export.runtime import DashRuntime
 
 Floats = npt.NDArray[np.float32]
@@ -29,14 +31,17 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class ImageQuality:
-    """Figures of one setting over the judged pictures, against dense. `time`: of dense, on the clock; `cosine` of the
-    pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of pictures that the guard held back.
-    With classes: `agreement` of the linear classifier with itself on dense vectors, and the `accuracy` of both it and
-    the `neighbours`; with a classifier of the model's own, `same_class`.
+    """Figures of one setting over so many `pictures`, against dense. `time`: of dense, on the clock, and as `predicted`
+    by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of
+    pictures that the guard held back. With classes, on every other picture: `agreement` of the linear classifier with
+    itself on dense vectors, the `accuracy` of both it and the `neighbours`, and its flips: the share that it `lost`
+    (right on dense vectors, wrong on these) and `won` (the reverse); with the model's own classifier, `same_class`.
     """
 
     setting: Setting
+    pictures: int
     time: float
+    predicted: float
     layers: float
     cosine: float
     worst: float
@@ -44,6 +49,8 @@ class ImageQuality:
     same_class: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
+    lost: float | None = None
+    won: float | None = None
     neighbours: float | None = None
 
     def record(self) -> dict[str, Any]:
@@ -54,21 +61,29 @@ class ImageQuality:
 
 
 def image_quality(
-    runtime: DashRuntime, folder: Path, settings: Sequence[Setting], limit: int = 0, progress: Progress = no_progress
+    runtime: DashRuntime,
+    folder: Path,
+    settings: Sequence[Setting],
+    limit: int = 0,
+    progress: Progress = no_progress,
+    labelled: bool = False,
 ) -> list[ImageQuality]:
     """Measure dense and the `settings` on the pictures in `folder`, or on `limit` of them drawn by a seed. Raises
-    RequestError where there is no picture, PolicyError for a setting that the policy cannot give.
+    RequestError where there is no picture, or, if `labelled`, where they are not in a folder for each of several
+    classes; PolicyError for a setting that the policy cannot give.
     """
-    files, classes = image_files(folder), []
+    files = image_files(folder)
     order = np.random.default_rng(0).permutation(len(files))[: limit or None]
     files = [files[place] for place in order]
     classes = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in files]
+    if labelled:
+        _check_classes(folder, classes)
     given = [Setting("dense"), *settings]
     encoders = [runtime.encoder_with(setting) for setting in given]
     pooled: list[list[Floats]] = [[] for _ in given]
     likeliest: list[list[int]] = [[] for _ in given]
     seconds = np.zeros((len(given), len(files)))
-    layers, guarded = np.zeros(seconds.shape), np.zeros(seconds.shape)
+    guarded, actions = np.zeros(seconds.shape), [list[npt.NDArray[np.int8]]() for _ in given]
     for place, path in enumerate(files):
         pixels = encoders[0].processor.batch([path])
         for _ in range(WARM_UP if place == 0 else 0):
@@ -79,7 +94,7 @@ def image_quality(
             found = encoders[at].encode(pixels)
             pooled[at].append(found.pooled[0])
             seconds[at, place], guarded[at, place] = found.seconds, found.guarded[0]
-            layers[at, place] = (found.actions == 0).sum()
+            actions[at].append(found.actions[0])
             if found.probabilities is not None:
                 likeliest[at].append(int(found.probabilities.argmax()))
         progress("encoding", place + 1, len(files))
@@ -89,20 +104,45 @@ def image_quality(
     for at, setting in enumerate(given):
         cosines = _cosines(vectors[0], vectors[at])
         same = np.mean(np.array(likeliest[at]) == np.array(likeliest[0])) if likeliest[0] else None
-        own = judge.figures(vectors[at]) if judge is not None else (None, None, None)
+        own = judge.figures(vectors[at]) if judge is not None else {}
+        pictures, layers, predicted = Candidate(runtime, setting).taken(np.array(actions[at]))
         rows.append(
             ImageQuality(
                 setting,
+                pictures,
                 float(seconds[at].sum() / seconds[0].sum()),
-                float(layers[at].mean()),
+                predicted,
+                layers,
                 float(cosines.mean()),
                 float(cosines.min()),
                 float(guarded[at].mean()),
                 None if same is None else float(same),
-                *own,
+                **own,
             )
         )
     return rows
+
+
+def image_report(runtime: DashRuntime, folder: Path, limit: int, rows: Sequence[ImageQuality]) -> dict[str, Any]:
+    """Return what was measured for JSON."""
+    return {
+        "bundle": runtime.bundle.name,
+        "model": runtime.bundle.manifest.model.name,
+        "target": runtime.build.target,
+        "device": runtime.build.device,
+        "pictures": folder.name,
+        "limit": limit,
+        "points": [row.record() for row in rows],
+    }
+
+
+def _check_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Raise RequestError where pictures are in no folder of a class, or all in one."""
+    expected = "Give a folder that holds one for each class, at least two, with the pictures of the class in it."
+    if "" in classes:
+        raise RequestError(f"{classes.count('')} pictures lie in {folder} itself, in no class. {expected}")
+    if len(set(classes)) < 2:
+        raise RequestError(f"The {len(classes)} pictures in {folder} are all of one class, {classes[0]}. {expected}")
 
 
 def _cosines(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -135,11 +175,14 @@ class _Judge:
         found: npt.NDArray[np.intp] = (self._with_ones(vectors) @ self._weight).argmax(axis=1)
         return found
 
-    def figures(self, vectors: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-        """Return agreement with dense, accuracy, and accuracy of the neighbours, on the judged half."""
+    def figures(self, vectors: npt.NDArray[np.float64]) -> dict[str, float]:
+        """Return the figures of `ImageQuality` that need classes, on the judged half."""
         judged, truth = vectors[~self._learnt], self._classes[~self._learnt]
         found = self._linear(judged)
         near = np.argsort(-(judged @ self._known.T), axis=1)[:, :NEIGHBOURS]
         votes = self._classes[self._learnt][near]
         voted = np.array([np.bincount(row).argmax() for row in votes])
-        return float((found == self._dense).mean()), float((found == truth).mean()), float((voted == truth).mean())
+        right, before = found == truth, self._dense == truth
+        told = {"agreement": found == self._dense, "accuracy": right, "neighbours": voted == truth}
+        told |= {"lost": before & ~right, "won": right & ~before}
+        return {name: float(each.mean()) for name, each in told.items()}

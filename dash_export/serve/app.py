@@ -1,4 +1,5 @@
-"""The endpoint: OpenAI's API over the schedulers of one or several bundles, as an ASGI application.
+"""The endpoint: OpenAI's API over the queues of one or several bundles, as an ASGI application. `Server` is that of
+causal LMs; that of image encoders is in picture_server.py.
 
 The fields that are read are in protocol.py and responses.py. Errors have OpenAI's form and our wording.
 """
@@ -12,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapp
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -28,11 +29,11 @@ from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.metrics import Metrics
-from dash_export.serve.openapi import document
+from dash_export.serve.openapi import POSTS, Posts, document
 from dash_export.serve.pooled import embeddings
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import DeadlineError
+from dash_export.serve.tickets import DeadlineError, Queue
 from dash_export.serve.tokens import detokenize, tokenize, tokenizer_info
 
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -42,15 +43,21 @@ AUTO = "auto"
 """Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
 """Most requests that are parsed and encoded at a time; others wait for it."""
-Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
+Handler = Callable[[Any, HttpRequest], Coroutine[Any, Any, Response]]
+_Queue = TypeVar("_Queue", bound=Queue)
 
 
-class Server:
-    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included."""
+class Endpoint(Generic[_Queue]):
+    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included. Who
+    inherits says what is asked of it.
+    """
+
+    posts: ClassVar[Posts]
+    """Of the OpenAPI document."""
 
     def __init__(
         self,
-        served: Mapping[str, Scheduler],
+        served: Mapping[str, _Queue],
         *,
         keys: Collection[str] = (),
         origins: Sequence[str] = (),
@@ -58,7 +65,7 @@ class Server:
         deadline: float | None = None,
         drain: float = 30.0,
     ) -> None:
-        """Build `app`. `served`: schedulers by model name. `keys`: API keys, one of which a request must send, or none.
+        """Build `app`. `served`: queues by model name. `keys`: API keys, one of which a request must send, or none.
         `origins`: web pages that may send requests. `hosts`: names that this server answers to, by default all.
         `drain`: seconds that answers have to end when the server stops.
         """
@@ -72,19 +79,12 @@ class Server:
         self._began = int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
-            *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
+            *self._routes(),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
             Route("/openapi.json", self._open(_openapi)),
             Route("/v1/models", self._keyed(_models)),
             Route("/v1/models/{name:path}", self._keyed(_model)),
-            Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
-            Route("/v1/completions", self._keyed(completion), methods=["POST"]),
-            Route("/v1/responses", self._keyed(responses), methods=["POST"]),
-            Route("/v1/embeddings", self._keyed(embeddings), methods=["POST"]),
-            Route("/tokenize", self._keyed(tokenize), methods=["POST"]),
-            Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
-            Route("/tokenizer_info", self._keyed(tokenizer_info)),
         ]
         self.app = Starlette(
             routes=routes,
@@ -93,6 +93,10 @@ class Server:
             exception_handlers={404: _not_found, 405: _not_found},
         )
         self.app.router.redirect_slashes = False
+
+    def _routes(self) -> list[Route]:
+        """Return the routes that are of a kind of models."""
+        return []
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -116,7 +120,7 @@ class Server:
         return answered
 
     def _keyed(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
-        async def checked(server: Server, http: HttpRequest) -> Response:
+        async def checked(server: Any, http: HttpRequest) -> Response:
             scheme, _, key = http.headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as it was sent
             if self._keys and not any(hmac.compare_digest(given, one) for one in self._keys):
@@ -169,7 +173,7 @@ class Server:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.names, bool(self._keys))
+        return document(self.names, bool(self._keys), self.posts)
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
@@ -185,8 +189,8 @@ class Server:
         """Names of models that a request may give: those of the bundles, and AUTO where there are several."""
         return [*self.served, AUTO] if len(self.served) > 1 else [*self.served]
 
-    def scheduler(self, name: str, setting: Setting | None = None) -> tuple[str, Scheduler]:
-        """Return the name and scheduler of a model. An empty name means the only one; AUTO the first bundle, in the
+    def scheduler(self, name: str, setting: Setting | None = None) -> tuple[str, _Queue]:
+        """Return the name and queue of a model. An empty name means the only one; AUTO the first bundle, in the
         order in which they were given, that has time for one more answer, or else the last one; of those that can have
         the `setting`, if any can. Raises HttpError.
         """
@@ -199,6 +203,28 @@ class Server:
             able = [one for one, scheduler in self.served.items() if _can(scheduler, setting)] or [*self.served]
             name = next(filter(self._has_time, able), able[-1])
         return name, self.served[name]
+
+    def _has_time(self, name: str) -> bool:
+        """Return whether one more request to this bundle would be answered at once."""
+        return not self.served[name].running + self.served[name].waiting
+
+
+class Server(Endpoint[Scheduler]):
+    """Server of causal LMs."""
+
+    posts: ClassVar[Posts] = POSTS
+
+    def _routes(self) -> list[Route]:
+        return [
+            *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
+            Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
+            Route("/v1/completions", self._keyed(completion), methods=["POST"]),
+            Route("/v1/responses", self._keyed(responses), methods=["POST"]),
+            Route("/v1/embeddings", self._keyed(embeddings), methods=["POST"]),
+            Route("/tokenize", self._keyed(tokenize), methods=["POST"]),
+            Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
+            Route("/tokenizer_info", self._keyed(tokenizer_info)),
+        ]
 
     def _has_time(self, name: str) -> bool:
         """Return whether one more request to this bundle would be decoded at once, and at its pace. All bundles share a
@@ -214,9 +240,9 @@ class Server:
         )
 
 
-def _can(scheduler: Scheduler, setting: Setting | None) -> bool:
+def _can(queue: Queue, setting: Setting | None) -> bool:
     with contextlib.suppress(DashError):
-        return setting is None or scheduler.runtime.rules(setting) is not None
+        return setting is None or queue.runtime.rules(setting) is not None
     return False
 
 
@@ -225,30 +251,30 @@ def _page_file(name: str) -> Handler:
     policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'"
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}  # no-cache: ask each time
 
-    async def send(_server: Server, _http: HttpRequest) -> Response:
+    async def send(_server: Any, _http: HttpRequest) -> Response:
         return FileResponse(Path(__file__).with_name(name), headers=headers)
 
     return send
 
 
-async def _health(server: Server, _: HttpRequest) -> Response:
+async def _health(server: Endpoint[Any], _: HttpRequest) -> Response:
     ready = all(scheduler.alive for scheduler in server.served.values())
     return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
 
 
-async def _metrics(server: Server, _: HttpRequest) -> Response:
+async def _metrics(server: Endpoint[Any], _: HttpRequest) -> Response:
     return PlainTextResponse(server.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
-async def _openapi(server: Server, _: HttpRequest) -> Response:
+async def _openapi(server: Endpoint[Any], _: HttpRequest) -> Response:
     return JSONResponse(server.document)
 
 
-async def _models(server: Server, _: HttpRequest) -> Response:
+async def _models(server: Endpoint[Any], _: HttpRequest) -> Response:
     return JSONResponse({"object": "list", "data": [server.record(name) for name in server.names]})
 
 
-async def _model(server: Server, http: HttpRequest) -> Response:
+async def _model(server: Endpoint[Any], http: HttpRequest) -> Response:
     name = http.path_params["name"]
     server.scheduler(name or "/")  # raises where there is none
     return JSONResponse(server.record(name))
@@ -261,5 +287,5 @@ def _error(error: HttpError) -> JSONResponse:
 async def _not_found(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "is not there" if status == 404 else f"does not take {http.method}"
-    known = "/v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings, /v1/models, /tokenize, /detokenize"
-    return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {known}."))
+    known = [path for route in http.app.routes if "{" not in (path := route.path) and path not in PAGE]
+    return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {', '.join(known)}."))

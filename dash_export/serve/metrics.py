@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dash_export.serve.answers import Answer, dash
 from dash_export.serve.energy import energy, power
-from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Queue
 
 log = logging.getLogger("dash_export.answers")
 """At level INFO: every answer that has ended, as a line of JSON."""
@@ -37,7 +38,7 @@ _TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.
 class Metrics:
     """All counters and measurements of a server."""
 
-    def __init__(self, served: Mapping[str, Scheduler]) -> None:
+    def __init__(self, served: Mapping[str, Queue]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Schedulers(served))
         ProcessCollector(registry=self._registry)
@@ -52,7 +53,10 @@ class Metrics:
         self._first = seconds("time_to_first_token", "From asking to the first token.", _FIRST)
         self._token = seconds("time_per_output_token", "Mean time of each token after the first.", _TOKEN)
         self._layers = Counter(
-            "dash_export_layers", "Layers of decoded tokens.", ("model", "layer", "state"), registry=self._registry
+            "dash_export_layers",
+            "Layers of decoded tokens, or of pictures.",
+            ("model", "layer", "state"),
+            registry=self._registry,
         )
 
     def answered(self, operation: str, model: str, answer: Answer) -> None:
@@ -64,29 +68,39 @@ class Metrics:
             if tokens > 1:
                 self._token.labels(operation, model).observe((last - first) / (tokens - 1))
         if answer.actions:
-            for layer, skipped in enumerate(np.array(answer.actions).sum(axis=0, dtype=np.int64).tolist()):
-                self._layers.labels(model, layer, "skipped").inc(skipped)
-                self._layers.labels(model, layer, "run").inc(len(answer.actions) - skipped)
+            self._count_layers(model, np.array(answer.actions))
         if log.isEnabledFor(logging.INFO):
             facts: dict[str, object] = {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "operation": operation,
-                "model": model,
-                "ended": answer.error_type or answer.finish_reason,
                 "prompt_tokens": answer.statistics.prompt_tokens,
                 "tokens": tokens,
                 "seconds": round(last - began, 4),
                 "first_token_seconds": round(first - began, 4),
             }
-            log.info(json.dumps(facts | dash([answer])))
+            _log(operation, model, answer.error_type or answer.finish_reason, facts | dash([answer]))
+
+    def encoded(self, model: str, seconds: float, actions: npt.NDArray[np.int8], told: Mapping[str, object]) -> None:
+        """Record a request whose pictures have been encoded: `actions` [pictures, layers]; `told`, for the log."""
+        self._duration.labels("embeddings", model, "").observe(seconds)
+        self._count_layers(model, actions)
+        _log("embeddings", model, "stop", {"pictures": len(actions), "seconds": round(seconds, 4), **told})
+
+    def _count_layers(self, model: str, actions: npt.NDArray[np.int8]) -> None:
+        for layer, skipped in enumerate(actions.sum(axis=0, dtype=np.int64).tolist()):
+            self._layers.labels(model, layer, "skipped").inc(skipped)
+            self._layers.labels(model, layer, "run").inc(len(actions) - skipped)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
+def _log(operation: str, model: str, ended: str, facts: Mapping[str, object]) -> None:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    log.info(json.dumps({"time": now, "operation": operation, "model": model, "ended": ended, **facts}))
+
+
 class _Schedulers(Collector):
-    def __init__(self, served: Mapping[str, Scheduler]) -> None:
+    def __init__(self, served: Mapping[str, Queue]) -> None:
         self._served = served
 
     def collect(self) -> Iterator[Metric]:

@@ -1,6 +1,6 @@
 """The OpenAPI document of the endpoint, from the models that read its requests."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -22,8 +22,10 @@ _ERRORS = {
     "500": "The server made a mistake.",
     "504": "The request's time was over.",
 }
+Posts = Mapping[str, tuple[type[Asked], str, tuple[str, ...]]]
+"""Path -> what reads its requests, a line about it, and what its answers always have."""
 _SAID = ("id", "object", "model", "usage")
-_POSTS: dict[str, tuple[type[Asked], str, tuple[str, ...]]] = {
+POSTS: Posts = {
     "/v1/chat/completions": (ChatRequest, "Answer messages.", (*_SAID, "choices")),
     "/v1/completions": (CompletionRequest, "Go on with texts.", (*_SAID, "choices")),
     "/v1/responses": (ResponsesRequest, "Answer messages, in OpenAI's newer form.", (*_SAID, "output")),
@@ -47,10 +49,10 @@ def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}}
 
 
-def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
+def document(models: Collection[str], keyed: bool, posts: Posts = POSTS) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server with these models. `keyed`: the server asks for an API key."""
     _, schemas = models_json_schema(
-        [(model, "validation") for model, *_ in _POSTS.values()], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model, *_ in posts.values()], ref_template="#/components/schemas/{model}"
     )
     text: dict[str, Any] = {"type": "string"}
     error = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
@@ -68,7 +70,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     }
     refused["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
     paths: dict[str, Any] = {}
-    for path, (model, what, holds) in _POSTS.items():
+    for path, (model, what, holds) in posts.items():
         components[model.__name__]["properties"]["model"]["examples"] = [*models]
         components[model.__name__]["properties"] |= {name: {} for name in model.idle}
         found: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": [*holds]}}}
@@ -85,7 +87,8 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
                 | refused,
             }
         }
-    for path, (what, kind, schema) in _GETS.items():
+    gets = {path: get for path, get in _GETS.items() if path != "/tokenizer_info" or "/tokenize" in posts}
+    for path, (what, kind, schema) in gets.items():
         answers = {"200": {"description": what, **_content(kind, schema)}, "403": refused["403"]}
         answers |= {"401": refused["401"]} if path in _KEYED else {}
         answers |= {"503": {"description": "Not now.", **_content(kind, schema)}} if path == "/health" else {}
@@ -106,7 +109,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     }
     if keyed:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path in (*_POSTS, *_KEYED):
-            for operation in paths[path].values():
+        for path in (*posts, *_KEYED):
+            for operation in paths.get(path, {}).values():
                 operation["security"] = [{"key": []}]
     return made

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -49,10 +51,13 @@ async def embeddings(server: Server, http: HttpRequest) -> Response:
         vectors += [answer.ticket.state / np.linalg.norm(answer.ticket.state) for answer in answers]
     tokens = sum(map(len, prompts))
 
-    def written(vector: Any) -> Any:
-        plain = vector.astype("<f4")
-        return plain.tolist() if request.encoding_format == "float" else base64.b64encode(plain.tobytes()).decode()
-
-    data = [{"object": "embedding", "index": at, "embedding": written(one)} for at, one in enumerate(vectors)]
+    data = listed_vectors(vectors, request.encoding_format)
     counts = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "data": data, "model": name, "usage": counts})
+
+
+def listed_vectors(vectors: Sequence[npt.NDArray[Any]], form: Literal["float", "base64"]) -> list[dict[str, Any]]:
+    """Return vectors in OpenAI's form."""
+    plain = [vector.astype("<f4") for vector in vectors]
+    written = [one.tolist() if form == "float" else base64.b64encode(one.tobytes()).decode() for one in plain]
+    return [{"object": "embedding", "index": at, "embedding": one} for at, one in enumerate(written)]

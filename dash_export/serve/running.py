@@ -32,7 +32,7 @@ from dash_export.serve.tickets import GUIDED, Reading, Request
 from dash_export.text.guidance import Guide
 
 if TYPE_CHECKING:
-    from dash_export.serve.app import Server
+    from dash_export.serve.app import Endpoint, Server
 
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
@@ -112,12 +112,12 @@ class Arrival(NamedTuple):
     leave: Callable[[], None]
 
 
-def left(server: Server, arrival: Arrival) -> float | None:
+def left(server: Endpoint[Any], arrival: Arrival) -> float | None:
     """Return the seconds that a request has left, None where there is no deadline."""
     return None if server.deadline is None else server.deadline - (time.perf_counter() - arrival.began)
 
 
-async def in_thread(server: Server, arrival: Arrival, work: Callable[[], _T], guided: bool = False) -> _T:
+async def in_thread(server: Endpoint[Any], arrival: Arrival, work: Callable[[], _T], guided: bool = False) -> _T:
     """Return `work()`, done in a thread: one for all long bodies, and one for all grammars."""
     threads = server.long if arrival.size > LONG_BYTES else server.guided if guided else None
     if threads is not None:
@@ -288,7 +288,7 @@ async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[l
 
 @asynccontextmanager
 async def parsed_request(
-    server: Server, kind: type[_Asked], http: HttpRequest
+    server: Endpoint[Any], kind: type[_Asked], http: HttpRequest
 ) -> AsyncIterator[tuple[_Asked, Arrival]]:
     """Read the body; yield it as `kind`, and what arrival. The request counts as one that is entering until the block
     ends. Raises HttpError, which names the wrong field.
@@ -311,7 +311,7 @@ async def parsed_request(
         server.reading -= len(body)
 
 
-async def _read(server: Server, http: HttpRequest, body: bytearray) -> None:
+async def _read(server: Endpoint[Any], http: HttpRequest, body: bytearray) -> None:
     large = HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
     if int(http.headers.get("content-length", 0)) > BODY_BYTES:
         raise large

@@ -1,14 +1,17 @@
 """Requests in a scheduler: their data, and their state on the way to an answer."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from dash_export.core.kinds import SessionRules, Setting
 from dash_export.core.sampling import Prompt, Sampling, TokenIds
 from dash_export.errors import RequestError
+from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import Response, Turn
+from dash_export.serve.pace import Pace
 from dash_export.text.guidance import Guide
 
 GUIDED = 16
@@ -22,6 +25,29 @@ class BusyServerError(RequestError):
 
 class DeadlineError(RequestError):
     """The request's deadline passed before its answer ended."""
+
+
+class Queue(Protocol):
+    """Requests to one bundle, as a server sees them: `Scheduler` of a causal LM, `PictureQueue` of an encoder."""
+
+    runtime: DashRuntime
+    size: int
+    most_waiting: int
+    pace: Pace | None
+    figures: Counter[str]
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def start(self) -> None: ...
+
+    def close(self, seconds: float = 0.0) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dash_export.core.sampling import Sampler
 from dash_export.errors import BackendError
 from dash_export.runtime.session import Session
 from tests.backends.cuda.conftest import BUILDS, IDS, ORDERS, SAMPLED, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
-from tests.standin.cuda import Call
+from tests.standin.ordered_streams import Call
 
 TOKENS = 14
 GREEDY = Sampler(Sampling()).draw

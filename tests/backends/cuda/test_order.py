@@ -18,7 +18,7 @@ from dash_export.backends.tensorrt.trt_api import Toolkit
 from dash_export.bundle.layout import past_names, present_names
 from dash_export.core.rule import DENSE, ForcedRule
 from tests.backends.cuda.conftest import BUILDS, IDS, Host, MakeOnCard, OnCard
-from tests.standin.cuda import Call
+from tests.standin.ordered_streams import Call
 
 BEFORE = ("layer_00", "layer_01")
 """The segments before the first unit; the policy reads what enters the second."""

@@ -31,7 +31,7 @@ def check_model(policy: SkipPolicy, checkpoint: AnyCheckpoint) -> None:
     known = policy.final_norm
     if known is None:
         return
-    found = checkpoint.read(FINAL_NORM).astype(np.float64)
+    found = checkpoint.read(checkpoint.spec.final_norm).astype(np.float64)
     distance = float(np.linalg.norm(found - known) / np.linalg.norm(known.astype(np.float64)))
     if not distance <= OTHER_MODEL:
         raise PolicyError(

@@ -27,6 +27,8 @@ ENCODERS = (
     "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip_vision_model", "siglip_vision_model"
 )  # fmt: skip
 """Every `model_type` of an image encoder: the same, with a function `encoder(config, size)` (encoders.py)."""
+TEXT_ENCODERS = ("bert",)
+"""The same for texts, with a function `encoder(config)`."""
 MAX_INTERMEDIATE, MAX_FACTOR = 1 << 19, 1e6
 MAX_ROPE_BYTES = 1 << 30
 """Bytes of sines and cosines: those of Mistral Nemo, with a million positions, have 524 MB."""
@@ -53,7 +55,7 @@ def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(
-            f"model_type {shown(family)} is not supported; supported: {', '.join((*FAMILIES, *ENCODERS))}"
+            f"model_type {shown(family)} is not supported; supported: {', '.join((*FAMILIES, *ENCODERS, *TEXT_ENCODERS))}"
         )
     spec: DecoderSpec = import_module(f"dash_export.models.families.{family}").decoder(config)
     return replace(spec, name="".join(filter(str.isprintable, name)) or "model")

@@ -1,28 +1,35 @@
-"""The portable graphs of an image encoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX opset 24.
+"""The portable graphs of an encoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX opset 24.
 
-States are batch x tokens x hidden: special tokens (class, registers), then the patches. Nothing is kept between inputs,
+States are batch x tokens x hidden: special tokens (class, registers), then the patches; of a text its tokens, of which
+the first is special, without padding: the texts of a batch have one length. Nothing is kept between inputs,
 and decisions are made for a whole picture.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import POOLED, STATES
 from dash_export.core.exits import BEFORE, LEAST, MOST, per_layer
+from dash_export.core.facts import MOST_TOKENS
 from dash_export.core.policy import SkipPolicy
-from dash_export.graphs.portable.model_writer import ModelWriter
+from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE, ModelWriter
 from dash_export.models.encoders import resized
 from dash_export.models.spec import (
     CLASS_TOKEN,
     CLASSIFIER,
     PATCH,
+    PLACES,
     POSITIONS,
     REGISTERS,
+    TYPES,
+    WORDS,
     EncoderCheckpoint,
     EncoderSpec,
     Float32Array,
+    TextSpec,
 )
 
 SHARPNESS = 1.702
@@ -32,8 +39,12 @@ GUARD = ("mean", "components", "spread", "limit")
 
 
 def embed_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
-    """Return the graph pixel_values [batch, 3, height, width] float32 -> hidden_out [batch, tokens, hidden]."""
+    """Return the graph pixel_values [batch, 3, height, width] float32, or input_ids [batch, tokens] int64 -> hidden_out
+    [batch, tokens, hidden].
+    """
     spec = checkpoint.spec
+    if isinstance(spec, TextSpec):
+        return _words_graph(checkpoint, spec)
     g = EncoderWriter("embed", "Patches with their positions.", spec, checkpoint)
     pixels = g.input("pixel_values", ("batch", 3, *spec.image_size))
     bias = [g.weight(f"{PATCH}.bias")] if "patch" in spec.biased else []
@@ -52,6 +63,18 @@ def embed_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
         special = g.op("Expand", [g.initializer("embed.before", before), shape], "embed/special")
         found = g.op("Concat", [special, found], "embed/all", axis=1)
     g.state_output(g.layer_norm(found, "model.entry_norm", "embed/norm") if spec.entry_norm else found)
+    return g.model()
+
+
+def _words_graph(checkpoint: EncoderCheckpoint, spec: TextSpec) -> ir.Model:
+    g = EncoderWriter("embed", "Words with their positions.", spec, checkpoint)
+    ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
+    length = g.op("Shape", [ids], "embed/length", start=1, end=2)
+    places = checkpoint.read(PLACES) + (checkpoint.read(TYPES)[:1] if spec.types else 0)
+    places = g.op("Slice", [g.initializer("embed.places", places), g.constant("embed.first", [0]), length],
+                  "embed/places")  # fmt: skip
+    words = g.op("Gather", [g.weight(WORDS), ids], "embed/words", axis=0)
+    g.state_output(g.layer_norm(g.op("Add", [words, places], "embed/placed"), "model.entry_norm", "embed/norm"))
     return g.model()
 
 
@@ -79,8 +102,9 @@ def layer_graph(checkpoint: EncoderCheckpoint, layer: int) -> ir.Model:
     """Return the graph of one layer: hidden -> hidden_out [batch, tokens, hidden]."""
     spec, name, own = checkpoint.spec, f"layer_{layer:02d}", f"model.layers.{layer}"
     g = EncoderWriter(name, f"Encoder layer {layer}.", spec, checkpoint)
-    hidden = g.state_input()
-    normed = g.layer_norm(hidden, f"{own}.norm1", f"{name}/norm1")
+    hidden = normed = g.state_input()
+    if not spec.norms_sums:
+        normed = g.layer_norm(hidden, f"{own}.norm1", f"{name}/norm1")
     queries, keys, values = (g.linear(normed, f"{own}.{which}", f"{name}/attention/{which}") for which in "qkv")
     if spec.rope_theta:
         queries, keys = (
@@ -89,8 +113,10 @@ def layer_graph(checkpoint: EncoderCheckpoint, layer: int) -> ir.Model:
     found = g.attention(queries, keys, values, f"{name}/attention/attention")
     found = g.linear(found, f"{own}.o", f"{name}/attention/o")
     after = g.added(hidden, found, f"{own}.scale1", f"{name}/after_attention")
-    normed = g.layer_norm(after, f"{own}.norm2", f"{name}/norm2")
-    g.state_output(g.added(after, g.mlp(normed, own, name), f"{own}.scale2", f"{name}/after_mlp"))
+    normed = g.layer_norm(after, f"{own}.norm{1 if spec.norms_sums else 2}", f"{name}/between")
+    after = normed if spec.norms_sums else after
+    after = g.added(after, g.mlp(normed, own, name), f"{own}.scale2", f"{name}/after_mlp")
+    g.state_output(g.layer_norm(after, f"{own}.norm2", f"{name}/norm2") if spec.norms_sums else after)
     return g.model()
 
 
@@ -101,8 +127,8 @@ def head_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
     spec = checkpoint.spec
     g = EncoderWriter("head", "Final norm and pooling.", spec, checkpoint)
     hidden = g.state_input()
-    normed = g.layer_norm(hidden, "model.norm", "head/norm")
-    pooled = g.probed(normed) if spec.pooling == "probe" else g.op("Gather", [normed, g.zero()], "head/class", axis=1)
+    normed = hidden if spec.norms_sums else g.layer_norm(hidden, "model.norm", "head/norm")
+    pooled = g.pooled(normed)
     g.output(pooled, POOLED, ("batch", spec.hidden_size))
     if spec.labels:
         parts = {"class": pooled, "mean": None}
@@ -197,7 +223,7 @@ class EncoderWriter(ModelWriter):
 
     @property
     def state_shape(self) -> tuple[str | int, ...]:
-        return "batch", self.spec.tokens, self.spec.hidden_size
+        return "batch", self.spec.tokens or HIDDEN_SHAPE[1], self.spec.hidden_size
 
     def constant(self, name: str, numbers: list[int] | tuple[int, ...]) -> ir.Value:
         return self.initializer(name, np.array(numbers, np.int64))
@@ -288,10 +314,30 @@ class EncoderWriter(ModelWriter):
         places = self.op("Expand", [places, shape], f"{node}/places")
         return self.op("RotaryEmbedding", [value, cos, sin, places], f"{node}/rotary", num_heads=self.spec.num_heads)
 
+    def pooled(self, normed: ir.Value) -> ir.Value:
+        """Return the pooled vector [batch, hidden] of normed states."""
+        if self.spec.pooling == "probe":
+            return self.probed(normed)
+        if self.spec.pooling == "mean":
+            found = self.op("ReduceMean", [normed, self.constant("pool.tokens", [1])], "head/mean_of_all", keepdims=0)
+        else:
+            found = self.op("Gather", [normed, self.zero()], "head/class", axis=1)
+        for place, dense in enumerate(self.spec.dense):
+            found = self.linear(found, f"pool.dense_{place}", f"pool/dense_{place}")
+            if dense.activation:
+                found = self.op("Tanh", [found], f"pool/dense_{place}/tanh")
+        return self.unit_length(found, "pool/unit") if self.spec.unit_length else found
+
     def apart(self, value: ir.Value, node: str) -> tuple[ir.Value | None, ir.Value]:
         """Return (special tokens or None, patches) of [batch, tokens, hidden]."""
         if not self.spec.special:
             return None, value
+        if not self.spec.tokens:  # a text has as many as it has
+            ends = [self.constant(f"apart.{name}", [at]) for name, at in (("from", 0), ("to", 1), ("all", MOST_TOKENS))]
+            axis = self.constant("apart.axis", [1])
+            parts = zip(("special", "others"), pairwise(ends), strict=True)
+            first, others = (self.op("Slice", [value, *two, axis], f"{node}/{name}") for name, two in parts)
+            return first, others
         sizes = self.constant("special_and_patches", [self.spec.special, self.spec.patches])
         special, patches = self.node("Split", [value, sizes], f"{node}/apart", 2, axis=1)
         return special, patches

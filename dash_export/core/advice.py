@@ -34,7 +34,7 @@ def policy_command(model: ModelFacts, source: str | None = None) -> str:
     """
     given = "MODEL" if source is None else quote(source)
     if model.takes == "texts":
-        return "None can be trained for a text encoder."
+        return "No policy can be trained for a text encoder so far: it runs every layer."
     if model.decides == "input":
         return f"Train one from pictures like yours: dash-export train {given} --images DIR -o NAME.safetensors"
     for name in shipped_policies():

@@ -309,7 +309,7 @@ class TextFacts(EncoderFacts):
     def input_fault(self, array: npt.NDArray[Any]) -> str:
         most = self.max_positions
         good = array.ndim == 2 and array.size and array.shape[1] <= most and array.dtype.kind in "iu"
-        if good and 0 <= array.min() and array.max() < self.vocab_size:
+        if good and array.min() >= 0 and array.max() < self.vocab_size:
             return ""
         return f"Texts must be token ids below {self.vocab_size} [n, length], n at least 1, length from 1 to {most}."
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.core.kinds import Setting
+from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.images.sources import image_files
 from dash_export.runtime import DashRuntime
@@ -59,6 +60,8 @@ def image_quality(
     """Measure dense and the `settings` on the pictures in `folder`, or on `limit` of them drawn by a seed. Raises
     RequestError where there is no picture, PolicyError for a setting that the policy cannot give.
     """
+    if runtime.bundle.manifest.model.takes != "pictures":
+        raise RequestError(f"{runtime.bundle.name} takes no pictures: give the bundle of an encoder that does.")
     files, classes = image_files(folder), []
     order = np.random.default_rng(0).permutation(len(files))[: limit or None]
     files = [files[place] for place in order]

@@ -17,7 +17,7 @@ from dash_export.core.units import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import content_key
 from dash_export.models.config import FULL, SLIDING
-from dash_export.models.spec import FINAL_NORM, LAYERS, AnyCheckpoint, Checkpoint, Float32Array, Weight, layer_weight
+from dash_export.models.spec import LAYERS, AnyCheckpoint, Checkpoint, Float32Array, Weight, layer_weight
 
 OTHER_MODEL = 0.01
 """Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""

@@ -54,9 +54,8 @@ def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise CheckpointError(
-            f"model_type {shown(family)} is not supported; supported: {', '.join((*FAMILIES, *ENCODERS, *TEXT_ENCODERS))}"
-        )
+        known = ", ".join((*FAMILIES, *ENCODERS, *TEXT_ENCODERS))
+        raise CheckpointError(f"model_type {shown(family)} is not supported; supported: {known}")
     spec: DecoderSpec = import_module(f"dash_export.models.families.{family}").decoder(config)
     return replace(spec, name="".join(filter(str.isprintable, name)) or "model")
 

@@ -36,7 +36,7 @@ class TextIds:
         ids = self._text.encode(text, limit=self._most)
         if len(ids) > self._most:
             raise ContextLengthError(
-                f"The text {text[:40]!r} has {len(ids)} tokens, and the encoder takes {self._most}: shorten or split it."
+                f"The text {text[:40]!r} has {len(ids)} tokens, and {self._most} are the most: shorten or split it."
             )
         if not text.strip() or not ids:
             raise RequestError("A text is empty: give at least one word.")

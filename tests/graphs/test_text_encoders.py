@@ -144,7 +144,7 @@ def test_another_pooling_is_another_model(tmp_path: Path) -> None:
 
 def test_it_is_no_causal_lm(tmp_path: Path) -> None:
     save_bert(tmp_path)
-    with pytest.raises(CheckpointError, match="is an encoder"):
+    with pytest.raises(CheckpointError, match="is an encoder of texts"):
         open_checkpoint(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_texts_that_cannot_be_encoded(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=message):
             encoder(texts)
     assert len(encoder("a " * 14)) == 1
-    with pytest.raises(ContextLengthError, match="has 17 tokens, and the encoder takes 16"):
+    with pytest.raises(ContextLengthError, match="has 17 tokens, and 16 are the most"):
         encoder("a " * 15)
     for ids in (np.array([[18]]), np.array([[-1]]), np.zeros((1, 17), int), np.zeros((0, 3), int), np.zeros((1, 3))):
         with pytest.raises(RequestError, match="token ids below 18"):

@@ -26,7 +26,7 @@ Leaves = Callable[[int, Damages], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Pass:
-    """Results of n pictures or texts: `pooled` [n, hidden], `states` [n, tokens, hidden] (None where a picture left early),
+    """Results of n pictures or texts: `pooled` [n, hidden], `states` [n, tokens, hidden] (None where one left early),
     `logits` [n, labels] (None without a classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody
     asked for it, and infinite where the guard holds a picture back.
     """
@@ -68,8 +68,8 @@ class EncoderEngines:
 
     @backend_errors
     def encode(self, array: npt.NDArray[Any], leaves: Leaves, asks: bool) -> Pass:
-        """Run pictures [n, 3, height, width] float32, or texts of one length, int64 [n, tokens]. `leaves(unit, damage)` says which of them leave at an exit, for
-        its damage [n]; `asks`: whether it needs the damage.
+        """Run pictures [n, 3, height, width] float32, or texts of one length, int64 [n, tokens]. `leaves(unit, damage)`
+        says which of them leave at an exit, for its damage [n]; `asks`: whether it needs the damage.
         """
         count = len(array)
         damage, skipped = np.zeros((len(self.units), count), np.float32), np.zeros((len(self.units), count), np.bool_)

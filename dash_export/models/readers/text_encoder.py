@@ -98,7 +98,7 @@ def _ends(folder: Path, hidden: int) -> _Ends:
         raise CheckpointError(f"{folder / MODULES} has no Pooling module: nothing says how a text becomes one vector")
     if (dense := ends.fields["dense"]) and dense[-1].size != hidden:
         raise CheckpointError(
-            f"the last Dense module of {folder} gives {dense[-1].size} numbers; supported: as many as a state has, {hidden}"
+            f"the last Dense module of {folder} gives {dense[-1].size} numbers; supported: {hidden}, as a state has"
         )
     return ends
 

@@ -49,14 +49,14 @@ def encode_inputs(
     """Encode a picture or all pictures in a folder; for a text encoder a text, or the `lines` of a file. Print a row
     for each, or write `output`. Raises RequestError.
     """
-    from dash_export.images.sources import image_files
-
     takes, path = runtime.bundle.manifest.model.takes, Path(given)
     inputs: Sequence[Any] = lines or [given]
     names = list(inputs)
     if takes == "pictures":
         if lines:
             raise click.UsageError("--prompts is of a model that takes text: give a picture, or a folder of pictures.")
+        from dash_export.images.sources import image_files  # needs Pillow, which texts do not
+
         inputs = image_files(path) if path.is_dir() else [path]
         names = [one.relative_to(path if path.is_dir() else path.parent).as_posix() for one in inputs]
     elif gallery is not None:
@@ -64,7 +64,7 @@ def encode_inputs(
     if output is not None:
         _check_output(output)
     encoder = runtime.encoder_with(setting)
-    known = None if gallery is None else _Gallery(encoder, image_files(gallery))
+    known = None if gallery is None else _Gallery(encoder, gallery)
     with progress_bar("run") as progress:
 
         def encoded() -> Iterator[Encoded]:
@@ -100,7 +100,10 @@ def encode_inputs(
 class _Gallery:
     """Pictures to compare with, by the cosine of their pooled vectors, which are dense ones."""
 
-    def __init__(self, encoder: Encoder, files: list[Path]) -> None:
+    def __init__(self, encoder: Encoder, folder: Path) -> None:
+        from dash_export.images.sources import image_files
+
+        files = image_files(folder)
         dense = encoder.under(DENSE)
         self.names = [path.name for path in files]
         self._vectors = np.concatenate([_unit(found.pooled) for found in dense.stream(files)])
@@ -150,9 +153,9 @@ def _check_output(output: Path) -> None:
 
 def _write(output: Path, takes: str, names: list[str], results: list[Encoded]) -> None:
     packed = io.BytesIO()
-    arrays = {name: np.concatenate([getattr(found, name) for found in results]) for name in _WRITTEN}
-    named = {"files" if takes == "pictures" else "texts": np.array(names)}
-    np.savez(packed, dash_export_features=np.array(1), **named, **arrays)
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(found, name) for found in results]) for name in _WRITTEN}
+    arrays["files" if takes == "pictures" else "texts"] = np.array(names)
+    np.savez(packed, dash_export_features=np.array(1), **arrays)
     write_atomic(output, packed.getvalue())
     layers = float(np.mean([(found.actions == 0).sum(axis=1).mean() for found in results]))
     seconds = float(np.median([found.seconds for found in results]))

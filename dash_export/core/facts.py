@@ -293,7 +293,7 @@ class TextFacts(EncoderFacts):
         return 0
 
     def length(self, array: npt.NDArray[Any]) -> int:
-        return array.shape[1]
+        return int(array.shape[1])
 
     def faults(self) -> Iterator[str]:
         if self.image_size or self.patch_size or self.special != 1 or not self.vocab_size or self.max_positions < 2:

@@ -34,10 +34,11 @@ MAX_ROPE_BYTES = 1 << 30
 """Bytes of sines and cosines: those of Mistral Nemo, with a million positions, have 524 MB."""
 SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 FULL, SLIDING = "full_attention", "sliding_attention"
+_CAUSAL = "causal attention (this is an embedding model; text encoders that are supported: bert)"
 _ONLY: dict[str, tuple[object, str]] = {
     "quantization_config": (None, "float weights, or a GGUF file. Export the original model and quantise in `build`"),
-    "is_causal": (True, "causal attention (this is an embedding model)"),
-    "use_bidirectional_attention": (False, "causal attention"),
+    "is_causal": (True, _CAUSAL),
+    "use_bidirectional_attention": (False, _CAUSAL),
 }
 """Option -> (the only value that is supported, words for that value in an error message)."""
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}

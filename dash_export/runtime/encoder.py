@@ -150,7 +150,7 @@ def _in_order(places: Sequence[npt.NDArray[np.intp]], results: Sequence[Encoded]
     if len(results) == 1:
         return results[0]
     order = np.argsort(np.concatenate(places))
-    arrays = {name: np.concatenate([getattr(one, name) for one in results])[order] for name in _JOINED}
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in results])[order] for name in _JOINED}
     return Encoded(**arrays, states=None, seconds=sum(one.seconds for one in results))
 
 

@@ -22,8 +22,8 @@ MAX_GROWTH, MAX_BEGINNING = 40, 32
 """Bounds of how much longer a tokenizer makes a text (published ones: 32 at most) and of its template's own tokens."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
-MAX_WORD = 1 << 10
-"""Letters of a word that WordPiece looks into: published ones have 100, or 200."""
+MAX_WORD, MAX_PREFIX = 1 << 8, 16
+"""Letters of a word that WordPiece looks into (published: 100, 200) and of what begins its pieces inside a word."""
 MAX_ADDED = 1 << 20
 """Letters of all added tokens, normalized where they say so: native code makes an automaton of them."""
 MAX_REPEATS = 256
@@ -96,9 +96,11 @@ def _check_texts(data: Any) -> None:
         raise ValueError("its model is neither BPE nor WordPiece, which is what can be read")
     vocab, merges = model.get("vocab"), model.get("merges")
     if model.get("type") == "WordPiece":
-        merges, longest = [], model.get("max_input_chars_per_word")
+        merges, longest, prefix = [], model.get("max_input_chars_per_word"), model.get("continuing_subword_prefix")
         if type(longest) is not int or not 0 <= longest <= MAX_WORD:  # native code tries every piece of a word
             raise ValueError(f"its max_input_chars_per_word is no number up to {MAX_WORD}")
+        if not isinstance(prefix, str) or len(prefix) > MAX_PREFIX:  # and copies this each time
+            raise ValueError(f"its continuing_subword_prefix is no text of up to {MAX_PREFIX} letters")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("its model has no vocab and merges")
     check_vocabulary(len(vocab), len(merges))

@@ -70,8 +70,8 @@ def _words_graph(checkpoint: EncoderCheckpoint, spec: TextSpec) -> ir.Model:
     g = EncoderWriter("embed", "Words with their positions.", spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
     length = g.op("Shape", [ids], "embed/length", start=1, end=2)
-    places = checkpoint.read(PLACES) + (checkpoint.read(TYPES)[:1] if spec.types else 0)
-    places = g.op("Slice", [g.initializer("embed.places", places), g.constant("embed.first", [0]), length],
+    table = checkpoint.read(PLACES) + (checkpoint.read(TYPES)[:1] if spec.types else 0)
+    places = g.op("Slice", [g.initializer("embed.places", table), g.constant("embed.first", [0]), length],
                   "embed/places")  # fmt: skip
     words = g.op("Gather", [g.weight(WORDS), ids], "embed/words", axis=0)
     g.state_output(g.layer_norm(g.op("Add", [words, places], "embed/placed"), "model.entry_norm", "embed/norm"))

@@ -75,7 +75,7 @@ class Backend(ABC):
         """Raise BackendError where this recipe has no engines for such a model."""
         if manifest.model.decides == "input" and self.recipe.dialect != "portable":
             raise BackendError(
-                f"The recipe {self.recipe.name!r} is for causal LMs. An image encoder runs its portable graphs: give "
+                f"The recipe {self.recipe.name!r} is for causal LMs. An encoder runs its portable graphs: give "
                 "--target portable or openvino."
             )
 

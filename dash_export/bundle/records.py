@@ -11,7 +11,7 @@ from typing import Any
 from dash_export.bundle.recipe import Recipe, recipe_faults
 from dash_export.core.dial import MEASURES, CostTable, DialPoint, Measure
 from dash_export.core.exits import check_exits
-from dash_export.core.facts import DecoderFacts, EncoderFacts
+from dash_export.core.facts import DecoderFacts, EncoderFacts, TextFacts
 from dash_export.core.policy import PolicyFacts
 from dash_export.core.units import Unit, check_static_order, check_units
 from dash_export.errors import BundleError, PolicyError
@@ -36,7 +36,7 @@ class Manifest:
     """
 
     schema: int
-    model: DecoderFacts | EncoderFacts
+    model: DecoderFacts | EncoderFacts | TextFacts
     policy: PolicyFacts
     graphs: dict[str, str]
     files: tuple[FileRecord, ...]
@@ -48,20 +48,20 @@ class Manifest:
     @property
     def measure(self) -> Measure:
         """Subject of its decisions, and the meaning of divergence from dense."""
-        return MEASURES[self.model.decides]
+        return MEASURES[self.model.takes]
 
     @property
     def decoder(self) -> DecoderFacts:
         """Facts of a causal LM. Raises BundleError for an encoder."""
         if not isinstance(self.model, DecoderFacts):
-            raise BundleError(f"{self.model.name} is an image encoder: it takes pictures, and writes no text.")
+            raise BundleError(f"{self.model.name} is an encoder: it takes {self.model.takes}, and writes no text.")
         return self.model
 
     @property
     def encoder(self) -> EncoderFacts:
-        """Facts of an image encoder. Raises BundleError for a causal LM."""
+        """Facts of an encoder. Raises BundleError for a causal LM."""
         if not isinstance(self.model, EncoderFacts):
-            raise BundleError(f"{self.model.name} is a causal LM: it takes text, and no pictures.")
+            raise BundleError(f"{self.model.name} is a causal LM: it continues text, and is no encoder.")
         return self.model
 
 

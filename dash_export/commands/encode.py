@@ -1,4 +1,4 @@
-"""Pictures of `dash-export run`: their classes, the pictures of a gallery that are nearest, or a file of
+"""Pictures and texts of `dash-export run`: their classes, the pictures of a gallery that are nearest, or a file of
 their vectors.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,47 +30,63 @@ if TYPE_CHECKING:
 
 TOP = 3
 """Classes, or pictures of a gallery, that are shown."""
+MOST_LETTERS = 60
+"""Letters of a text that are shown."""
+_WRITTEN = ("pooled", "actions", "guarded")
 MARK = "dash_export_features"
 """Array in every file of features: only such a file is replaced."""
 
 
-def encode_files(
+def encode_inputs(
     runtime: DashRuntime,
-    given: Path,
+    given: str,
+    lines: Sequence[str],
     setting: Setting,
     gallery: Path | None = None,
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Encode a picture or all pictures in a folder. Print a row for each, or write `output`. Raises RequestError."""
-    from dash_export.images.sources import image_files
+    """Encode a picture or all pictures in a folder; for a text encoder a text, or the `lines` of a file. Print a row
+    for each, or write `output`. Raises RequestError.
+    """
+    takes, path = runtime.bundle.manifest.model.takes, Path(given)
+    inputs: Sequence[Any] = lines or [given]
+    names = list(inputs)
+    if takes == "pictures":
+        if lines:
+            raise click.UsageError("--prompts is of a model that takes text: give a picture, or a folder of pictures.")
+        from dash_export.images.sources import image_files  # needs Pillow, which texts do not
 
-    files = image_files(given) if given.is_dir() else [given]
+        inputs = image_files(path) if path.is_dir() else [path]
+        names = [one.relative_to(path if path.is_dir() else path.parent).as_posix() for one in inputs]
+    elif gallery is not None:
+        raise click.UsageError("--gallery is of an encoder of pictures.")
     if output is not None:
         _check_output(output)
     encoder = runtime.encoder_with(setting)
-    known = None if gallery is None else _Gallery(encoder, image_files(gallery))
+    known = None if gallery is None else _Gallery(encoder, gallery)
     with progress_bar("run") as progress:
 
-        def encoded() -> Iterator[tuple[Path, Encoded]]:
-            for place, (path, found) in enumerate(zip(files, encoder.stream(files), strict=True), 1):
-                yield path, found
-                progress("encoding", place, len(files))
+        def encoded() -> Iterator[Encoded]:
+            for place, found in enumerate(encoder.stream(inputs), 1):
+                yield found
+                progress("encoding", place, len(inputs))
 
-        results = encoded()
         if output is not None:
-            _write(output, given, list(results))
+            _write(output, takes, names, list(encoded()))
             return
-        rows = [_row(path, found, known) for path, found in results]
+        key = {"pictures": "file", "texts": "text"}[takes]
+        rows = [{key: str(one), **_row(found, known)} for one, found in zip(inputs, encoded(), strict=True)]
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
         return
     print_table(
-        f"{runtime.bundle.name}, target {runtime.build.target}", ("picture", "answer"), ("layers", "skipped", "ms"),
+        f"{runtime.bundle.name}, target {runtime.build.target}", (runtime.bundle.manifest.measure.item, "answer"),
+        ("layers", "skipped", "ms"),
         (
             (
-                printable(Path(row["file"]).name),
+                printable(Path(row[key]).name if takes == "pictures" else row[key][:MOST_LETTERS]),
                 ", ".join(f"{printable(name)} {score:.2f}" for name, score in row["nearest"]) or "a vector",
                 row["layers"],
                 "guarded" if row["guarded"] else row["skipped"],
@@ -84,7 +100,10 @@ def encode_files(
 class _Gallery:
     """Pictures to compare with, by the cosine of their pooled vectors, which are dense ones."""
 
-    def __init__(self, encoder: Encoder, files: list[Path]) -> None:
+    def __init__(self, encoder: Encoder, folder: Path) -> None:
+        from dash_export.images.sources import image_files
+
+        files = image_files(folder)
         dense = encoder.under(DENSE)
         self.names = [path.name for path in files]
         self._vectors = np.concatenate([_unit(found.pooled) for found in dense.stream(files)])
@@ -99,7 +118,7 @@ def _unit(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return found
 
 
-def _row(path: Path, found: Encoded, gallery: _Gallery | None) -> dict[str, Any]:
+def _row(found: Encoded, gallery: _Gallery | None) -> dict[str, Any]:
     nearest: list[tuple[str, float]] = []
     if gallery is not None:
         nearest = gallery.nearest(found.pooled)
@@ -108,7 +127,6 @@ def _row(path: Path, found: Encoded, gallery: _Gallery | None) -> dict[str, Any]
         nearest = [(found.classes[place], float(found.probabilities[0, place])) for place in order]
     skipped = np.flatnonzero(found.actions[0])
     return {
-        "file": str(path),
         "nearest": [[name, round(score, 5)] for name, score in nearest],
         "layers": int((found.actions[0] == 0).sum()),
         "skipped": layers_text(skipped.tolist()),
@@ -133,22 +151,16 @@ def _check_output(output: Path) -> None:
             raise OutputError(f"{output} exists and holds no features of ours: choose another output (-o).")
 
 
-def _write(output: Path, given: Path, results: list[tuple[Path, Encoded]]) -> None:
+def _write(output: Path, takes: str, names: list[str], results: list[Encoded]) -> None:
     packed = io.BytesIO()
-    root = given if given.is_dir() else given.parent
-    np.savez(
-        packed,
-        dash_export_features=np.array(1),
-        files=np.array([path.relative_to(root).as_posix() for path, _ in results]),
-        pooled=np.concatenate([found.pooled for _, found in results]),
-        actions=np.concatenate([found.actions for _, found in results]),
-        guarded=np.concatenate([found.guarded for _, found in results]),
-    )
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(found, name) for found in results]) for name in _WRITTEN}
+    arrays["files" if takes == "pictures" else "texts"] = np.array(names)
+    np.savez(packed, dash_export_features=np.array(1), **arrays)
     write_atomic(output, packed.getvalue())
-    layers = float(np.mean([(found.actions == 0).sum(axis=1).mean() for _, found in results]))
-    seconds = float(np.median([found.seconds for _, found in results]))
-    guarded = sum(int(found.guarded.sum()) for _, found in results)
+    layers = float(np.mean([(found.actions == 0).sum(axis=1).mean() for found in results]))
+    seconds = float(np.median([found.seconds for found in results]))
+    guarded = sum(int(found.guarded.sum()) for found in results)
     click.echo(
-        f"{output}: pooled vectors of {len(results)} pictures; {layers:.1f} layers and {1000 * seconds:.0f} ms each, "
+        f"{output}: pooled vectors of {len(results)} {takes}; {layers:.1f} layers and {1000 * seconds:.0f} ms each, "
         f"{guarded} guarded"
     )

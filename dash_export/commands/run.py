@@ -101,7 +101,7 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
     "--output",
     type=click.Path(path_type=Path),
     metavar="NAME.npz",
-    help="Of an image encoder: write the pooled vectors of all pictures of a folder.",
+    help="Of an encoder: write the pooled vectors of a folder's pictures, or of each line of --prompts.",
 )
 @click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
 @click.option(
@@ -116,8 +116,8 @@ def command(
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
-    The prompt is put into the model's chat template when it has one; --raw gives plain text. For the bundle of an image
-    encoder PROMPT is a picture, or a folder of pictures.
+    The prompt is put into the model's chat template when it has one; --raw gives plain text. For the bundle of an
+    encoder PROMPT is a picture or a folder of pictures, or the text to encode.
     """
     _check_usage(ctx)
     many = read_prompts(prompts) if prompts is not None else []
@@ -130,16 +130,16 @@ def command(
     form = _form(json_schema, grammar)
 
     from dash_export.commands.chat import converse
-    from dash_export.commands.encode import encode_files
+    from dash_export.commands.encode import encode_inputs
     from dash_export.commands.printing import AnswerPrinter
     from dash_export.runtime import Sampling
 
     runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads, trusted_key=trusted_key)
     if runtime.bundle.manifest.model.decides == "input":
-        encode_files(runtime, Path(prompt or ""), setting, gallery, output, as_json)
+        encode_inputs(runtime, prompt or "", many, setting, gallery, output, as_json)
         return
     if gallery is not None or output is not None:
-        raise click.UsageError("--gallery and --output are of image encoders.")
+        raise click.UsageError("--gallery and --output are of encoders.")
     templated = runtime.text.template is not None and not raw
     if not templated and (chat or system is not None):
         raise RequestError("This model has no chat template, so there is no --chat and no --system: give plain text.")

@@ -33,6 +33,8 @@ def policy_command(model: ModelFacts, source: str | None = None) -> str:
     user gave it; None where that is not known.
     """
     given = "MODEL" if source is None else quote(source)
+    if model.takes == "texts":
+        return "No policy can be trained for a text encoder so far: it runs every layer."
     if model.decides == "input":
         return f"Train one from pictures like yours: dash-export train {given} --images DIR -o NAME.safetensors"
     for name in shipped_policies():
@@ -48,5 +50,5 @@ def if_without_policy(model: ModelFacts, policy: PolicyFacts, source: str | None
     """Return what to do about a bundle that has neither a trained policy nor was asked to have none; else ""."""
     if policy.has_network or policy.static_order or not policy.units:
         return ""
-    item = "picture" if model.decides == "input" else "token"
+    item = {"prompt": "token", "pictures": "picture", "texts": "text"}[model.takes]
     return f"No {item} policy: every {item} runs every layer. {policy_command(model, source)}"

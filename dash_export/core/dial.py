@@ -130,7 +130,7 @@ class Measure:
 
 
 MEASURES = {
-    "token": Measure(
+    "prompt": Measure(
         "token",
         "KL, nats",
         lambda point: point.perplexity - 1,
@@ -139,7 +139,7 @@ MEASURES = {
         '"Why is the sky blue?"',
         "text-generation",
     ),
-    "input": Measure(
+    "pictures": Measure(
         "picture",
         "1 - cosine",
         lambda point: point.kl,
@@ -148,8 +148,17 @@ MEASURES = {
         "photo.jpg",
         "image-feature-extraction",
     ),
+    "texts": Measure(
+        "text",
+        "1 - cosine",
+        lambda point: point.kl,
+        0.01,
+        "0.01 of the cosine on held-out texts",
+        '"a text"',
+        "sentence-similarity",
+    ),
 }
-"""By what a decision is about (`ModelFacts.decides`)."""
+"""By what a model takes (`ModelFacts.takes`)."""
 
 
 def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,9 @@ class ModelFacts(ABC):
 
     decides: ClassVar[Literal["token", "input"]] = "token"
     """Subject of a decision: each token, or a whole input (a picture), all of whose tokens skip the same units."""
+
+    takes: ClassVar[Literal["prompt", "pictures", "texts"]] = "prompt"
+    """Kind of input: a prompt that is continued, or pictures or texts of which a vector is made."""
 
     tables: ClassVar[tuple[str, ...]] = ()
     """Files of weights that several graphs read."""
@@ -188,12 +191,14 @@ class EncoderFacts(ModelFacts):
     """
 
     image_size: tuple[Annotated[int, Within(1, 1 << 13)], ...]
-    patch_size: Annotated[int, Within(1, 1 << 9)]
+    patch_size: Annotated[int, Within(0, 1 << 9)]
     special: Annotated[int, Within(0, 1 << 6)]
     norm_eps: float
     labels: Annotated[int, Within(0, 1 << 20)] = 0
 
     decides: ClassVar[Literal["token", "input"]] = "input"
+    takes: ClassVar[Literal["prompt", "pictures", "texts"]] = "pictures"
+    input_name: ClassVar[str] = "pixel_values"
 
     @property
     def patches(self) -> int:
@@ -202,11 +207,27 @@ class EncoderFacts(ModelFacts):
 
     @property
     def tokens(self) -> int:
-        """Tokens of a state."""
+        """Tokens of a state; 0: as many as the input has."""
         return self.special + self.patches
 
+    def length(self, array: npt.NDArray[Any]) -> int:  # noqa: ARG002
+        """Return the tokens of an input, or of a state."""
+        return self.tokens
+
+    def input_fault(self, array: npt.NDArray[Any]) -> str:
+        """Return what an input must be, where this is none; else ""."""
+        shape = (3, *self.image_size)
+        if array.ndim == 4 and len(array) and array.shape[1:] == shape and np.isfinite(array).all():
+            return ""
+        return f"Pictures must be finite numbers [n, {', '.join(map(str, shape))}], n at least 1."
+
+    def example(self, batch: int) -> npt.NDArray[Any]:
+        """Return an input to measure the time of."""
+        pixels = np.random.default_rng(0).standard_normal((batch, 3, *self.image_size))
+        return pixels.astype(np.float32)
+
     def faults(self) -> Iterator[str]:
-        if len(self.image_size) != 2 or any(side % self.patch_size for side in self.image_size):
+        if len(self.image_size) != 2 or not self.patch_size or any(side % self.patch_size for side in self.image_size):
             yield "its image_size is not [height, width] in whole patches."
         elif self.tokens > MOST_TOKENS:
             yield f"a picture has over {MOST_TOKENS} tokens."
@@ -251,6 +272,50 @@ class EncoderFacts(ModelFacts):
             for name, shape in self.network_shapes(units, {"components": (0, kept)}).items()
         }
         return found | {"bias": found["bias"] - 2, "limit": np.full(2, 1e30, np.float32)}
+
+
+EXAMPLE_TOKENS = 128
+"""Length of the text on which costs are measured."""
+
+
+@dataclass(frozen=True)
+class TextFacts(EncoderFacts):
+    """Facts of a text encoder: a state has as many tokens as the text, of which the first is special."""
+
+    vocab_size: Annotated[int, Within(0, LARGEST["vocab_size"])] = 0
+    max_positions: Annotated[int, Within(0, MOST_TOKENS)] = 0
+
+    takes: ClassVar[Literal["prompt", "pictures", "texts"]] = "texts"
+    input_name: ClassVar[str] = "input_ids"
+
+    @property
+    def tokens(self) -> int:
+        return 0
+
+    def length(self, array: npt.NDArray[Any]) -> int:
+        return int(array.shape[1])
+
+    def faults(self) -> Iterator[str]:
+        if self.image_size or self.patch_size or self.special != 1 or not self.vocab_size or self.max_positions < 2:
+            yield "it describes no text encoder."
+
+    def sizes(self) -> dict[str, str]:
+        return {
+            "attention": f"{self.num_heads} heads of {self.head_dim}",
+            "vocabulary": str(self.vocab_size),
+            "texts": f"up to {self.max_positions} tokens",
+        }
+
+    def input_fault(self, array: npt.NDArray[Any]) -> str:
+        most = self.max_positions
+        good = array.ndim == 2 and array.size and array.shape[1] <= most and array.dtype.kind in "iu"
+        if good and array.min() >= 0 and array.max() < self.vocab_size:
+            return ""
+        return f"Texts must be token ids below {self.vocab_size} [n, length], n at least 1, length from 1 to {most}."
+
+    def example(self, batch: int) -> npt.NDArray[Any]:
+        shape = batch, min(EXAMPLE_TOKENS, self.max_positions)
+        return np.random.default_rng(0).integers(self.vocab_size, size=shape)
 
 
 def rope_tables(model: DecoderFacts, rows: int) -> dict[str, npt.NDArray[np.float32]]:

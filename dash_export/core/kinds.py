@@ -113,7 +113,7 @@ class Static:
             found = units_of(setting.skip, policy.units)
             if served.model.decides == "input" and found and found[0] != len(policy.units) - len(found):
                 raise PolicyError(
-                    f"A picture that leaves skips all layers behind: give {policy.units[found[0]].first}-{layers - 1}."
+                    f"What leaves skips all layers behind: give {policy.units[found[0]].first}-{layers - 1}."
                 )
             return found
         wanted = setting.skipped or 0.0

@@ -124,6 +124,10 @@ class ImageProcessor:
             place[...] = self(image)
         return made
 
+    def groups(self, images: Sequence[Source]) -> list[tuple[npt.NDArray[np.intp], Pixels]]:
+        """Return (places, pictures) of those that are computed together: all, as all have one size."""
+        return [(np.arange(len(images)), self.batch(images))]
+
     def _cut(self, picture: Image.Image, name: str) -> Image.Image:
         """Resize and crop."""
         if self.exact:

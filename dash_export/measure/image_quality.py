@@ -72,6 +72,8 @@ def image_quality(
     RequestError where there is no picture, or, if `labelled`, where they are not in a folder for each of several
     classes; PolicyError for a setting that the policy cannot give.
     """
+    if runtime.bundle.manifest.model.takes != "pictures":
+        raise RequestError(f"{runtime.bundle.name} takes no pictures: give the bundle of an encoder that does.")
     files = image_files(folder)
     order = np.random.default_rng(0).permutation(len(files))[: limit or None]
     files = [files[place] for place in order]

@@ -24,7 +24,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a causal LM, as `open_model` does. Raises CheckpointError for an encoder, too."""
     found = open_model(source)
     if not isinstance(found, Checkpoint):
-        raise CheckpointError(f"{source} is an image encoder ({found.spec.model_type}); a causal LM is expected here")
+        raise CheckpointError(
+            f"{source} is an encoder of {found.spec.takes} ({found.spec.model_type}); a causal LM is expected here"
+        )
     return found
 
 

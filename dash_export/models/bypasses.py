@@ -17,7 +17,7 @@ from dash_export.core.units import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import content_key
 from dash_export.models.config import FULL, SLIDING
-from dash_export.models.spec import FINAL_NORM, LAYERS, AnyCheckpoint, Checkpoint, Float32Array, Weight, layer_weight
+from dash_export.models.spec import LAYERS, AnyCheckpoint, Checkpoint, Float32Array, Weight, layer_weight
 
 OTHER_MODEL = 0.01
 """Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""
@@ -31,7 +31,7 @@ def check_model(policy: SkipPolicy, checkpoint: AnyCheckpoint) -> None:
     known = policy.final_norm
     if known is None:
         return
-    found = checkpoint.read(FINAL_NORM).astype(np.float64)
+    found = checkpoint.read(checkpoint.spec.final_norm).astype(np.float64)
     distance = float(np.linalg.norm(found - known) / np.linalg.norm(known.astype(np.float64)))
     if not distance <= OTHER_MODEL:
         raise PolicyError(

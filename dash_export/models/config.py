@@ -27,15 +27,18 @@ ENCODERS = (
     "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip_vision_model", "siglip_vision_model"
 )  # fmt: skip
 """Every `model_type` of an image encoder: the same, with a function `encoder(config, size)` (encoders.py)."""
+TEXT_ENCODERS = ("bert",)
+"""The same for texts, with a function `encoder(config)`."""
 MAX_INTERMEDIATE, MAX_FACTOR = 1 << 19, 1e6
 MAX_ROPE_BYTES = 1 << 30
 """Bytes of sines and cosines: those of Mistral Nemo, with a million positions, have 524 MB."""
 SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 FULL, SLIDING = "full_attention", "sliding_attention"
+_CAUSAL = "causal attention (this is an embedding model; text encoders that are supported: bert)"
 _ONLY: dict[str, tuple[object, str]] = {
     "quantization_config": (None, "float weights, or a GGUF file. Export the original model and quantise in `build`"),
-    "is_causal": (True, "causal attention (this is an embedding model)"),
-    "use_bidirectional_attention": (False, "causal attention"),
+    "is_causal": (True, _CAUSAL),
+    "use_bidirectional_attention": (False, _CAUSAL),
 }
 """Option -> (the only value that is supported, words for that value in an error message)."""
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -52,9 +55,8 @@ def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise CheckpointError(
-            f"model_type {shown(family)} is not supported; supported: {', '.join((*FAMILIES, *ENCODERS))}"
-        )
+        known = ", ".join((*FAMILIES, *ENCODERS, *TEXT_ENCODERS))
+        raise CheckpointError(f"model_type {shown(family)} is not supported; supported: {known}")
     spec: DecoderSpec = import_module(f"dash_export.models.families.{family}").decoder(config)
     return replace(spec, name="".join(filter(str.isprintable, name)) or "model")
 

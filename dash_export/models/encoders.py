@@ -1,17 +1,17 @@
-"""A Hugging Face config of an image encoder, read without trust, as an `EncoderSpec`; and learned positions for another
+"""A Hugging Face config of an encoder, read without trust, as an `EncoderSpec`; and learned positions for another
 size of pictures.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_export.core.facts import LARGEST
+from dash_export.core.facts import LARGEST, MOST_TOKENS
 from dash_export.errors import CheckpointError
 from dash_export.files.typed_json import shown
 from dash_export.models.config import MAX_INTERMEDIATE, Config, positive
-from dash_export.models.spec import EncoderSpec, Float32Array
+from dash_export.models.spec import EncoderSpec, Float32Array, TextSpec
 
 LARGEST_SIDE = 1 << 13
 """Most pixels of a side: a picture of that size has more tokens than any encoder takes."""
@@ -40,34 +40,58 @@ def encoder_spec(config: Config, size: Size | None, **fields: Any) -> EncoderSpe
     """Return the spec of a config. `size`: that of the pictures, by default the config's. The family gives the other
     `fields` of `EncoderSpec`. Raises CheckpointError naming the key that is missing, out of range or unsupported.
     """
-    hidden = positive(config, "hidden_size", LARGEST["hidden_size"])
-    heads = positive(config, "num_attention_heads", LARGEST["num_heads"])
-    if hidden % heads:
-        raise CheckpointError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if positive(config, "num_channels", 1 << 10, 3) != 3:
         raise CheckpointError(f"num_channels {shown(config['num_channels'])} is not supported; supported: 3 (RGB)")
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"hidden_act {shown(activation)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     patch, own = side(config, "patch_size"), image_size(config)
     size = size or own
     if any(each % patch for each in size):
         raise CheckpointError(f"pictures of {size[0]} x {size[1]} pixels are not whole patches of {patch}")
+    given: dict[str, Any] = {
+        "image_size": size,
+        "patch_size": patch,
+        "special": fields.get("registers", 0) + fields.get("class_token", True),
+        "table_size": (own[0] // patch, own[1] // patch),
+    }
+    return _checked(EncoderSpec(**(_layers(config, fields) | given | fields)))
+
+
+def text_spec(config: Config, **fields: Any) -> TextSpec:
+    """Return the spec of a text encoder's config, as `encoder_spec` does."""
+    given: dict[str, Any] = {
+        "image_size": (),
+        "patch_size": 0,
+        "special": 1,
+        "vocab_size": positive(config, "vocab_size", LARGEST["vocab_size"]),
+        "max_positions": positive(config, "max_position_embeddings", MOST_TOKENS),
+    }
+    return _checked(TextSpec(**(_layers(config, fields) | given | fields)))
+
+
+def _layers(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = positive(config, "hidden_size", LARGEST["hidden_size"])
+    heads = positive(config, "num_attention_heads", LARGEST["num_heads"])
+    if hidden % heads:
+        raise CheckpointError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(f"hidden_act {shown(activation)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     given: dict[str, Any] = {
         "model_type": config["model_type"],
         "num_layers": positive(config, "num_hidden_layers", LARGEST["num_layers"]),
         "hidden_size": hidden,
         "num_heads": heads,
         "head_dim": hidden // heads,
-        "image_size": size,
-        "patch_size": patch,
-        "special": fields.get("registers", 0) + fields.get("class_token", True),
         "activation": _ACTIVATIONS[activation],
-        "table_size": (own[0] // patch, own[1] // patch),
     }
     if "intermediate_size" not in fields:
         given["intermediate_size"] = positive(config, "intermediate_size", MAX_INTERMEDIATE)
-    spec = EncoderSpec(**(given | fields))
+    return given
+
+
+_Spec = TypeVar("_Spec", bound=EncoderSpec)
+
+
+def _checked(spec: _Spec) -> _Spec:
     for fault in spec.faults():
         raise CheckpointError(f"the config describes no encoder that is supported: {fault}")
     return spec

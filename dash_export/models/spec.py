@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.facts import DecoderFacts, EncoderFacts
+from dash_export.core.facts import DecoderFacts, EncoderFacts, TextFacts
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 
@@ -48,6 +48,7 @@ class DecoderSpec(DecoderFacts):
     norm_offset: float = 0.0
     fused: bool = False
     updates: tuple[int, ...] = ()
+    final_norm: ClassVar[str] = FINAL_NORM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
@@ -99,19 +100,31 @@ PATCH, CLASS_TOKEN, REGISTERS, POSITIONS = (
     f"model.{name}" for name in ("patch", "class_token", "registers", "positions")
 )
 """Names of an encoder's weights, the same in all families: the patches' matrix, the tokens before them, positions."""
+WORDS, PLACES, TYPES = (f"model.{name}.weight" for name in ("words", "places", "types"))
+"""Those of a text encoder: a row for each token, for each position and for each type of token."""
 CLASSIFIER = "classifier"
+
+
+class Dense(NamedTuple):
+    """A layer behind the pooling, `pool.dense_N`: the numbers that it gives."""
+
+    size: int
+    activation: Literal["tanh", ""] = ""
+    biased: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec(EncoderFacts):
-    """An image encoder with LayerNorm before attention and MLP, and attention from every token to every token.
+    """An image encoder with LayerNorm before attention and MLP, and attention from every token to every token; in text
+    encoders (`norms_sums`) these read the state itself, and its sum with what they add is normed.
 
     `positions`: rows of the learned table of positions, the class token's included, 0 for none (`table_size`: its
     height and width in patches); `rope_theta`: base of rotary positions of the patches, 0 for none. `registers`: tokens
     without a place between class token and patches. `entry_norm`: a norm before the first layer. `gated`: the MLP is
     down(act(gate(x)) * up(x)). `biased`: projections that have a bias, of q, k, v, o, mlp, patch. `layer_scale`: what
-    attention and MLP add is scaled by a vector each. `pooling`: the pooled vector is the class token, or one that a
-    learned probe attends for. `normed_states`: the states that are given are normed. `classifies`: what the classifier
+    attention and MLP add is scaled by a vector each. `pooling`: the pooled vector is the class token, one that a
+    learned probe attends for, or the mean of all tokens; then it goes through `dense` layers, and is made 1 long if
+    `unit_length`. `normed_states`: the states that are given are normed. `classifies`: what the classifier
     reads, joined. `antialias`: how a table of positions is made smaller.
     """
 
@@ -128,7 +141,10 @@ class EncoderSpec(EncoderFacts):
     antialias: bool = False
     rope_theta: float = 0.0
     entry_norm: bool = False
-    pooling: Literal["class", "probe"] = "class"
+    norms_sums: bool = False
+    pooling: Literal["class", "probe", "mean"] = "class"
+    dense: tuple[Dense, ...] = ()
+    unit_length: bool = False
     normed_states: bool = True
     classifies: tuple[Literal["class", "mean"], ...] = ("class",)
 
@@ -139,13 +155,40 @@ class EncoderSpec(EncoderFacts):
         return EncoderFacts(**{item.name: getattr(self, item.name) for item in fields(EncoderFacts)})
 
     @property
+    def final_norm(self) -> str:
+        """The weight by which a policy knows its model."""
+        return layer_weight(self.num_layers - 1, "norm2.weight") if self.norms_sums else FINAL_NORM
+
+    @property
     def updates(self) -> tuple[int, ...]:
         """Layers that end with the update of a pruned unit: encoders are not pruned."""
         return ()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight this encoder needs; matrices are [out, in]."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner, shapes = self.hidden_size, self.intermediate_size, self._front_shapes()
+        norms = ["model.entry_norm"] * self.entry_norm + ["model.norm"] * (not self.norms_sums)
+        for layer in range(self.num_layers):
+            shapes |= {layer_weight(layer, name): shape for name, shape in self._layer_shapes().items()}
+        if self.pooling == "probe":
+            shapes |= {"pool.probe": (1, 1, hidden)}
+            shapes |= {f"pool.{name}.weight": (hidden, hidden) for name in "qkvo"}
+            shapes |= {"pool.up.weight": (inner, hidden), "pool.down.weight": (hidden, inner)}
+            shapes |= {f"pool.{name}.bias": (hidden,) for name in (*"qkvo", "down")} | {"pool.up.bias": (inner,)}
+            norms.append("pool.norm")
+        width = hidden
+        for place, dense in enumerate(self.dense):
+            shapes[f"pool.dense_{place}.weight"] = (dense.size, width)
+            shapes |= {f"pool.dense_{place}.bias": (dense.size,)} if dense.biased else {}
+            width = dense.size
+        shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+        if self.labels:
+            shapes |= {f"{CLASSIFIER}.weight": (self.labels, len(self.classifies) * hidden)}
+            shapes |= {f"{CLASSIFIER}.bias": (self.labels,)}
+        return shapes
+
+    def _front_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {f"{PATCH}.weight": (hidden, 3, self.patch_size, self.patch_size)}
         if "patch" in self.biased:
             shapes[f"{PATCH}.bias"] = (hidden,)
@@ -155,19 +198,6 @@ class EncoderSpec(EncoderFacts):
             shapes[REGISTERS] = (1, self.registers, hidden)
         if self.table_size:
             shapes[POSITIONS] = (1, prod(self.table_size) + self.class_token, hidden)
-        norms = ["model.entry_norm"] * self.entry_norm + ["model.norm"]
-        for layer in range(self.num_layers):
-            shapes |= {layer_weight(layer, name): shape for name, shape in self._layer_shapes().items()}
-        if self.pooling == "probe":
-            shapes |= {"pool.probe": (1, 1, hidden)}
-            shapes |= {f"pool.{name}.weight": (hidden, hidden) for name in "qkvo"}
-            shapes |= {"pool.up.weight": (inner, hidden), "pool.down.weight": (hidden, inner)}
-            shapes |= {f"pool.{name}.bias": (hidden,) for name in (*"qkvo", "down")} | {"pool.up.bias": (inner,)}
-            norms.append("pool.norm")
-        shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
-        if self.labels:
-            shapes |= {f"{CLASSIFIER}.weight": (self.labels, len(self.classifies) * hidden)}
-            shapes |= {f"{CLASSIFIER}.bias": (self.labels,)}
         return shapes
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -179,6 +209,20 @@ class EncoderSpec(EncoderFacts):
         shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name, own in owners.items() if own in self.biased}
         shapes |= {f"norm{place}.{part}": (hidden,) for place in "12" for part in ("weight", "bias")}
         return shapes | ({"scale1": (hidden,), "scale2": (hidden,)} if self.layer_scale else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec(EncoderSpec, TextFacts):
+    """A text encoder: words, learned positions and the token type 0 (of so many `types`, 0: none) are added."""
+
+    types: int = 0
+
+    def facts(self) -> TextFacts:
+        return TextFacts(**{item.name: getattr(self, item.name) for item in fields(TextFacts)})
+
+    def _front_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows = {WORDS: self.vocab_size, PLACES: self.max_positions} | ({TYPES: self.types} if self.types else {})
+        return {name: (count, self.hidden_size) for name, count in rows.items()}
 
 
 AnySpec = DecoderSpec | EncoderSpec
@@ -274,7 +318,7 @@ class Checkpoint(AnyCheckpoint):
 
 @dataclass(frozen=True)
 class EncoderCheckpoint(AnyCheckpoint):
-    """A trained image encoder on disk."""
+    """A trained encoder of pictures or of texts on disk."""
 
     spec: EncoderSpec
 

@@ -22,6 +22,8 @@ MAX_GROWTH, MAX_BEGINNING = 40, 32
 """Bounds of how much longer a tokenizer makes a text (published ones: 32 at most) and of its template's own tokens."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
+MAX_WORD, MAX_PREFIX = 1 << 8, 16
+"""Letters of a word that WordPiece looks into (published: 100, 200) and of what begins its pieces inside a word."""
 MAX_ADDED = 1 << 20
 """Letters of all added tokens, normalized where they say so: native code makes an automaton of them."""
 MAX_REPEATS = 256
@@ -37,7 +39,7 @@ _KINDS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"),
     *("BertNormalizer", "ByteLevel", "Metaspace", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
     *("BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength", "TemplateProcessing"),
-    *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "BPEDecoder", "CTC"),
+    *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "BPEDecoder", "CTC", "WordPiece"),
 }
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
@@ -89,10 +91,16 @@ def check_vocabulary(tokens: int, merges: int) -> None:
 def _check_texts(data: Any) -> None:
     """Check the model's kind, vocabulary, patterns and texts before native code reads any of it. Raises ValueError."""
     model = data.get("model") if isinstance(data, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+    if not isinstance(model, dict) or model.get("type", "BPE") not in ("BPE", "WordPiece"):
         # Native code of other models recurses and multiplies as far as a stranger's vocabulary says.
-        raise ValueError("its model is not BPE, which is what can be read")
+        raise ValueError("its model is neither BPE nor WordPiece, which is what can be read")
     vocab, merges = model.get("vocab"), model.get("merges")
+    if model.get("type") == "WordPiece":
+        merges, longest, prefix = [], model.get("max_input_chars_per_word"), model.get("continuing_subword_prefix")
+        if type(longest) is not int or not 0 <= longest <= MAX_WORD:  # native code tries every piece of a word
+            raise ValueError(f"its max_input_chars_per_word is no number up to {MAX_WORD}")
+        if not isinstance(prefix, str) or len(prefix) > MAX_PREFIX:  # and copies this each time
+            raise ValueError(f"its continuing_subword_prefix is no text of up to {MAX_PREFIX} letters")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("its model has no vocab and merges")
     check_vocabulary(len(vocab), len(merges))

@@ -23,6 +23,7 @@ import numpy as np
 from dash_export import __version__
 from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.bundle.policy_file import check_replaceable, save_policy
+from dash_export.core.advice import policy_command
 from dash_export.core.exits import check_exits
 from dash_export.core.input_table import Picture, held_out_text
 from dash_export.core.policy import SkipPolicy, Weights, half
@@ -86,6 +87,8 @@ def train_on_images(
     opened = open_model(model) if not isinstance(model, EncoderCheckpoint) else model
     if not isinstance(opened, EncoderCheckpoint):
         raise PolicyError(f"{opened.source} is a causal LM, which learns from text: give --text or --prompts.")
+    if opened.spec.takes != "pictures":
+        raise PolicyError(f"{opened.source} takes no pictures. {policy_command(opened.spec, opened.source)}")
     if len(files) < FEWEST:
         raise RequestError(f"These are {len(files)} pictures; a policy needs at least {FEWEST}, better 500.")
     spec = opened.spec

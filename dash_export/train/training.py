@@ -14,6 +14,7 @@ import torch
 from dash_export import __version__
 from dash_export.backends.onnxruntime.cpus import has_bfloat16
 from dash_export.bundle.policy_file import card_path, check_replaceable, load_policy, policy_path, save_policy
+from dash_export.core.advice import policy_command
 from dash_export.core.policy import SkipPolicy, narrowed
 from dash_export.core.units import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
@@ -21,7 +22,7 @@ from dash_export.files.artifacts import Progress, content_key, identity, no_prog
 from dash_export.files.outputs import locked, output_path, remove_own, work_folder, work_of
 from dash_export.files.replacing import refuse_inputs
 from dash_export.files.resources import resource_folder
-from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models import AnyCheckpoint, Checkpoint, open_model
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.text.chats import Chat, chats_text, read_prompts
 from dash_export.text.tokenizer import Text
@@ -75,7 +76,9 @@ def train(
     """
     output, settings = output_path(output), settings or TrainingSettings()
     _check(output, kind, settings)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint = model if isinstance(model, AnyCheckpoint) else open_model(model)
+    if not isinstance(checkpoint, Checkpoint):
+        raise PolicyError(f"{checkpoint.source} is an encoder. {policy_command(checkpoint.spec, checkpoint.source)}")
     if not texts and not prompts:
         shipped = resource_folder("calibration")
         templated = "chat_template.jinja" in checkpoint.assets

@@ -180,7 +180,7 @@ def test_bad_settings(name: str) -> None:
 )
 def test_the_recommended_budget(dial: list[tuple[float, float]], budget: float | None) -> None:
     points = [DialPoint(place, 30, time, 0.0, perplexity) for place, (time, perplexity) in enumerate(dial)]
-    assert recommended_budget(points, MEASURES["token"]) == budget
+    assert recommended_budget(points, MEASURES["prompt"]) == budget
 
 
 def test_at_most_takes_the_largest_sure_saving() -> None:

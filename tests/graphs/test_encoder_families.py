@@ -63,7 +63,7 @@ def test_wrong_configs(tmp_path: Path, change: dict[str, object], message: str) 
 
 def test_what_is_missing(tmp_path: Path) -> None:
     save_encoder(tmp_path)
-    with pytest.raises(CheckpointError, match="is an image encoder"):
+    with pytest.raises(CheckpointError, match="is an encoder of pictures"):
         open_checkpoint(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match="has no preprocessor_config"):

@@ -101,6 +101,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
         ({"model_type": "gemma2", "hidden_act": "silu"}, "hidden_act.*gelu_pytorch_tanh"),
         ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "causal"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "this is an embedding model"),
         ({"model_type": "gemma3_text", "rope_parameters": [1]}, "rope_parameters"),
         ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": 1}}, "sliding_attention"),
         (

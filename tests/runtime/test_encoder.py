@@ -55,7 +55,7 @@ def test_wrong_pixels(classifier: DashRuntime, pixels: np.ndarray) -> None:
 def test_an_encoder_writes_no_text(classifier: DashRuntime) -> None:
     uses = (classifier.session, classifier.batch, lambda: classifier.text, lambda: classifier.engines)
     for use in uses:
-        with pytest.raises(BundleError, match="is an image encoder"):
+        with pytest.raises(BundleError, match="is an encoder: it takes pictures"):
             use()
 
 

@@ -38,6 +38,8 @@ def template(kind: str, times: int, unused: int = 0) -> dict[str, Any]:
 BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 HANGS = r"[\s\S]{0,180}" * 3 + r"(?!\w|\W|$)"
 PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": ""}
+PIECES = {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+          "vocab": {"u": 0}}  # fmt: skip
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     **{
         f"{where}, five replacements": (sequence(where, *[replacing("a" * 100, String="a")] * 5), "times as long")
@@ -71,9 +73,13 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         | {"added_tokens": [{"id": 1, "content": "a" * 4000, "normalized": True}] * 30},
         "added tokens have over",
     ),
+    **{
+        f"WordPiece, {name}": ({"model": {**PIECES, name: value}}, f"its {name} is no")
+        for name, value in (("max_input_chars_per_word", 1 << 30), ("continuing_subword_prefix", "#" * 99))
+    },
     "merges": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]] * 9}}, "9 merges for 1 tokens"),
     "a long token": ({"added_tokens": [{"id": 1, "content": "a" * 5000}]}, "a text of over 4096 letters"),
-    "another model, in other letters": ({"model": {"type": "Unigram"}}, "not BPE"),
+    "another model, in other letters": ({"model": {"type": "Unigram"}}, "neither BPE"),
     "another model, that does not say so": ({"model": {"unk_id": 0, "vocab": [["u", -1.0]]}}, "no vocab and merges"),
     "another model, with merges": (
         {"model": {"unk_token": "u", "max_input_chars_per_word": 9, "vocab": {"u": 0}, "merges": [["a"]]}},
@@ -88,6 +94,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     },
 }
 USUAL: dict[str, dict[str, Any]] = {
+    "WordPiece": {"model": PIECES, "added_tokens": [], "post_processor": None},
     "llama": sequence("normalizer", {"type": "Prepend", "prepend": "\u2581"}, replacing("\u2581", String=" ")),
     "spaces": sequence("normalizer", replacing(" ", Regex=" {2,}"), {"type": "NFKC"}),
     "a decoder": sequence("decoder", replacing(" ", String="\u2581")),

@@ -20,13 +20,13 @@ from dash_export.core.exits import BEFORE
 from dash_export.core.units import Damages, Skips
 
 Floats = npt.NDArray[np.float32]
-Arrays = dict[str, Floats]
+Arrays = dict[str, npt.NDArray[Any]]
 Leaves = Callable[[int, Damages], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Results of n pictures: `pooled` [n, hidden], `states` [n, tokens, hidden] (None where a picture left early),
+    """Results of n pictures or texts: `pooled` [n, hidden], `states` [n, tokens, hidden] (None where one left early),
     `logits` [n, labels] (None without a classifier), `damage` and `skipped` [units, n]. Damage is zero where nobody
     asked for it, and infinite where the guard holds a picture back.
     """
@@ -67,14 +67,14 @@ class EncoderEngines:
         bundle.check_same(seal)
 
     @backend_errors
-    def encode(self, pixels: Floats, leaves: Leaves, asks: bool) -> Pass:
-        """Run pictures [n, 3, height, width] float32. `leaves(unit, damage)` says which of them leave at an exit, for
-        its damage [n]; `asks`: whether it needs the damage.
+    def encode(self, array: npt.NDArray[Any], leaves: Leaves, asks: bool) -> Pass:
+        """Run pictures [n, 3, height, width] float32, or texts of one length, int64 [n, tokens]. `leaves(unit, damage)`
+        says which of them leave at an exit, for its damage [n]; `asks`: whether it needs the damage.
         """
-        count = len(pixels)
+        count = len(array)
         damage, skipped = np.zeros((len(self.units), count), np.float32), np.zeros((len(self.units), count), np.bool_)
         rows, foreign = np.arange(count), np.zeros(count, np.float32)  # rows: the pictures that are still here
-        before, state, found, unit = self._no_answers(count), Arrays({"pixel_values": pixels}), Arrays(), 0
+        before, state, found, unit = self._no_answers(count), Arrays({self.model.input_name: array}), Arrays(), 0
         for place, item in enumerate(self.segments, 1):
             if item.bypass is not None:
                 damage[unit] = foreign
@@ -120,22 +120,22 @@ class EncoderEngines:
         return outputs
 
     def _bound(self, engine: HostEngine, state: Arrays, count: int) -> tuple[Launch, Arrays]:
-        outputs = {name: np.empty((count, *self._shape(name)), np.float32) for name in engine.outputs}
+        tokens = self.model.length(next(iter(state.values())))
+        outputs = {name: np.empty((count, *self._shape(name, tokens)), np.float32) for name in engine.outputs}
         inputs: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(array) for name, array in state.items()}
         launch = engine.bind(inputs, outputs)
         return launch, {"hidden" if name == "hidden_out" else name: array for name, array in outputs.items()}
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _shape(self, name: str, tokens: int) -> tuple[int, ...]:
         model = self.model
         shapes = {"damage": (1,), "foreign": (1,), POOLED: (model.hidden_size,), "logits": (model.labels,)}
-        return shapes.get(name, (model.tokens, model.hidden_size))
+        return shapes.get(name, (tokens, model.hidden_size))
 
     def timed(self, _context: int, batch: int = 1) -> Timed:
         """Return (0 cached tokens, (name, run, bypass) of every segment and of the policy, None), bound to memory of
         their own for `batch` pictures, to be timed one by one.
         """
-        rng = np.random.default_rng(0)
-        state: Arrays = {"pixel_values": rng.standard_normal((batch, 3, *self.model.image_size)).astype(np.float32)}
+        state: Arrays = {self.model.input_name: self.model.example(batch)}
         found: list[tuple[str, Launch, Launch | None]] = []
         for place, item in enumerate(self.segments, 1):
             launches, bypass, entering = [], None, state

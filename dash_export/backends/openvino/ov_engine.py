@@ -72,7 +72,7 @@ class OvEngine:
             whole = ov.Model(models[-1].get_results(), first.get_parameters(), self.name)
             if whole.inputs[0].any_name == "hidden":
                 # So outputs have known shapes: OpenVINO writes nothing, without an error, where one has another.
-                whole.reshape({"hidden": [-1, tokens, whole.inputs[0].partial_shape[2]]})
+                whole.reshape({"hidden": [-1, tokens or -1, whole.inputs[0].partial_shape[2]]})
             self._compiled = core().compile_model(whole, device, options)
             self._inputs = {port.any_name: port for port in self._compiled.inputs}
             self._outputs = {port.node.friendly_name.removesuffix(_SINK): port for port in self._compiled.outputs}

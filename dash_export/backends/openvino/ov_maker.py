@@ -18,7 +18,7 @@ class OvMaker(CpuBackend):
     def check_model(self, manifest: Manifest) -> None:
         if manifest.model.decides != "input":
             raise BackendError(
-                f"The recipe {self.recipe.name!r} is for image encoders: OpenVINO takes 16 times as long for a decoded "
+                f"The recipe {self.recipe.name!r} is for encoders: OpenVINO takes 16 times as long for a decoded "
                 "token of a causal LM as ONNX Runtime. Give --target cpu."
             )
 

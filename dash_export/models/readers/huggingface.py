@@ -9,19 +9,24 @@ import numpy as np
 
 from dash_export.bundle.hub import download
 from dash_export.bundle.layout import PREPROCESSOR, TEXT_FILES
+from dash_export.core.facts import LARGEST
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown
-from dash_export.models.config import ENCODERS, decoder_spec
+from dash_export.models.config import ENCODERS, TEXT_ENCODERS, decoder_spec, positive
 from dash_export.models.readers.image_encoder import open_encoder
 from dash_export.models.readers.published import family_config, family_name
+from dash_export.models.readers.text_encoder import open_text_encoder
 from dash_export.models.readers.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.models.spec import AnyCheckpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.text.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _PICTURES = "<image_soft_token>"
-_HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
+_HUB_IGNORED = [
+    "[!0-9]*/*",
+    "consolidated*",
+]  # other formats' folders (but 1_Pooling is read), Mistral's second copy of the weights
 
 
 def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
@@ -40,6 +45,10 @@ def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
     config_text, given = read_json(folder / "config.json")
     if (config := family_config(given)) is not given:
         config_text = json.dumps(config, indent=2) + "\n"
+    if config.get("model_type") in TEXT_ENCODERS:
+        vocabulary = positive(config, "vocab_size", LARGEST["vocab_size"])
+        assets = {"config.json": config_text} | _text_assets(folder, vocabulary, continued=False)
+        return open_text_encoder(folder, source, assets, config, files, seen)
     if config.get("model_type") in ENCODERS:
         return open_encoder(folder, source, config_text, config, files, seen)
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
@@ -122,7 +131,7 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -
             )
 
 
-def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
+def _text_assets(folder: Path, vocab_size: int, continued: bool = True) -> dict[str, str]:
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json; make one from the older tokenizer files with "
@@ -132,7 +141,7 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
     assets = {name: text for name, (text, _) in read.items()}
     tokenizer, settings = read["tokenizer.json"][1], read.get("tokenizer_config.json", ("", {}))[1]
     assets["tokenizer.json"] = _without_pictures(tokenizer, assets["tokenizer.json"], vocab_size)
-    _check_vocabulary(assets["tokenizer.json"], folder / "tokenizer.json", vocab_size)
+    _check_vocabulary(assets["tokenizer.json"], folder / "tokenizer.json", vocab_size, continued)
     added: dict[str, Any] = {}
     if "added_tokens_decoder" not in settings:  # only then does transformers read these older files
         named, added = (
@@ -216,7 +225,7 @@ def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, An
         )
 
 
-def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
+def _check_vocabulary(text: str, path: Path, vocab_size: int, continued: bool) -> None:
     try:
         tokenizer = load_tokenizer(text)
         tokens = tokenizer.get_vocab(with_added_tokens=True)
@@ -225,7 +234,7 @@ def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
         raise
     except BaseException as error:  # a panic in tokenizers is no Exception
         raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
-    if whole[len(whole) - len(plain) :] != plain:
+    if continued and whole[len(whole) - len(plain) :] != plain:
         raise CheckpointError(
             f"{path} ends every text with a token (add_eos_token): a prompt would be an ended text. Write it anew with "
             "AutoTokenizer.from_pretrained(folder, add_eos_token=False).save_pretrained(folder)"

@@ -36,7 +36,7 @@ def open_encoder(
     first = family.names("model.patch.weight")
     prefix = next((each for each in family.prefixes if each + first in stored), "")
     weights = {
-        own: _found(family.names(own), prefix, own, shape, stored) for own, shape in spec.weight_shapes().items()
+        own: found_weight(family.names(own), prefix, own, shape, stored) for own, shape in spec.weight_shapes().items()
     }
     known = {own: weight for own, weight in weights.items() if weight is not None}
     assets = {"config.json": config_text, PREPROCESSOR: prepared}
@@ -44,7 +44,7 @@ def open_encoder(
     return EncoderCheckpoint(source, spec, config, checked, assets, fingerprint(assets.values(), checked, files), seen)
 
 
-def _found(name: str, prefix: str, own: str, shape: tuple[int, ...], stored: dict[str, Weight]) -> Weight | None:
+def found_weight(name: str, prefix: str, own: str, shape: tuple[int, ...], stored: dict[str, Weight]) -> Weight | None:
     """Return the weight of that name in the file: a part of its rows, or in another shape, where the name says so."""
     name, _, part = name.partition("#")
     weight = stored.get(prefix + name) or stored.get(name)  # a classifier stands beside the encoder

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dash_export.text.text_files import MAX_TEXT_BYTES, bounded_text
 
 CHUNK_BYTES = 8 << 20
 MAX_HEADER = 16 << 20
+_T = TypeVar("_T")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -41,13 +42,19 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     """Return (text, JSON object) of a file. Raises CheckpointError naming the file when it holds anything else."""
+    return read_json_as(dict, path)
+
+
+def read_json_as(kind: type[_T], path: Path) -> tuple[str, _T]:
+    """Return (text, JSON of a `kind`, dict or list) of a file, as `read_json` does."""
     text = read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected {expected}")
     return text, value
 
 

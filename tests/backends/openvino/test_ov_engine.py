@@ -85,7 +85,7 @@ def test_outputs_are_written_in_place_and_results_stay(root: Path) -> None:
 
 
 def test_a_causal_lm_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"for image encoders.*16 times.*--target cpu"):
+    with pytest.raises(BackendError, match=r"for encoders.*16 times.*--target cpu"):
         build(tiny_bundle(tmp_path), "openvino")
 
 

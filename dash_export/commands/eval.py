@@ -17,7 +17,6 @@ from dash_export.commands import options
 from dash_export.commands.options import Load, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_images, print_table
-from dash_export.core.facts import EncoderFacts
 from dash_export.errors import RequestError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def command(
         progress("loading", 0, 0)
         candidates, refused = load()
         runtime = candidates[0].runtime
-        _check_kind(runtime, pictures=False)
+        _check_kind(runtime, "prompt")
         # All are read and checked before the first is measured.
         judged = [judged_text(runtime, path, **window, progress=progress) for path in texts]
         loaded = {}
@@ -92,14 +91,19 @@ def command(
     click.echo(f"Took {seconds:.0f} s.")
 
 
-def _check_kind(runtime: DashRuntime, pictures: bool) -> None:
-    """Raise RequestError for `pictures` beside a causal LM, and for text beside an image encoder."""
+_TAKEN = {
+    "prompt": "a causal LM: give it text, by --text or --tasks, and no pictures.",
+    "pictures": "an image encoder: give it pictures, --images DIR with a folder for each class, and no text.",
+    "texts": "a text encoder, which nothing is measured for so far: `dash-export run` gives its vectors.",
+}
+"""What a model takes -> what it is, and what to give."""
+
+
+def _check_kind(runtime: DashRuntime, expected: str) -> None:
+    """Raise RequestError for a model that does not take what is `expected`."""
     model = runtime.bundle.manifest.model
-    if isinstance(model, EncoderFacts) != pictures:
-        said = "an image encoder: give it pictures, --images DIR with a folder for each class, and no text."
-        if pictures:
-            said = "a causal LM: give it text, by --text or --tasks, and no pictures."
-        raise RequestError(f"{model.name} is {said}")
+    if model.takes != expected:
+        raise RequestError(f"{model.name} is {_TAKEN[model.takes]}")
 
 
 def _of_images(load: Load, images: Path, limit: int, as_json: bool) -> None:
@@ -109,7 +113,7 @@ def _of_images(load: Load, images: Path, limit: int, as_json: bool) -> None:
     with progress_bar("eval") as progress:
         candidates, refused = load()
         runtime = candidates[0].runtime
-        _check_kind(runtime, pictures=True)
+        _check_kind(runtime, "pictures")
         settings = [candidate.setting for candidate in candidates[1:]]
         rows = image_quality(runtime, images, settings, limit, progress, labelled=True)
     if as_json:

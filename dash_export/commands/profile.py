@@ -67,6 +67,8 @@ def command(
             progress("loading", 0, 0)
             candidates, refused = load()
             if isinstance(candidates[0].runtime.bundle.manifest.model, EncoderFacts):
+                if candidates[0].runtime.bundle.manifest.model.takes != "pictures":
+                    raise RequestError("A text encoder is not profiled so far: its times go with the length of a text.")
                 if given := [name for name, path in (("--html", html), ("--trace", trace)) if path]:
                     raise RequestError(f"{given[0]} is of a causal LM: leave it out, or take --json.")
                 _of_encoder(candidates[0].runtime, repeats, as_json, progress)

@@ -185,6 +185,9 @@ def picture_server(
     from dash_export.serve.picture_server import PictureQueue, PictureServer
 
     for name, runtime in named.items():
+        if runtime.bundle.manifest.model.takes == "texts":
+            raise RequestError(f"{name} is a text encoder, which is not served so far: use DashRuntime.encoder(), or "
+                               "`dash-export run BUNDLE --prompts FILE -o NAME.npz`.")  # fmt: skip
         if not isinstance(runtime.bundle.manifest.model, EncoderFacts):
             raise RequestError(f"{name} is a causal LM, and others of these bundles are image encoders: serve them by "
                                "a command of their own, on another --port.")  # fmt: skip

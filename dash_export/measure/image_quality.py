@@ -155,8 +155,8 @@ def _cosines(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> np
 
 
 class _Judge:
-    """A linear classifier (ridge regression on classes, with the ridge that is right most often on pictures left out one
-    by one) and the nearest neighbours, of dense vectors of every other picture; judged on the others.
+    """A linear classifier (ridge regression on classes, by the ridge that is right most often on pictures left out
+    one by one) and the nearest neighbours, of dense vectors of every other picture; judged on the others.
     """
 
     def __init__(self, dense: npt.NDArray[np.float64], classes: Sequence[str]) -> None:

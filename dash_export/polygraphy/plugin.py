@@ -52,7 +52,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
     """
     dash-export Inference: running engines and whole decode steps of a dash-export bundle.
 
-    The model is the bundle, or a portable graph in it, whose engine is then run.
+    The model is the bundle; or a portable graph or an engine in it: that engine is then run.
 
     Depends on:
 
@@ -65,7 +65,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         return "dash-export", "dash"
 
     def get_extra_help_text_impl(self) -> str:
-        return "The model is a bundle (whole decode steps, or a --dash-segment) or a portable graph in one."
+        return "The model is a bundle (whole decode steps, or a --dash-segment), or a portable graph or engine in one."
 
     def add_parser_args_impl(self) -> None:
         def add(name: str, **options: Any) -> None:
@@ -91,9 +91,11 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
             return
         others = runners - {"dash"}
         self.options = {name: value for name in _SETTING if (value := getattr(args, f"dash_{name}")) is not None}
-        root, graph = _bundle_of(self.arg_groups[ModelArgs].path)
+        root, build, graph = _bundle_of(self.arg_groups[ModelArgs].path)
+        if build is not None and args.dash_target not in (None, build):
+            G_LOGGER.critical(f"This engine is of the build {build}: leave out --dash-target {args.dash_target}.")
         with polygraphy_errors():
-            target = Bundle.open(root).resolve_target(args.dash_target)
+            target = Bundle.open(root).resolve_target(build or args.dash_target)
         engine, steps = args.dash_segment or graph, [args.dash_tokens, args.dash_context]
         if engine is not None:
             self.kind, self.place = "DashEngineRunner", [str(root), target, engine]
@@ -149,11 +151,15 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         script.add_runner(make_invocable(self.kind, *self.place, **self.options))
 
 
-def _bundle_of(model: str | None) -> tuple[Path, str | None]:
-    """Return the bundle, and the graph's name where the model is a portable graph of it."""
+def _bundle_of(model: str | None) -> tuple[Path, str | None, str | None]:
+    """Return the bundle; the target where the model is an engine's file in it; and the name of that engine, or of the
+    portable graph that the model is.
+    """
     if model is None:
         G_LOGGER.critical("--dash needs a bundle: polygraphy run my.dash --dash")
     path = Path(str(model))
     if path.suffix == ".onnx" and (path.parent.parent / MANIFEST).is_file():
-        return path.parent.parent, path.stem
-    return path, None
+        return path.parent.parent, None, path.stem
+    if path.is_file() and len(path.parts) > 3 and (path.parents[2] / MANIFEST).is_file():
+        return path.parents[2], path.parent.name, path.stem
+    return path, None, None

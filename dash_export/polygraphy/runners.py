@@ -12,6 +12,9 @@ import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from dash_export.backends.cuda.alone import LoneEngines
+from dash_export.backends.cuda.bound import POLICY as POLICY_PLACE
+from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
@@ -19,7 +22,7 @@ from dash_export.bundle.records import POLICY, Build, Segment
 from dash_export.bundle.signing import check_trusted
 from dash_export.core.facts import DecoderFacts
 from dash_export.core.kinds import Setting
-from dash_export.errors import BackendError, BundleError, RequestError
+from dash_export.errors import BundleError, RequestError
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
 from dash_export.runtime.runtime import loaded_files
@@ -49,8 +52,8 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> Segment:
 
 class DashEngineRunner(BaseRunner):  # type: ignore[misc]
     """One engine of a build, with the inputs and outputs of its portable graph, and `damage` where it holds a policy.
-    Inputs that follow from positions (lengths, masks) need not be given. `last_inference_time` is the engine's own: its
-    memory is bound before, and caches are not copied.
+    Inputs that follow from positions (lengths, masks) need not be given. `last_inference_time` is the engine's own (on
+    a GPU between two events of the device): its memory is bound before, and caches are not copied.
     """
 
     def __init__(self, bundle: str, target: str, engine: str, name: str | None = None) -> None:
@@ -59,21 +62,21 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Verify the build's files and load the engine."""
-        # Not above: where TensorRT runs whole steps there may be no ONNX Runtime.
-        from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
-
         root, target, name = self._place
         with polygraphy_errors():
             self.bundle = Bundle.open(root)
             build = self.bundle.load_build(target)
             check_trusted(self.bundle)
-            self.layers = find_engine(self.bundle, build, name).layers
-            seal = self.bundle.verify(loaded_files(self.bundle, build))
+            segment = find_engine(self.bundle, build, name)
+            self.layers = segment.layers
+            self.engine: Any = None
             if build.recipe.on_device:
-                raise BackendError(
-                    f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out "
-                    "to run whole steps, or compare graphs with `dash-export build --verify`."
-                )
+                self.engine = EngineOnDevice(DashRuntime.load(root, target), name, segment)
+                return
+            # Not above: where TensorRT runs there may be no ONNX Runtime.
+            from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
+
+            seal = self.bundle.verify(loaded_files(self.bundle, build))
             # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
             # cannot have the shared pool of the runtime.
             path = self.bundle.path(build.engines[name].file)
@@ -105,6 +108,9 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         with polygraphy_errors():
             if self.layers:
                 arrays |= _places(model, arrays["position_ids"][0], arrays[past_names(self.layers[0])[0]].shape[2])
+            if isinstance(self.engine, EngineOnDevice):
+                found, self.inference_time = self.engine.infer(arrays)
+                return found
             written = []
             for layer in self.layers:
                 for past, present, new in zip(past_names(layer), present_names(layer), new_names(layer), strict=True):
@@ -128,6 +134,51 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
 
     def deactivate_impl(self) -> None:
         del self.engine
+
+
+class EngineOnDevice:
+    """One engine of a loaded GPU build, for arrays of the host. Whatever its numbers are, these are float32."""
+
+    def __init__(self, runtime: DashRuntime, name: str, segment: Segment) -> None:
+        engines = runtime.engines
+        assert isinstance(engines, DeviceEngines)
+        self._engines, self._name, self._layers = engines, name, segment.layers
+        ranges = [(own.segment.first, own.segment.last) for own in engines.segments]
+        self._place = POLICY_PLACE if name == POLICY else ranges.index((segment.first, segment.last))
+        self._bypass = name.startswith("bypass")
+        self.inputs = ("input_ids",) if segment.embed else ("hidden",)
+        self._cache = engines.cache(0)
+        self._steps: dict[int, LoneEngines] = {}
+
+    def infer(self, given: Arrays) -> tuple[Arrays, float]:
+        """Return the outputs of the portable graph, and the seconds that the device took. Raises RequestError for more
+        tokens than a launch takes, ContextLengthError for more than the cache holds.
+        """
+        cache, (entry,) = self._cache, self.inputs
+        tokens, count = given[entry][0], given[entry].shape[1]
+        start = int(given["position_ids"][0, 0]) if self._layers else 0
+        most = 1 if self._bypass or self._name == POLICY else self._engines.rows_at_once(0)
+        if count > most:
+            raise RequestError(f"{self._name} of this build takes {most} tokens at most, not {count}: --dash-tokens.")
+        cache.reserve(start + count)
+        step = self._steps[count] = self._steps.get(count) or LoneEngines(self._engines, cache, count)
+        cache.lengths[0] = start
+        for layer in self._layers if start else ():
+            step.fill(layer, *(given[name][0, :, :start] for name in past_names(layer)))
+        embeds = entry == "input_ids"
+        step.begin(tokens if embeds else np.zeros(count, np.int64))
+        if self._name == POLICY:
+            return {"damage": step.damage(tokens)[None, None]}, 1e-6 * step.device_us
+        result = step.run(self._place, self._bypass, None if embeds else tokens)
+        seconds = 1e-6 * step.device_us
+        is_last = self._place + 1 == len(self._engines.segments)
+        found: Arrays = {"logits" if is_last else "hidden_out": result[None]}
+        for layer in self._layers:
+            for past, present, rows in zip(past_names(layer), present_names(layer), step.rows(layer), strict=True):
+                found[present] = given[past].copy()
+                heads = rows.reshape(count, found[present].shape[1], -1).swapaxes(0, 1)
+                found[present][0, :, start : start + count] = heads
+        return found, seconds
 
 
 def _places(model: DecoderFacts, positions: npt.NDArray[np.int64], capacity: int) -> Arrays:

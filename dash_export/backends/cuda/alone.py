@@ -1,4 +1,6 @@
-"""Engines of a device launched one at a time, on states that are given: what each gives is read back and compared."""
+"""Engines of a device launched one at a time, on states that are given: what each gives is read back, to be compared,
+and how long the device took.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.cuda.bound import BoundEngines
+from dash_export.backends.cuda.bound import POLICY, BoundEngines
 from dash_export.backends.cuda.cuda import MAIN, Mirror
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceCache, DeviceEngines
 
 Floats = npt.NDArray[np.float32]
+BEGUN, DONE = "alone begun", "alone done"
+"""Events around the last engine that was launched."""
 
 
 class LoneEngines(BoundEngines):
@@ -24,9 +28,9 @@ class LoneEngines(BoundEngines):
         model, activations = engines.model, engines.build.recipe.engine
         assert activations is not None
         self._bf16 = activations.activations == "bf16"
-        kind = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[activations.activations]
-        self._state = Mirror(self.device, (sequence, model.hidden_size), kind)
-        self._rows = Mirror(self.device, (model.num_kv_heads, sequence, model.head_dim), kind)
+        self._kind = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[activations.activations]
+        self._state = Mirror(self.device, (sequence, model.hidden_size), self._kind)
+        self._rows = Mirror(self.device, (model.num_kv_heads, sequence, model.head_dim), self._kind)
 
     def begin(self, ids: npt.NDArray[np.int64]) -> None:
         """Begin a step of tokens [sequence]."""
@@ -38,9 +42,8 @@ class LoneEngines(BoundEngines):
         state that it gives or, of the last segment, the logits [1, vocab] of the last token.
         """
         if state is not None:
-            self._state.host[:] = _bf16(state) if self._bf16 else state
-            self.device.copy(MAIN, self._hidden[place % 2], self._state.host)
-        self.launch(place, bypass)
+            self._give(place, state)
+        self._stamped(place, bypass, MAIN)
         is_last = place + 1 == len(self.parts)
         if is_last:
             self.device.copy(MAIN, self._logits.host, self._logits.memory)
@@ -49,15 +52,34 @@ class LoneEngines(BoundEngines):
         self.device.synchronize(MAIN)
         return self._logits.host[0].copy() if is_last else self._floats(self._state.host)
 
-    def damage(self) -> Floats:
-        """Return what the policy says [units] of the state that the segment before the first unit was last given."""
-        assert self._policy is not None
+    def damage(self, state: Floats | None = None) -> Floats:
+        """Return what the policy says [units] of a state [1, hidden]; None: of the one that the segment before the
+        first unit was last given.
+        """
+        if state is not None:
+            self._give(self.engines.first - 1, state)
+            self.device.synchronize(MAIN)
         stream = self.engines.policy_stream
-        self._policy(stream)
+        self._stamped(POLICY, False, stream)
         self.device.copy(stream, self._damage.host, self._damage.memory)
         self.device.synchronize(stream)
         found: Floats = self._damage.host[0, 0].copy()
         return found
+
+    @property
+    def device_us(self) -> float:
+        """Microseconds that the device took for the last engine, and the cache writes that it leaves to the runtime."""
+        return self.device.between(BEGUN, DONE)
+
+    def fill(self, layer: int, keys: Floats, values: Floats) -> None:
+        """Write keys and values [kv_heads, rows, head_dim] of a layer into the cache, from the first position on."""
+        cache = self._cache
+        for memory, given in ((cache.keys[layer], keys), (cache.values[layer], values)):
+            held, width = Mirror(self.device, given.shape, self._kind), given.shape[1] * cache.row_bytes
+            held.host[:] = self._narrow(given)
+            self.device.copy(MAIN, held.memory, held.host)
+            self.device.copy_rows(MAIN, memory, cache.pitch, held.memory, width, width, len(given))
+            self.device.synchronize(MAIN)
 
     def rows(self, layer: int) -> list[Floats]:
         """Return the keys and the values [sequence, kv_heads * head_dim] that this step has written of a layer."""
@@ -70,6 +92,18 @@ class LoneEngines(BoundEngines):
             self.device.synchronize(MAIN)
             found.append(self._floats(self._rows.host).swapaxes(0, 1).reshape(self.sequence, -1))
         return found
+
+    def _give(self, place: int, state: Floats) -> None:
+        self._state.host[:] = self._narrow(state)
+        self.device.copy(MAIN, self._hidden[place % 2], self._state.host)
+
+    def _stamped(self, place: int, bypass: bool, stream: str) -> None:
+        self.device.stamp(stream, BEGUN)
+        self.launch(place, bypass, stream)
+        self.device.stamp(stream, DONE)
+
+    def _narrow(self, array: Floats) -> npt.NDArray[Any]:
+        return _bf16(array) if self._bf16 else array
 
     def _floats(self, array: npt.NDArray[Any]) -> Floats:
         return (array.astype(np.uint32) << 16).view(np.float32) if self._bf16 else array.astype(np.float32)

@@ -13,6 +13,7 @@ import pytest
 
 from dash_export.backends.maker import backend_of
 from dash_export.backends.tensorrt import trt_api
+from dash_export.backends.tensorrt.trt_maker import RtxBackend
 from dash_export.building import build
 from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.cost_table import NOT_MEASURED
@@ -297,3 +298,11 @@ def test_the_rtx_recipe_asks_for_what_the_installed_bindings_know() -> None:
     assert recipe.engine is not None
     for capability in recipe.engine.capabilities:
         assert hasattr(rtx.ComputeCapability, f"SM{capability.replace('.', '')}")
+
+
+@pytest.mark.parametrize(("name", "most"), [("h100", 32), ("a100", 16), ("l4", 16)])
+def test_a_recipe_of_many_rows_is_tuned_for_all_of_them(name: str, most: int) -> None:
+    recipe = load_recipe(name)
+    assert recipe.engine is not None
+    assert recipe.engine.sequences == most
+    assert RtxBackend(recipe)._profiles()["together"] == ((2, 1), (most, 1), (most, 1))

@@ -258,9 +258,10 @@ def test_engines_of_another_version_or_card_are_refused(device_bundle: Bundle) -
     with pytest.raises(BackendError, match=r"by tensorrt 10\.3\.0 and this machine has 10\.16\.0.*rebuild me"):
         device.accept(replace(build, backend_version="10.3.0"), "rebuild me")
     assert build.recipe.engine is not None
-    recipe = replace(build.recipe, engine=replace(build.recipe.engine, capabilities=("9.0", "9.1")))
-    with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 12\.0"):
-        device.accept(replace(build, recipe=recipe), "rebuild me")
+    for others in (("9.0", "9.1"), ("10.0",), ("12.1",)):  # older and newer than the card
+        recipe = replace(build.recipe, engine=replace(build.recipe.engine, capabilities=others))
+        with pytest.raises(BackendError, match=rf"for compute capability {', '.join(others)}, and a card has 12\.0"):
+            device.accept(replace(build, recipe=recipe), "rebuild me")
 
 
 @pytest.mark.usefixtures("card")

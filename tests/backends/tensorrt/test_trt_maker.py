@@ -233,10 +233,21 @@ def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(
     with pytest.raises(BundleError, match="is unfinished"):
         loaded(own)
     assert not list((own / "tiny.dash" / "engines" / "mine").glob(".tmp-*"))
+    compiled, compile_one = dict[tuple[str, bool], list[Any]](), trt_api.Toolkit.compile
+
+    def noted(
+        self: trt_api.Toolkit, graph: Path, settings: Any, profiles: Any, timing: bytes = b"", fused: bool = True
+    ) -> Any:
+        compiled[graph.stem, fused] = list(profiles)
+        return compile_one(self, graph, settings, profiles, timing, fused)
+
+    monkeypatch.setattr(trt_api.Toolkit, "compile", noted)
     build(own / "tiny.dash", str(own / "mine.toml"))
     assert re.search(
         r"layer_00: TensorRT-RTX 1\..* does not compile it with fused attention .* it will read all rows", caplog.text
     )
+    assert compiled["layer_00", False] == compiled["layer_00", True]
+    assert len(compiled["layer_00", True]) == 2
 
 
 def test_attention_is_told_how_many_rows_are_in_use(root: Path, tmp_path: Path) -> None:

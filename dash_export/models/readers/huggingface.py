@@ -23,10 +23,8 @@ from dash_export.text.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _PICTURES = "<image_soft_token>"
-_HUB_IGNORED = [
-    "[!0-9]*/*",
-    "consolidated*",
-]  # other formats' folders (but 1_Pooling is read), Mistral's second copy of the weights
+_HUB_IGNORED = ["[!0-9]*/*", "[0-9][!_]*/*", "consolidated*"]
+"""Other formats' folders (but 1_Pooling and its like are read), Mistral's second copy of the weights."""
 
 
 def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:

@@ -217,9 +217,11 @@ def test_hub_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_checkpoint("org/name").source == "org/name"
     assert download.call_args.args == ("org/name",)
-    listing = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "pytorch_model.bin"]
-    listing += ["README.md", "onnx/config.json", "original/model.safetensors", "consolidated.safetensors"]
-    assert list(filter_repo_objects(listing, **download.call_args.kwargs)) == listing[:4]
+    wanted = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+    wanted += ["1_Pooling/config.json", "2_Dense/model.safetensors"]
+    others = ["pytorch_model.bin", "README.md", "onnx/config.json", "original/model.safetensors", "8bit/config.json"]
+    others += ["consolidated.safetensors"]
+    assert list(filter_repo_objects(wanted + others, **download.call_args.kwargs)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import click
 from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import error_message, printable
 from dash_export.commands.printing import AnswerPrinter, rates
-from dash_export.commands.run import RunOptions, with_system
+from dash_export.commands.run import CHAT_HINT, RunOptions, with_system
 from dash_export.core.kinds import Setting
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.files.artifacts import write_atomic
@@ -27,7 +27,6 @@ from dash_export.text.chats import chats_text, read_prompts
 if TYPE_CHECKING:
     from dash_export.runtime import Session
 
-HINT = "/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 COMMANDS = {
     "help": "list these commands",
     "system": "TEXT: the system message from now on; without TEXT there is none",
@@ -61,7 +60,7 @@ class Conversation:
             getattr(self, f"do_{command}")(rest)
         elif command and ((near := get_close_matches(command, COMMANDS)) or not rest):
             meant = f" Did you mean {' or '.join(f'/{name}' for name in near)}?" if near else ""
-            click.echo(printable(f"There is no command '/{command}'.{meant} {HINT}"), err=True)
+            click.echo(printable(f"There is no command '/{command}'.{meant} {CHAT_HINT}"), err=True)
         elif said:
             asked = [*self.turns, {"role": "user", "content": said}]
             with _stopping(self._session):
@@ -147,7 +146,7 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
     Ctrl-C stops the answer, not the program. A turn that fails (no room left in the context) is reported, and its
     message is dropped; in a script the program then ends with exit code 1.
     """
-    click.echo(HINT, err=True)
+    click.echo(CHAT_HINT, err=True)
     conversation, failed = Conversation(options, show_skips), False
     conversation.printer.print_legend()
     while True:
@@ -164,7 +163,7 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
                 raise SystemExit(1) from None
             return
         except KeyboardInterrupt:  # no answer is being streamed: nothing to stop
-            click.echo(f"\n{HINT}", err=True)
+            click.echo(f"\n{CHAT_HINT}", err=True)
 
 
 def _read() -> str:

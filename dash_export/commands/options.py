@@ -84,32 +84,25 @@ def setting_options(command: _Command) -> _Command:
         names = [item.name for item in fields(Setting)]
         return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
 
-    kinds, skip = PolicyKind(), {"type": LAYERS, "metavar": "LAYERS"}
-    options: tuple[tuple[str, dict[str, Any], str], ...] = (
-        (
-            "--policy",
-            {"type": kinds},
-            "Who decides; by default what the next options imply. A class of your own: docs/own-policy.md.",
-        ),
-        ("--skip", skip, "static: skip these layers for every token, whole units of them, like 8-10,15-18."),
-        ("--trade-off", {"type": float}, "token: skip a unit where damage < trade-off * cost (0 is dense)."),
-        ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
-        ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
-        ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
-        (
-            "--at-most",
-            {"type": float},
-            "token: the largest saving at which at most this share of answers differs from dense, like 0.01.",
-        ),
-        (
-            "--confidence",
-            {"type": float, "default": Setting.confidence, "show_default": True},
-            "Probability with which --at-most holds on data like the calibration's.",
-        ),
-        ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
-        ("--hold/--no-hold", {"default": True}, "token: hold the mean time at the --budget on any text, or not."),
-    )
-    return cast(_Command, with_options(packed, *(click.option(name, **how, help=text) for name, how, text in options)))
+    return cast(_Command, with_options(
+        packed,
+        click.option("--policy", type=PolicyKind(), help="Who decides; by default what the next options imply. A class "
+                     "of your own: docs/own-policy.md."),
+        click.option("--skip", type=LAYERS, metavar="LAYERS", help="static: skip these layers for every token, whole "
+                     "units of them, like 8-10,15-18."),
+        click.option("--trade-off", type=float, help="token: skip a unit where damage < trade-off * cost; 0: dense."),
+        click.option("--budget", type=float, help="Mean decode time wanted, as a fraction of dense, like 0.85."),
+        click.option("--skipped", type=float, help="Mean number of layers skipped per token, like 4.5."),
+        click.option("--max-kl", type=float, help="token: mean KL from dense allowed, nats per token, like 0.1."),
+        click.option("--at-most", type=float, help="token: the largest saving at which at most this share of answers "
+                     "differs from dense, like 0.01."),
+        click.option("--confidence", type=float, default=Setting.confidence, show_default=True,
+                     help="Probability with which --at-most holds on data like the calibration's."),
+        click.option("--max-layers", type=int, help="No token runs more layers than this; token: may stand beside "
+                     "another."),
+        click.option("--hold/--no-hold", default=True, help="token: hold the mean time at the --budget on any text, or "
+                     "not."),
+    ))  # fmt: skip
 
 
 def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntime:
@@ -123,13 +116,9 @@ Load = Callable[[], tuple[list["Candidate"], list[dict[str, Any]]]]
 
 
 def load_candidates(
-    bundle: Path,
-    target: str | None,
-    kinds: tuple[str, ...] | None,
-    also: tuple[str, ...],
-    dial: str,
+    bundle: Path, target: str | None, kinds: tuple[str, ...] | None, also: tuple[str, ...], dial: str,
     values: tuple[float, ...],
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
+) -> tuple[list[Candidate], list[dict[str, Any]]]:  # fmt: skip
     """Load the candidates, dense first: each of `kinds` (None: all that the bundle has) at each of `values` of `dial`,
     then the builds `also`. Return them and the settings that this bundle cannot give. Raises UsageError for two builds
     of one name.

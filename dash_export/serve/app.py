@@ -24,7 +24,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error
@@ -39,8 +38,6 @@ from dash_export.serve.tokens import detokenize, tokenize, tokenizer_info
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PORTS = {"http": 80, "https": 443}
 _PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input"}
-AUTO = "auto"
-"""Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
 """Most requests that are parsed and encoded at a time; others wait for it."""
 Handler = Callable[[Any, HttpRequest], Coroutine[Any, Any, Response]]
@@ -173,7 +170,7 @@ class Endpoint(Generic[_Queue]):
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.names, bool(self._keys), self.posts)
+        return document(self.served, self.posts)
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
@@ -184,29 +181,14 @@ class Endpoint(Generic[_Queue]):
         """Return a model as OpenAI's API has it."""
         return {"id": name, "object": "model", "created": self._began, "owned_by": "dash-export"}
 
-    @property
-    def names(self) -> list[str]:
-        """Names of models that a request may give: those of the bundles, and AUTO where there are several."""
-        return [*self.served, AUTO] if len(self.served) > 1 else [*self.served]
-
-    def scheduler(self, name: str, setting: Setting | None = None) -> tuple[str, _Queue]:
-        """Return the name and queue of a model. An empty name means the only one; AUTO the first bundle, in the
-        order in which they were given, that has time for one more answer, or else the last one; of those that can have
-        the `setting`, if any can. Raises HttpError.
-        """
+    def scheduler(self, name: str) -> tuple[str, _Queue]:
+        """Return the name and queue of a model. An empty name means the only one. Raises HttpError."""
         if not name and len(self.served) == 1:
             return next(iter(self.served.items()))
-        if name not in self.names:
-            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.names)}.", "model",
+        if name not in self.served:
+            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.served)}.", "model",
                             "model_not_found")  # fmt: skip
-        if name == AUTO:
-            able = [one for one, scheduler in self.served.items() if _can(scheduler, setting)] or [*self.served]
-            name = next(filter(self._has_time, able), able[-1])
         return name, self.served[name]
-
-    def _has_time(self, name: str) -> bool:
-        """Return whether one more request to this bundle would be answered at once."""
-        return not self.served[name].running + self.served[name].waiting
 
 
 class Server(Endpoint[Scheduler]):
@@ -225,25 +207,6 @@ class Server(Endpoint[Scheduler]):
             Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
             Route("/tokenizer_info", self._keyed(tokenizer_info)),
         ]
-
-    def _has_time(self, name: str) -> bool:
-        """Return whether one more request to this bundle would be decoded at once, and at its pace. All bundles share a
-        machine, so a token takes at most as long as a step of each.
-        """
-        scheduler, others = self.served[name], self.served.values()
-        if not any(one.running + one.waiting for one in others):
-            return True  # what was measured may be over
-        if scheduler.running + scheduler.waiting >= scheduler.size:
-            return False
-        return scheduler.pace is None or scheduler.pace.seconds >= sum(
-            one.seconds_with(one is scheduler) for one in others
-        )
-
-
-def _can(queue: Queue, setting: Setting | None) -> bool:
-    with contextlib.suppress(DashError):
-        return setting is None or queue.runtime.rules(setting) is not None
-    return False
 
 
 def _page_file(name: str) -> Handler:
@@ -271,7 +234,7 @@ async def _openapi(server: Endpoint[Any], _: HttpRequest) -> Response:
 
 
 async def _models(server: Endpoint[Any], _: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [server.record(name) for name in server.names]})
+    return JSONResponse({"object": "list", "data": [server.record(name) for name in server.served]})
 
 
 async def _model(server: Endpoint[Any], http: HttpRequest) -> Response:

@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dash_export.serve.answers import Answer, dash
-from dash_export.serve.energy import energy, power
 from dash_export.serve.tickets import Queue
 
 log = logging.getLogger("dash_export.answers")
@@ -112,20 +111,9 @@ class _Schedulers(Collector):
         gauges: dict[str, tuple[str, dict[str, float]]] = {
             "waiting": ("Requests in the queue.", {model: one.waiting for model, one in self._served.items()}),
             "running": ("Rows that decode.", {model: one.running for model, one in self._served.items()}),
-            "budget": (
-                "Granted to requests that do not say it.",
-                {model: one.pace.granted for model, one in self._served.items() if one.pace},
-            ),
         }
         for name, (text, values) in gauges.items():
             gauge = GaugeMetricFamily(f"dash_export_{name}", text, labels=["model"])
             for model, value in values.items():
                 gauge.add_metric([model], value)
             yield gauge
-        joules = CounterMetricFamily("dash_export_energy_joules", "Of the whole machine, measured.", labels=["zone"])
-        watts = GaugeMetricFamily("dash_export_power_watts", "Of the whole machine, measured.", labels=["rail"])
-        for family, measured in ((joules, energy()), (watts, power())):
-            for place, value in measured:
-                family.add_metric([place], value)
-            if family.samples:
-                yield family

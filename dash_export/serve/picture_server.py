@@ -107,7 +107,7 @@ class PictureQueue:
     another one computes: an encoder is bound by arithmetic, and takes all processors for a pass.
     """
 
-    size, pace = 1, None
+    size = 1
 
     def __init__(self, runtime: DashRuntime, *, batch: int = 8, waiting: int = 64, setting: Setting | None = None):
         """`batch`: pictures of a request that are computed together; `waiting`: most requests that wait; `setting`: of
@@ -216,7 +216,7 @@ async def picture_embeddings(server: PictureServer, http: HttpRequest) -> Respon
     """Answer with a vector of length 1 for each picture, and with what was run for it."""
     async with parsed_request(server, PicturesRequest, http) as (request, arrival):
         base, setting = model_and_setting(request.model, request.dash)
-        name, queue = server.scheduler(base, setting)
+        name, queue = server.scheduler(base)
         rule, urls = queue.rule(setting), request.pictures
         with queue.entered():
             arrival.leave()  # others may be parsed meanwhile; the body still counts

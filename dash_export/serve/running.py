@@ -138,7 +138,7 @@ async def begin(
     take is told by its size. Raises HttpError and DashError.
     """
     base, setting = model_and_setting(asked.model, asked.dash)
-    name, scheduler = server.scheduler(base, setting)
+    name, scheduler = server.scheduler(base)
     sampling = asked.sampling(logprobs)
     guides: list[Guide | None] = [None] * (asked.prompts * (asked.n or 1))
     if asked.prompts > 1 and len(guides) > scheduler.most_waiting:

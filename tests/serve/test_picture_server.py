@@ -353,13 +353,6 @@ def test_reading_goes_on_while_one_is_computed(encoders: DashRuntime, monkeypatc
     assert any(seen)
 
 
-def test_several_encoders_and_auto(serve_pictures: Serve) -> None:
-    address = serve_pictures(names=("first", "second"))
-    for asked, name in (("second", "second"), ("auto", "first"), ("auto@policy=dense", "first")):
-        reply = httpx.post(f"{address}/v1/embeddings", json={"model": asked, "input": url(picture(1))})
-        assert reply.json()["model"] == name
-
-
 def test_the_setting_of_who_asks_for_none(encoders: DashRuntime) -> None:
     queue = PictureQueue(encoders, setting=Setting("static", skip=(2, 3, 4)))
     with listening(PictureServer({"tiny": queue}, drain=5.0).app) as address:
@@ -377,7 +370,7 @@ def test_the_command(root: Path, tiny_root: Path) -> None:
     assert "tiny is a causal LM, and others" in refused(
         "serve", tiny_root, root, *portable, "--served-model-name", "tiny", "--served-model-name", "eye"
     )
-    for option in (("--pace", "50"), ("--ctx-size", "50"), ("--write-triton", root.parent / "triton")):
+    for option in (("--ctx-size", "50"), ("--write-triton", root.parent / "triton")):
         assert "are of causal LMs" in refused("serve", root, *portable, *option)
     with served(root, "-m", "dash_export", options=(*portable, "--log")) as (address, process):
         said = httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": url(picture(1))}, timeout=30)

@@ -135,17 +135,6 @@ def test_a_client_that_goes_away(ask: Callable[..., Sender]) -> None:
     assert json.loads(sender.told()[-1]["statistics"])["completion_tokens"] < 400
 
 
-def test_those_who_went_away_keep_no_places(ask: Callable[..., Sender]) -> None:
-    """Rows and queue are full of requests whose clients are gone before their first token."""
-    busy = [ask("hello", json.dumps(ASKED | {"max_tokens": 400})) for _ in range(2)]
-    waiting = [ask("hello", json.dumps(ASKED)) for _ in range(4)]
-    for sender in waiting:
-        sender.cancelled = True
-    assert json.loads(ask("hello", json.dumps(ASKED)).told()[-1]["statistics"])["completion_tokens"] == 9
-    assert all("error" in sender.told()[-1] for sender in waiting)
-    assert all(len(sender.told()) > 300 for sender in busy)
-
-
 def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     """A model that is there, what lies beside a name like `..`, a bundle; one that cannot be written whole is not."""
     serve = ("serve", tiny_root, *FP32, "--write-triton")

@@ -167,9 +167,7 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
 
 
 def _read() -> str:
-    """Return a line of input. Raises EOFError at the end, RequestError where it is not UTF-8 text; on a terminal that
-    is told, and the line is empty.
-    """
+    """Return a line of input, on a terminal an empty one where it is not UTF-8. Raises EOFError and RequestError."""
     terminal = sys.stdin.isatty()
     try:
         if terminal:
@@ -186,9 +184,7 @@ def _read() -> str:
 
 @contextmanager
 def _stopping(session: Session) -> Iterator[None]:
-    """Let Ctrl-C end the session's stream at its next token, and restore the signal handler in the end. A second one
-    stops a prompt, too, which has no tokens.
-    """
+    """Let Ctrl-C end the session's stream at its next token, and a second one a prompt, which has no tokens."""
 
     def stop(*_: object) -> None:
         session.cancel()

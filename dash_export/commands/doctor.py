@@ -190,9 +190,7 @@ def cuda() -> dict[str, Any]:
 def problems(
     packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """Yield conflicts that make work fail, or run slowly without a message: the problem, and the command that fixes it.
-    `devices` is the result of `cuda()`.
-    """
+    """Yield what makes work fail, or run slowly without a message: the problem, and the command that fixes it."""
     has_gpu, gpu_package = bool(devices["devices"]), packages["onnxruntime-gpu"]
     if devices["seen"] and not has_gpu:
         yield {

@@ -23,9 +23,7 @@ _BEGINNING = 8192
 
 
 def check_reports(*outputs: Path) -> None:
-    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this
-    program's, OutputError for a place in a bundle or a work folder.
-    """
+    """Raise RequestError for a file that is no report of ours, OutputError for a place in a bundle or work folder."""
     for path in outputs:
         ours = not os.path.lexists(path)
         if not ours and not path.is_symlink():
@@ -68,9 +66,7 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
 
 
 def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
-    """Return a path for each of `kinds`: NAME.png and so on for an output NAME, whose own such ending is dropped.
-    Raises RequestError where NAME is not the name of a file.
-    """
+    """Return a path for each of `kinds`: NAME.png and so on. Raises RequestError where NAME is no file's name."""
     base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")

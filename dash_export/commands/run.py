@@ -1,6 +1,4 @@
-"""`dash-export run`: one answer, streamed; `--chat` for a conversation, `--prompts` for many answers, `--json` for
-programs.
-"""
+"""`dash-export run`: an answer, streamed; `--chat`, `--prompts` for many answers, `--json` for programs."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ _PATH = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options for every prompt of this call. `max_tokens` None: the library's default; `templated`: prompts are put
-    into the model's chat template.
-    """
+    """Options for every prompt. `max_tokens` None: the library's default; `templated`: by the chat template."""
 
     runtime: DashRuntime
     session: Session

@@ -45,9 +45,7 @@ _Queue = TypeVar("_Queue", bound=Queue)
 
 
 class Endpoint(Generic[_Queue]):
-    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included. Who
-    inherits says what is asked of it.
-    """
+    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, with its wait."""
 
     posts: ClassVar[Posts]
     """Of the OpenAPI document."""

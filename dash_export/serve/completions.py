@@ -192,9 +192,7 @@ def _joined(before: dict[str, Any] | None, choice: dict[str, Any]) -> dict[str, 
 
 
 def _streamed(running: RunningAnswers, kind: str, first: Iterable[dict[str, Any]], chunks: Chunks) -> Response:
-    """Send `first` and the chunks of each token as server-sent events. An error becomes an event, because the HTTP
-    status is already sent.
-    """
+    """Send `first` and each token's chunks as server-sent events. An error becomes one: the status is sent already."""
     common = running.common | {"object": kind}
 
     def joined(some: Iterable[dict[str, Any]]) -> str:

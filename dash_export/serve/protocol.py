@@ -278,9 +278,7 @@ class CompletionRequest(Generation):
 
 
 def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
-    """Return the model's name and the setting. A name like `smollm2@budget=0.9` is for clients that cannot send `dash`.
-    Raises RequestError.
-    """
+    """Return the model's name and the setting, which a name like `smollm2@budget=0.9` holds. Raises RequestError."""
     base, at, alias = name.partition("@")
     if not at:
         return base, dash.setting()

@@ -37,9 +37,7 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def restore(self, session: Session, ids: Sequence[int] | TokenIds) -> int:
-        """Make `session` hold the longest known prefix of the prompt `ids`, its own or a kept one, cut as by
-        `Session.rewind_to`. Return the prefix's length in tokens.
-        """
+        """Make `session` hold the longest known prefix of the prompt `ids`, in whole tiles; return its length."""
         session.rewind_to(ids)
         best, length = None, len(session.tokens)
         for known in self._kept:

@@ -71,9 +71,7 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._live: dict[Ticket, None] = {}
-        """Tickets that have left the queue and not ended: the job and the rows. `_fail_all` tells them all: a client
-        that is told nothing would wait forever.
-        """
+        """Tickets that have left the queue and not ended: the job and the rows, whom `_fail_all` tells."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)

@@ -35,9 +35,7 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
-    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that begins with
-    "The model's tokenizer" and `what`.
-    """
+    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError instead."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):
@@ -145,9 +143,7 @@ class Guides:
         """Grammar -> the share of SECONDS or MEGABYTES that it takes; the one used last comes last."""
 
     def _share(self, grammar: str) -> float:
-        """Return the share of SECONDS or MEGABYTES that a grammar takes; try the grammar if it is new. Raises
-        RequestError where it cannot be read within them.
-        """
+        """Return the share of SECONDS or MEGABYTES that a grammar takes. Raises RequestError beyond them."""
         if len(grammar) > MOST_LETTERS:
             raise RequestError(f"The grammar or schema has over {MOST_LETTERS} letters.")
         with _TRIES:

@@ -202,9 +202,7 @@ class TextIds:
         self._text, self._most = Text(root), most
 
     def groups(self, texts: Sequence[Any]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]]:
-        """Return (places, token ids int64 [n, length]) of the texts of each length. Raises RequestError for what is no
-        text, or one that is empty or too long.
-        """
+        """Return (places, ids int64 [n, length]) of the texts of each length. Raises RequestError."""
         found: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
         for place, text in enumerate(texts):
             ids = self._ids(text)
@@ -254,9 +252,7 @@ def _token_text(token: object) -> str:
 
 
 def _eos_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
-    """Return the ids that end an answer: those of the first config that has some, and the tokenizer's own. A fine-tune
-    for chats often has its base model's generation_config.
-    """
+    """Return the ids that end an answer: the tokenizer's own, and those of the first config that names some."""
     given = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), None)
     found = {token for token in (given if isinstance(given, list) else [given]) if type(token) is int}
     named = tokenizer.token_to_id(eos_token) if eos_token else None

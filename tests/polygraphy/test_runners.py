@@ -12,7 +12,6 @@ pytest.importorskip("polygraphy")
 from polygraphy.exception import PolygraphyException
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime import ort_engine
 from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle.bundle import Bundle
@@ -36,13 +35,6 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     assert {window.shape for window in windows} == {(1, 12)}
     np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
     np.testing.assert_array_equal(windows[0], windows[STEPS])
-
-
-@pytest.fixture
-def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process cannot have both kinds, and other tests have the runtime's."""
-    sound = ort_engine.OrtEngine
-    monkeypatch.setattr(ort_engine, "OrtEngine", lambda path, _: sound(path, ort_engine.session_options()))
 
 
 def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:

@@ -110,25 +110,6 @@ def test_a_turn_is_one_message() -> None:
     assert messages[2].plain()["content"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"input": []}, "input"),
-        ({"input": [{"role": "x", "content": "y"}]}, "input"),
-        ({"input": [{"content": "y"}]}, "a message has a role"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content of type 'input_image'"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": [{"type": "function_call", "name": "a", "arguments": "x"}]}, "not the JSON of an object"),
-        ({"input": [{"role": "user", "content": "x"}] * 1024, "instructions": "y"}, "at most 1024 items"),
-        ({"temperature": 9}, "temperature"),
-        ({"tools": [TOOL_FLAT]}, "takes no tools"),
-    ],
-)
-def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=said):
-        client.responses.create(**({"model": "tiny", "input": "x"} | changes))
-
-
 @pytest.mark.parametrize("before", ["Sure. ", ""])
 def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = before + '<tool_call>{"name": "f", "arguments": {}}</tool_call> I called it.'
@@ -169,7 +150,7 @@ def test_numbers_that_json_does_not_have(http: httpx.Client, number: str) -> Non
 
 def test_arguments_of_any_depth(http: httpx.Client) -> None:
     """Python's own parser goes as deep as its stack is free at that moment."""
-    for depth in (*range(180, 210), *range(900, 1000, 3)):
+    for depth in (*range(180, 210, 6), *range(900, 1000, 20)):
         arguments = '{"a": ' + "[" * depth + "]" * depth + "}"
         call = {"type": "function_call", "name": "f", "arguments": arguments, "call_id": "1"}
         body = {"input": [{"role": "user", "content": "x"}, call], "max_output_tokens": 1}

@@ -24,6 +24,7 @@ from dash_export.serve.tickets import Request
 from dash_export.text import tokenizer as text_module
 from dash_export.text.tokenizer import Text, TextStream
 from tests.models.helpers import tiny_tokenizer
+from tests.serve.conftest import stream as scheduled
 
 TOKENIZER = tiny_tokenizer()
 
@@ -91,8 +92,8 @@ def test_only_a_chat_begins_a_text(runtime: DashRuntime, monkeypatch: pytest.Mon
     list(session.chat([{"role": "user", "content": "x"}], 2))
     list(runtime.batch(1).stream([[5, 8]], 2))
     scheduler.start()
-    list(scheduler.stream(Request([5, 9], 2)))
-    list(scheduler.stream(Request([5, 9], 2, continues=False)))
+    list(scheduled(scheduler, Request([5, 9], 2)))
+    list(scheduled(scheduler, Request([5, 9], 2, continues=False)))
     scheduler.close()
     assert after == [7, None, 8, 9, None]
 

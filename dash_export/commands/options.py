@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from dash_export.core.kinds import KINDS as POLICY_KINDS
 from dash_export.core.kinds import Setting
@@ -67,6 +68,11 @@ def comma_separated(item: Any) -> Parsed:
 BUDGETS = comma_separated(click.FloatRange(0, 1, min_open=True))
 AMOUNTS = comma_separated(click.FloatRange(0, min_open=True))
 KINDS = comma_separated(PolicyKind())
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Return whether the user gave a parameter, though it be its default."""
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:

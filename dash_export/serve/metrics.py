@@ -108,12 +108,8 @@ class _Schedulers(Collector):
             for model, one in self._served.items():
                 counter.add_metric([model], one.figures[name])
             yield counter
-        gauges: dict[str, tuple[str, dict[str, float]]] = {
-            "waiting": ("Requests in the queue.", {model: one.waiting for model, one in self._served.items()}),
-            "running": ("Rows that decode.", {model: one.running for model, one in self._served.items()}),
-        }
-        for name, (text, values) in gauges.items():
+        for name, text in (("waiting", "Requests in the queue."), ("running", "Rows that decode.")):
             gauge = GaugeMetricFamily(f"dash_export_{name}", text, labels=["model"])
-            for model, value in values.items():
-                gauge.add_metric([model], value)
+            for model, one in self._served.items():
+                gauge.add_metric([model], getattr(one, name))
             yield gauge

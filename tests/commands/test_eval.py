@@ -8,10 +8,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from dash_export.bundle.layout import REPORT
-from dash_export.commands import reports
-from dash_export.errors import OutputError
-from dash_export.files import replacing
 from dash_export.files.outputs import locked
 from tests.commands.helpers import dash, done, refused
 from tests.measure.test_tasks import ANSWERS, CHOICES, QUESTIONS, write_task
@@ -131,17 +127,6 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
     refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
     assert not base.parent.exists()
-
-
-def test_where_no_report_could_be_written(tiny_root: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told before anything is measured."""
-    mounted, command = text.parent / "m.json", ("frontier", tiny_root, *TARGET, "--text", text, "-o")
-    mounted.write_text(REPORT)
-    monkeypatch.setattr(replacing, "_mount_points", lambda: {mounted.resolve()})
-    assert "m.json is a mount point" in refused(*command, text.parent / "m")
-    monkeypatch.setattr(reports, "check_writable", Mock(side_effect=OutputError("it may not be written in")))
-    assert "may not be written in" in refused(*command, text.parent / "front")
-    assert not list(text.parent.glob("*front*"))
 
 
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:

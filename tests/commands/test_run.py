@@ -139,13 +139,6 @@ def test_policies(tiny_root: Path) -> None:
         assert any(actions(*options)), options
 
 
-def test_show_skips_without_colours(tiny_root: Path) -> None:
-    result = dash("run", tiny_root, "hello", *FP32, "--skip", "4", "--max-tokens", 3, "--show-skips")
-    assert result.stdout.count("‹5›") == 2
-    assert "‹6›" in result.stdout
-    assert "\x1b" not in result.stdout
-
-
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"),
     [("xterm-256color", "", True), ("xterm-256color", "1", False)],
@@ -217,15 +210,6 @@ def test_a_second_ctrl_c_stops_a_prompt() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_what_is_no_text_on_a_terminal_ends_no_conversation(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda _: b"\xe9".decode())
-    assert chat._read() == ""
-    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:

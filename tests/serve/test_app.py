@@ -114,23 +114,6 @@ def test_a_streamed_chat_tells_every_token_once(client: openai.OpenAI) -> None:
         assert sum("dash" in (chunk.model_extra or {}) for chunk in chunks) == size
 
 
-def test_figures_are_of_all_answers(http: httpx.Client) -> None:
-    """Layers per token and time are those of the tokens that are counted beside them."""
-    body = {"prompt": "hello", "n": 3, "max_tokens": 40, "seed": 4, "temperature": 2, "stream": True,
-            "stream_options": {"include_usage": True}, "dash": {"trade_off": 0.4, "skips": True}}  # fmt: skip
-    with http.stream("POST", "/v1/completions", json=body) as reply:
-        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
-    told, run, first = chunks.pop(), list[int](), set[int]()
-    for chunk in chunks:
-        if (index := chunk["choices"][0]["index"]) in first:
-            run.append(chunk["dash"]["layers"] - len(chunk["dash"]["skipped_layers"]))
-        first.add(index)
-    assert len(run) == told["usage"]["completion_tokens"] - 3
-    assert told["dash"]["layers_per_token"] == told["usage"]["dash"]["layers_per_token"]
-    assert told["dash"]["layers_per_token"] == pytest.approx(np.mean(run), abs=1e-3)
-    assert len(set(run)) > 1
-
-
 def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four answers through one row are no faster than one."""
     slow_down(0.005, monkeypatch)

@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from tests.serve.ray_cluster import on_ray
 from tests.serve.test_app import DENSE, GREEDY, MESSAGES
+from tests.serve.test_ray import on_ray
 
 TOKENS = 12
 

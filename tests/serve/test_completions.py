@@ -44,11 +44,6 @@ def test_logprobs_are_of_the_answer(client: openai.OpenAI) -> None:
     assert said(stop=[pieces[place]]) == (pieces[:place], text[: text.index(pieces[place])])
 
 
-def test_a_limit_that_is_null_is_the_default(http: httpx.Client) -> None:
-    body = {"prompt": "hello", "max_tokens": None, "temperature": 0} | DENSE
-    assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
-
-
 def test_time_begins_as_a_request_comes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is encoded within its deadline."""
     sound, address, body = Text.encode, serve(deadline=0.5), {"prompt": "hello", "max_tokens": 2}

@@ -71,15 +71,6 @@ def test_a_head_that_is_too_large(address: str, monkeypatch: pytest.MonkeyPatch)
         assert b"200 OK" in client.recv(4096)
 
 
-def test_what_is_no_body(address: str) -> None:
-    """Trailers and the lines of chunks, of a request that is read and of one that is answered before."""
-    for path in (CHAT, GET):
-        for endless in (b"0\r\n" + b"a: b\r\n" * 200, b"0\r\n" + b"a: b\r\n" * 90_000, b"1;" + b"x" * 200_000):
-            with connected(address) as client, suppress(ConnectionError):
-                client.sendall(path + CHUNKED + endless)
-                until(b"", client)
-
-
 def test_a_head_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly it comes, on a new connection or on one that has had an answer."""
     monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)

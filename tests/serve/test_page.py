@@ -197,14 +197,9 @@ def test_the_key_is_asked_for_where_one_is_needed(open_page: OpenPage, serve: Se
     assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
 
 
-def test_no_key_field_where_none_is_needed(page: Any) -> None:
-    page.click("text=Settings")
-    assert page.is_visible("#system")
-    assert not page.is_visible("#key")
-
-
 def test_conversations_and_settings_stay(page: Any) -> None:
     page.click("text=Settings")
+    assert not page.is_visible("#key"), "none is needed"
     page.fill("#system", "Be short.")
     page.fill("#temperature", "0.5")
     page.keyboard.press("Enter")
@@ -226,17 +221,6 @@ def test_conversations_and_settings_stay(page: Any) -> None:
     assert page.locator("article").count() == 0
     page.reload()
     assert page.locator(".bubble").all_inner_texts() == ["another"]
-
-
-def test_damaged_records_are_no_conversations(page: Any) -> None:
-    for name, text in {"settings": "{", "chat.5": "{", "chat.6": "[]", "chat.x": "[]", "chat.7": "[null, 3]"}.items():
-        page.evaluate("([name, text]) => { localStorage[`dash-export.${name}`] = text }", [name, text])
-    page.reload()
-    page.wait_for_selector("#model option", state="attached")
-    assert page.locator("#chats li").count() == 0
-    page.click("text=Settings")
-    assert page.input_value("#length") == "512"
-    assert page.told == []
 
 
 def test_text_of_a_model_is_text(page: Any) -> None:

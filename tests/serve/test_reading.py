@@ -55,19 +55,6 @@ def test_the_text_is_before_the_answer(stream: bool, client: openai.OpenAI, runt
                 assert "\N{REPLACEMENT CHARACTER}" in piece or text[place:].startswith(piece)
 
 
-def test_offsets_of_an_answer(client: openai.OpenAI) -> None:
-    """In its own text, where nothing is echoed."""
-    reply = client.completions.create(prompt="hello", max_tokens=30, logprobs=0, extra_body=DENSE, **GREEDY)
-    told, text = reply.choices[0].logprobs, reply.choices[0].text
-    assert told is not None
-    assert told.text_offset is not None
-    assert told.text_offset[0] == 0
-    assert told.text_offset == sorted(told.text_offset)
-    whole = [at for at, piece in enumerate(told.tokens or ()) if "\N{REPLACEMENT CHARACTER}" not in piece]
-    assert len(whole) > 3
-    assert all(text[told.text_offset[at] :].startswith((told.tokens or [])[at]) for at in whole)
-
-
 def test_an_answer_that_ends_at_once(http: httpx.Client, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its token is told too: lm-eval takes the last one for the answer's, and all before for the prompt's."""
     ids = runtime.text.encode("hello there")

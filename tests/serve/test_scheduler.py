@@ -37,14 +37,19 @@ def alone(runtime: DashRuntime, request: Request) -> list[int]:
     return [step.token for step in session.stream(request.prompt, request.max_tokens, request.sampling)]
 
 
+def until_the_last(queue: SimpleQueue[Response]) -> list[Response]:
+    told = [queue.get(timeout=20)]
+    while told[-1].finish_reason is None:
+        told.append(queue.get(timeout=20))
+    return told
+
+
 @pytest.mark.parametrize("place", ["take", "step", "tell"])
 @pytest.mark.parametrize("error", [MemoryError, GeneratorExit, BackendError])
 def test_nobody_waits_for_good(
     place: str, error: type[BaseException], scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails, and wherever: each is told its end, with an error of ours in its words; a row that fails ends
-    alone; the others and the next ones are answered as ever.
-    """
+    """Whatever fails: each is told its end, by an error of ours; a row fails alone; others are answered as ever."""
     made, count = scheduler(rows=3), 0
     whole, name = {"take": (KVCache, "take"), "step": (BoundStep, "decode_batch"), "tell": (Turn, "respond")}[place]
     sound = getattr(whole, name)
@@ -62,10 +67,7 @@ def test_nobody_waits_for_good(
         tickets: list[SimpleQueue[Response]] = [SimpleQueue() for _ in requests]
         for request, queue in zip(requests, tickets, strict=True):
             made.submit(request, queue.put)
-        told = [[queue.get(timeout=20)] for queue in tickets]
-        for responses, queue in zip(told, tickets, strict=True):
-            while responses[-1].finish_reason is None:
-                responses.append(queue.get(timeout=20))
+        told = [until_the_last(queue) for queue in tickets]
     assert count >= 9
     assert made.alive
     assert (made.waiting, made.running) == (0, 0)
@@ -128,13 +130,6 @@ def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler, monkeyp
     assert taken[1] == taken[-1] == [0, 0, 1, 1, 0, 0]
 
 
-def test_engines_of_several_rows_do_not_load_while_answers_wait(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
-    for rows in (1, 2):
-        vars(runtime.engines).pop("mixed", None)
-        scheduler(False, rows=rows)
-        assert ("mixed" in vars(runtime.engines)) == (rows > 1)
-
-
 def test_a_full_queue(scheduler: MakeScheduler) -> None:
     made = scheduler(start=False, waiting=2)
     for _ in range(2):
@@ -147,22 +142,17 @@ def test_a_full_queue(scheduler: MakeScheduler) -> None:
     assert made.close(), "nothing is left"
 
 
-@pytest.mark.parametrize(
-    ("request_", "error"),
-    [
+def test_what_cannot_be_answered_is_refused(scheduler: MakeScheduler) -> None:
+    made = scheduler()
+    for request, error in (
         (Request([]), RequestError),
         (Request([5000]), RequestError),
         (Request(random_ids(600)), ContextLengthError),
         (Request([5], 0), RequestError),
         (Request([5], setting=Setting("token", budget=0.001)), PolicyError),
-    ],
-)
-def test_what_cannot_be_answered_is_refused(
-    request_: Request, error: type[Exception], scheduler: MakeScheduler
-) -> None:
-    made = scheduler()
-    with pytest.raises(error):
-        made.submit(request_, lambda _: None)
+    ):
+        with pytest.raises(error):
+            made.submit(request, lambda _: None)
     assert made.figures["requests"] == 0
 
 
@@ -192,41 +182,21 @@ def test_cancelled(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
 
 
 def test_closing_lets_answers_end(scheduler: MakeScheduler) -> None:
-    made = scheduler(rows=1)
-    told: SimpleQueue[Response] = SimpleQueue()
-    for _ in range(2):
-        made.submit(Request(random_ids(4), 20, setting=DENSE), told.put)
-    assert made.close(30.0)
-    reasons = [told.get_nowait().finish_reason for _ in range(40)]
-    assert reasons.count("length") == 2
-    with pytest.raises(BusyServerError, match="is closing"):
-        made.submit(Request(random_ids(4), 20), told.put)
-
-
-def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:
-    made = scheduler(rows=1)
-    told: SimpleQueue[Response] = SimpleQueue()
-    for _ in range(3):
-        made.submit(Request(random_ids(4), 400, setting=DENSE), told.put)
-    while not made.running:
-        time.sleep(0.001)
-    assert not made.close(0.01)
-    last = []
-    while not told.empty():
-        response = told.get_nowait()
-        last += [response] * (response.finish_reason is not None)
-    assert [type(response.error) for response in last] == [DeadlineError] * 3
-    assert "closing" in str(last[0].error)
-
-
-def test_a_prompt_that_is_kept_is_not_copied_again(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[int] = []
-    sound = KVCache.alone
-    monkeypatch.setattr(KVCache, "alone", lambda cache, row: copied.append(row) or sound(cache, row))  # type: ignore[func-returns-value]
-    made = scheduler(rows=1)
-    for _ in range(3):
-        list(stream(made, Request(random_ids(60), 2)))
-    assert copied == [0]
+    """Or fails them, where they have no time."""
+    for seconds, size in ((30.0, 20), (0.01, 400)):
+        made, queues = scheduler(rows=1), [SimpleQueue[Response]() for _ in range(3)]
+        for queue in queues:
+            made.submit(Request(random_ids(4), size, setting=DENSE), queue.put)
+        while not made.running:
+            time.sleep(0.001)
+        assert made.close(seconds) is (size == 20)
+        last = [until_the_last(queue)[-1] for queue in queues]
+        if size == 20:
+            assert {response.finish_reason for response in last} == {"length"}
+        else:
+            assert {(type(one.error), str(one.error)) for one in last} == {(DeadlineError, "The server is closing.")}
+        with pytest.raises(BusyServerError, match="is closing"):
+            made.submit(Request(random_ids(4), 20), queues[0].put)
 
 
 def test_idle_it_waits(scheduler: MakeScheduler) -> None:
@@ -238,9 +208,7 @@ def test_idle_it_waits(scheduler: MakeScheduler) -> None:
 
 
 def test_prompts_are_kept_up_to_so_many_bytes(scheduler: MakeScheduler) -> None:
-    """Room for two: the least recently used goes; one that goes on from another takes its place; one that is larger
-    than all the room is not kept.
-    """
+    """Room for two: the least recently used goes; one that goes on from another takes its place."""
     starts = [random_ids(64, seed=seed) for seed in range(3)]
     one = 64 * 6 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, their size, bytes
     made = scheduler(rows=1, prefix_bytes=2 * one)

@@ -147,16 +147,6 @@ def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     assert {path.name for path in repository.iterdir()} == {"tiny"}
 
 
-def test_the_name_of_a_bundle_that_is_called_otherwise(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.pbtxt").write_text("mine")
-    monkeypatch.chdir(tiny_root / "onnx")
-    assert dash("serve", "..", *FP32, "--write-triton", tmp_path / "new" / "models").exit_code == 0
-    assert (tmp_path / "config.pbtxt").read_text() == "mine"
-    assert (tmp_path / "new" / "models" / "tiny" / "config.pbtxt").is_file()
-
-
 def test_a_model_is_written_whole_or_not_at_all(
     tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,12 +65,12 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
         yield
 
 
-def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
-    """Return a path for each of `kinds`: NAME.png and so on. Raises RequestError where NAME is no file's name."""
+def picture_files(output: Path) -> tuple[Path, ...]:
+    """Return NAME.png, NAME.svg and NAME.json. Raises RequestError where NAME is no file's name."""
     base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
-    return tuple(base.with_name(f"{base.name}.{kind}") for kind in kinds)
+    return tuple(base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg", "json"))
 
 
 def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`eval`, `frontier` and `skipmap`."""
+"""`eval` and `frontier`."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ import pytest
 from dash_export.files.outputs import locked
 from tests.commands.helpers import dash, done, refused
 from tests.measure.test_tasks import ANSWERS, CHOICES, QUESTIONS, write_task
-from tests.tiny import TEXT
 
 TARGET = ("--target", "cpu-fp32")
 SMALL = ("--window", 48, "--prefix", 10, "--limit", 2)
@@ -104,7 +103,6 @@ def test_what_was_measured_is_kept_though_nobody_reads_it(
     assert (tmp_path / "g.png").is_file()
     for nameless in (".", "..", "/", tmp_path / ".."):
         assert "is a folder: give -o a name" in refused(*begin, "-o", nameless)
-        assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)
 
 
 def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
@@ -113,10 +111,8 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
         base = tmp_path / str(number) / "f"
         base.parent.mkdir()
         base.with_name(name).write_text("mine")
-        commands = [("frontier", tiny_root), *([("skipmap", tiny_root, TEXT)] if name != "f.json" else [])]
-        for command in commands:
-            said = refused(*command, *TARGET, "-o", base)
-            assert f"{name} exists and is no report of ours: it will not be overwritten" in said
+        said = refused("frontier", tiny_root, *TARGET, "-o", base)
+        assert f"{name} exists and is no report of ours: it will not be overwritten" in said
         assert base.with_name(name).read_text() == "mine"
     for output in (own_bundle / "f", own_bundle / "onnx" / "f", own_bundle / "config"):
         assert "would lie inside the bundle" in refused("frontier", own_bundle, *TARGET, "-o", output)
@@ -125,28 +121,14 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
     assert not list(own_bundle.rglob("*.png"))
     base = tmp_path / "none" / "f"
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
-    refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
     assert not base.parent.exists()
-
-
-def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    output = tmp_path / "map"
-    result = done("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
-    assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout
-    assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")
-    assert output.with_name("map.svg").is_file()
-    assert dash("skipmap", tiny_root, TEXT[:200], *TARGET, "--skipped", "1.5", "-o", output).exit_code == 0
-    default = dash("skipmap", tiny_root, "--file", text, *TARGET, "--no-hold", "-o", output).stdout
-    assert "6.0 of 6 layers" not in default, "it is the token policy"
-    assert "give more text" in refused("skipmap", tiny_root, "too short", *TARGET, "--prefix", 60, "-o", output)
-    refused("skipmap", tiny_root, "a", *TARGET, "--file", text, code=2)
 
 
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("pictures", "report"):
         monkeypatch.delitem(sys.modules, f"dash_export.measure.{name}", raising=False)
-    for command in (("frontier", tiny_root), ("skipmap", tiny_root), ("profile", tiny_root, "--html", "r.html")):
+    for command in (("frontier", tiny_root), ("profile", tiny_root, "--html", "r.html")):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "dash_export.measure.tasks", raising=False)

@@ -69,13 +69,13 @@ def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path
 
 
 @pytest.mark.usefixtures("shared_pool")
-@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
-def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
+def test_positions_that_leave_the_cache_are_refused(tiny_root: Path) -> None:
     """The engine would write outside its cache, or elsewhere than it says."""
     with DashEngineRunner(str(tiny_root), "cpu-fp32", "layer_04") as runner:
         feed = feed_of(runner, 3, 8)
-        with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
-            runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
+        for start, stride in ((8, 1), (2, 2), (-1, 1)):
+            with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
+                runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
         assert runner.infer(feed | {"position_ids": np.arange(5, 8)[None]})["hidden_out"].shape[1] == 3
 
 

@@ -25,15 +25,12 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from dash_export.errors import DashError
-from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import POSTS, Posts, document
-from dash_export.serve.pooled import embeddings
-from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import DeadlineError, Queue
-from dash_export.serve.tokens import detokenize, tokenize, tokenizer_info
+from dash_export.serve.tokens import tokenizer_info
 
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PORTS = {"http": 80, "https": 443}
@@ -48,7 +45,7 @@ class Endpoint(Generic[_Queue]):
     """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, with its wait."""
 
     posts: ClassVar[Posts]
-    """Of the OpenAPI document."""
+    """What is asked of it."""
 
     def __init__(
         self,
@@ -74,6 +71,7 @@ class Endpoint(Generic[_Queue]):
         self._began = int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
+            *(Route(path, self._keyed(post[0]), methods=["POST"]) for path, post in self.posts.items()),
             *self._routes(),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
@@ -197,12 +195,6 @@ class Server(Endpoint[Scheduler]):
     def _routes(self) -> list[Route]:
         return [
             *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
-            Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
-            Route("/v1/completions", self._keyed(completion), methods=["POST"]),
-            Route("/v1/responses", self._keyed(responses), methods=["POST"]),
-            Route("/v1/embeddings", self._keyed(embeddings), methods=["POST"]),
-            Route("/tokenize", self._keyed(tokenize), methods=["POST"]),
-            Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
             Route("/tokenizer_info", self._keyed(tokenizer_info)),
         ]
 

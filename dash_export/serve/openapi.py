@@ -1,26 +1,29 @@
 """The OpenAPI document of the endpoint, from the models that read its requests."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
 
 from dash_export import __version__
-from dash_export.serve.pooled import EmbeddingsRequest
+from dash_export.serve.completions import chat, completion
+from dash_export.serve.pooled import EmbeddingsRequest, embeddings
 from dash_export.serve.protocol import Asked, ChatRequest, CompletionRequest
-from dash_export.serve.responses import ResponsesRequest
-from dash_export.serve.tokens import DetokenizeRequest, TokenizeRequest
+from dash_export.serve.responses import ResponsesRequest, responses
+from dash_export.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
-Posts = Mapping[str, tuple[type[Asked], str, tuple[str, ...]]]
-"""Path -> what reads its requests, a line about it, and what its answers always have."""
+Posts = Mapping[str, tuple[Callable[[Any, Request], Coroutine[Any, Any, Response]], type[Asked], str, tuple[str, ...]]]
+"""Path -> its handler, what reads its requests, a line about it, and what its answers always have."""
 _SAID = ("id", "object", "model", "usage")
 POSTS: Posts = {
-    "/v1/chat/completions": (ChatRequest, "Answer messages.", (*_SAID, "choices")),
-    "/v1/completions": (CompletionRequest, "Go on with texts.", (*_SAID, "choices")),
-    "/v1/responses": (ResponsesRequest, "Answer messages, in OpenAI's newer form.", (*_SAID, "output")),
-    "/v1/embeddings": (EmbeddingsRequest, "Read texts into vectors.", ("object", "data", "model", "usage")),
-    "/tokenize": (TokenizeRequest, "Read a text into tokens.", ("count", "max_model_len", "tokens")),
-    "/detokenize": (DetokenizeRequest, "Write tokens as a text.", ("prompt",)),
+    "/v1/chat/completions": (chat, ChatRequest, "Answer messages.", (*_SAID, "choices")),
+    "/v1/completions": (completion, CompletionRequest, "Go on with texts.", (*_SAID, "choices")),
+    "/v1/responses": (responses, ResponsesRequest, "Answer messages, in OpenAI's newer form.", (*_SAID, "output")),
+    "/v1/embeddings": (embeddings, EmbeddingsRequest, "Read texts into vectors.", ("object", "data", "model", "usage")),
+    "/tokenize": (tokenize, TokenizeRequest, "Read a text into tokens.", ("count", "max_model_len", "tokens")),
+    "/detokenize": (detokenize, DetokenizeRequest, "Write tokens as a text.", ("prompt",)),
 }
 _GETS = {
     "/v1/models": ("The models.", ("object", "data")),
@@ -53,10 +56,10 @@ def _parameter(name: str, where: str, models: Collection[str]) -> dict[str, Any]
     return {"name": name, "in": where, "required": True, "schema": {**_TEXT, "enum": [*models]}}
 
 
-def document(models: Collection[str], posts: Posts = POSTS) -> dict[str, Any]:
+def document(models: Collection[str], posts: Posts) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server with these models."""
     _, schemas = models_json_schema(
-        [(model, "validation") for model, *_ in posts.values()], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for _, model, *_ in posts.values()], ref_template="#/components/schemas/{model}"
     )
     components = schemas["$defs"]
     components["Error"] = {
@@ -67,7 +70,7 @@ def document(models: Collection[str], posts: Posts = POSTS) -> dict[str, Any]:
     shown = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     refused = {status: {"description": said, "content": shown} for status, said in _ERRORS.items()}
     paths: dict[str, Any] = {}
-    for path, (model, what, holds) in posts.items():
+    for path, (_, model, what, holds) in posts.items():
         fields = components[model.__name__]["properties"]
         fields["model"]["examples"] = [*models]
         fields |= {name: {} for name in model.idle}

@@ -97,24 +97,21 @@ def test_a_policy_that_does_not_fit_writes_nothing(trained: Path, tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("output", "said"),
-    [
-        ("photos", "is not a bundle: it will not be overwritten"),
-        ("photos/cat.jpg", "is not a bundle: it will not be overwritten"),
-        ("photos/cat.jpg/x.dash", "cat.jpg may not be written in"),
-        ("link", "is a link that points nowhere"),
-    ],
-)
 def test_a_wrong_output_is_told_before_the_model_is_read(
-    output: str, said: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Mock(side_effect=AssertionError("read"))
     monkeypatch.setattr("dash_export.models.open_checkpoint", read)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     (tmp_path / "link").symlink_to("nowhere")
-    assert said in refused("export", model, "-o", tmp_path / output)
+    for output, said in (
+        ("photos", "is not a bundle: it will not be overwritten"),
+        ("photos/cat.jpg", "is not a bundle: it will not be overwritten"),
+        ("photos/cat.jpg/x.dash", "cat.jpg may not be written in"),
+        ("link", "is a link that points nowhere"),
+    ):
+        assert said in refused("export", model, "-o", tmp_path / output)
     assert not read.called
 
 

@@ -12,8 +12,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.serve import metrics
+from dash_export.serve.app import Server
 from dash_export.serve.running import BODY_BYTES
-from tests.serve.conftest import Serve, slow_down
+from tests.listening import listening
+from tests.serve.conftest import MakeScheduler, Serve, slow_down
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
@@ -136,7 +138,7 @@ def test_what_is_no_request(http: httpx.Client) -> None:
 def test_a_key(serve: Serve) -> None:
     """Of any letters."""
     for key in ("geheimnis-\u00fc", "secret"):
-        address = serve(keys=[key])
+        address = serve(keys=["another", key])
         assert httpx.get(f"{address}/health").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
         for given, status in ((key, 200), ("wrong", 401), (key[:-1], 401), (f"{key}s", 401), ("geheimnis-u", 401)):
@@ -147,6 +149,18 @@ def test_a_key(serve: Serve) -> None:
             assert reply.status_code == status, form
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_several_models(scheduler: MakeScheduler) -> None:
+    """A request says which."""
+    served = {name: scheduler(False, rows=1) for name in ("one", "other")}
+    with listening(Server(served, drain=5.0).app) as address, httpx.Client(base_url=address, timeout=30) as http:
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["one", "other"]
+        assert http.get("/v1/models/car").json()["error"]["code"] == "model_not_found"
+        for name, status in (("other", 200), ("", 404), ("car", 404)):
+            reply = http.post("/v1/completions", json={"model": name, "prompt": [1, 2], "max_tokens": 1})
+            assert reply.status_code == status
+            assert reply.json()["model"] == name if status == 200 else "Known: one, other." in reply.text
 
 
 @pytest.mark.parametrize("stream", [True, False])

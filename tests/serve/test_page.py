@@ -159,18 +159,6 @@ def test_the_skip_map_is_a_strip_that_opens(open_page: OpenPage) -> None:
     assert not page.is_visible("#map")
 
 
-def test_dense_beside(page: Any) -> None:
-    say(page, "hello", 1)
-    page.get_by_role("button", name="Dense beside").click()
-    page.wait_for_selector(".answer:nth-of-type(2) .figures:has-text('6.0 layers a token')")
-    assert page.sent[1]["dash"] == {"skips": True, "policy": "dense"}
-    assert page.sent[1]["messages"] == page.sent[0]["messages"]
-    assert page.sent[1]["seed"] == page.sent[0]["seed"]
-    places = [page.locator(".answer").nth(number).bounding_box() for number in range(2)]
-    assert places[0]["y"] == places[1]["y"]
-    assert places[0]["x"] < places[1]["x"]
-
-
 def test_the_key_is_asked_for_where_one_is_needed(open_page: OpenPage, serve: Serve) -> None:
     page = open_page(serve(keys=["secret"]))
     for given in ("wrong", "secret"):
@@ -274,7 +262,9 @@ def test_axe_finds_nothing(open_page: OpenPage, scheme: str, width: int) -> None
     check("empty")
     say(page, "hello", 1)
     page.get_by_role("button", name="Dense beside").click()
-    page.wait_for_selector(".answer:nth-of-type(2) .figures:has-text('layers a token')")
+    page.wait_for_selector(".answer:nth-of-type(2) .figures:has-text('6.0 layers a token')")
+    assert page.sent[1]["dash"] == {"skips": True, "policy": "dense"}
+    assert page.sent[1]["messages"] == page.sent[0]["messages"]
     check("conversation")
     for opener in ("Settings", "Help", "Skip map"):
         page.get_by_role("button", name=opener).first.press("Enter")

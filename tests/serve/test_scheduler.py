@@ -97,6 +97,7 @@ def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRun
     assert (made.figures["finished"], made.figures["failed"], made.waiting, made.running) == (40, 0, 0, 0)
     assert made.figures["tokens"] == sum(map(len, found))
     assert made.figures["known_tokens"] > 0, "prompts come again, and go on from one another"
+    assert not made._live
 
 
 def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

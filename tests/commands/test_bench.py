@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands.helpers import done, refused
 
-SMALL = ("--target", "cpu-fp32", "--prompt", 20, "--tokens", 8, "--rounds", 2)
+SMALL = ("--target", "cpu-fp32", "--prompt", 20, "--tokens", 8, "--rounds", 1)
 
 
 def test_table_and_json(tiny_root: Path) -> None:
@@ -24,7 +24,7 @@ def test_table_and_json(tiny_root: Path) -> None:
         row = next(line.split() for line in lines if line.strip().startswith(f"{lane['label']} "))
         assert f"{lane['prompt_tokens_per_second']:.0f}" in row
         assert f"{lane['tokens_per_second']:.1f}" in row
-    assert found["course"] == {"text": "prose.txt", "context": 20, "tokens": 8, "windows": 2, "rounds": 2}
+    assert found["course"] == {"text": "prose.txt", "context": 20, "tokens": 8, "windows": 1, "rounds": 1}
     assert found["machine"]["onnxruntime"]
 
 

@@ -152,8 +152,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         fastest = min(point.time for point in build.dial)
         budget, loss = recommended_budget(build.dial, measure), measure.loss
         advice = f"{budget:g} costs about {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
-        click.echo(
-            f"Dial of the {measure.item} policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}."
-        )
+        dial = f"Dial of the {measure.item} policy: budget 1.0 (dense) down to {fastest:.2f}."
+        click.echo(f"{dial} Recommended: {advice}.")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f"Next: dash-export run {quote(str(bundle.root))}{flag} {measure.example}")

@@ -95,9 +95,8 @@ def _print_probe(found: dict[str, Any]) -> None:
     rows |= {"a launch": f"{found['launch_us']:.2f} µs", "a launch and its end": f"{found['wait_us']:.1f} µs"}
     rows |= {"copying on the card": f"{found['bytes_per_second'] / 1e9:.0f} GB/s"}
     rows |= {f"not recorded: {name}": why for name, why in found.get("not_recorded", {}).items()}
-    title = (
-        f"{found['device']['name']}: {found['units']} units that do nothing; dispatch '{found['dispatch']}' pays here"
-    )
+    name, dispatch = found["device"]["name"], found["dispatch"]
+    title = f"{name}: {found['units']} units that do nothing; dispatch '{dispatch}' pays here"
     print_table(title, ("", ""), (), rows.items())
 
 

@@ -117,9 +117,8 @@ class Endpoint(Generic[_Queue]):
             scheme, _, key = http.headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as it was sent
             if self._keys and not any(hmac.compare_digest(given, one) for one in self._keys):
-                raise HttpError(
-                    401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key"
-                )
+                said = "The API key is missing or wrong: Authorization: Bearer KEY."
+                raise HttpError(401, said, None, "invalid_api_key")
             return await handler(server, http)
 
         return self._open(checked)
@@ -131,10 +130,8 @@ class Endpoint(Generic[_Queue]):
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
         with contextlib.suppress(ValueError):
             asks, own = urlsplit(origin or ""), urlsplit(f"//{host}")
-            same = (asks.hostname, asks.port or _PORTS.get(asks.scheme)) == (
-                own.hostname,
-                own.port or _PORTS.get(asks.scheme),
-            )
+            usual = _PORTS.get(asks.scheme)
+            same = (asks.hostname, asks.port or usual) == (own.hostname, own.port or usual)
             if self._hosts is not None and own.hostname not in self._hosts:
                 known = ", ".join(sorted(filter(None, self._hosts)))
                 raise HttpError(403, f"This server does not go by the name of {host!r:.100}, only by {known}. Where a "

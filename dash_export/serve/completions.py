@@ -55,9 +55,9 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            words, calls = (
-                split_calls(answer.text, request.parallel_tool_calls) if request.given_tools() else (answer.text, [])
-            )
+            words, calls = answer.text, list[Any]()
+            if request.given_tools():
+                words, calls = split_calls(words, request.parallel_tool_calls)
             message = {"role": "assistant", "content": words or (None if calls else "")}
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
             choice |= {"logprobs": chances(running.likelihoods(answer, tokens)) if request.logprobs else None}

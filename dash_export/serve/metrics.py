@@ -51,12 +51,8 @@ class Metrics:
         self._duration = seconds("request_duration", "From asking to the last token.", _DURATIONS, "error_type")
         self._first = seconds("time_to_first_token", "From asking to the first token.", _FIRST)
         self._token = seconds("time_per_output_token", "Mean time of each token after the first.", _TOKEN)
-        self._layers = Counter(
-            "dash_export_layers",
-            "Layers of decoded tokens, or of pictures.",
-            ("model", "layer", "state"),
-            registry=self._registry,
-        )
+        text, labels = "Layers of decoded tokens, or of pictures.", ("model", "layer", "state")
+        self._layers = Counter("dash_export_layers", text, labels, registry=self._registry)
 
     def answered(self, operation: str, model: str, answer: Answer) -> None:
         """Record an answer that has ended, well or with an error."""

@@ -58,10 +58,8 @@ def _parameter(name: str, where: str, models: Collection[str]) -> dict[str, Any]
 
 def document(models: Collection[str], posts: Posts) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server with these models."""
-    _, schemas = models_json_schema(
-        [(model, "validation") for _, model, *_ in posts.values()], ref_template="#/components/schemas/{model}"
-    )
-    components = schemas["$defs"]
+    asked: list[Any] = [(model, "validation") for _, model, *_ in posts.values()]
+    components = models_json_schema(asked, ref_template="#/components/schemas/{model}")[1]["$defs"]
     components["Error"] = {
         "type": "object",
         "properties": {"error": {"type": "object", "properties": _ERROR, "required": [*_ERROR]}},

@@ -133,9 +133,7 @@ class Guides:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
-        known = [
-            token for token in sorted(eos_ids) if 0 <= token < 1 << 32 and tokenizer.id_to_token(token) is not None
-        ]
+        known = [one for one in sorted(eos_ids) if 0 <= one < 1 << 32 and tokenizer.id_to_token(one) is not None]
         self._tokenizer, self._eos = tokenizer, known or None
         self._tokens: Any = None
         self._child: Child | None = None
@@ -155,9 +153,7 @@ class Guides:
                 except RequestError as error:  # a child that fails is not the client's fault
                     raise BackendError(str(error)) from error
                 if not good:
-                    lark = (
-                        " GBNF? `python -m llguidance.gbnf_to_lark FILE` makes Lark of it." if "::=" in grammar else ""
-                    )
+                    lark = " GBNF? `python -m llguidance.gbnf_to_lark FILE` makes Lark of it." * ("::=" in grammar)
                     raise RequestError(f"The grammar or schema cannot be read ({_in_words(text):.300}).{lark}")
                 self._tried[grammar] = float(text)
                 if len(self._tried) > _KEPT:

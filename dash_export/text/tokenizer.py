@@ -68,15 +68,13 @@ class Text:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
-            ) from error
+            said = f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
+            raise RequestError(said) from error
         if len(text) < _APART:
             return call_tokenizer(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
         with _one_long if len(text) >= _LONG else nullcontext():
-            return call_tokenizer(
-                _READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
-            )
+            batch = self.tokenizer.encode_batch
+            return call_tokenizer(_READS, lambda: batch([text], add_special_tokens=special)[0].ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """Encode a text of any length in memory for one piece at a time; pieces are cut at lines, or else at words."""
@@ -108,9 +106,8 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids. Raises RequestError where the tokenizer's decoder gives up."""
-        return call_tokenizer(
-            "cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        )
+        decode = self.tokenizer.decode
+        return call_tokenizer("cannot write these tokens", lambda: decode(list(ids), skip_special_tokens=True))
 
     def chat(
         self,
@@ -126,7 +123,7 @@ class Text:
         """
         if self.template is None:
             raise RequestError(
-                "This model has no chat template: give it plain text (without --chat), or export a chat model."
+                "This model has no chat template: give it plain text (no --chat), or export a chat model."
             )
         if isinstance(cast(object, messages), str):
             raise RequestError("messages must be a list of messages {role, content}, not one text.")
@@ -215,9 +212,8 @@ class TextIds:
             raise RequestError(f"A text must be a str, not {type(text).__name__}.")
         ids = self._text.encode(text, limit=self._most)
         if len(ids) > self._most:
-            raise ContextLengthError(
-                f"The text {text[:40]!r} has {len(ids)} tokens, and {self._most} are the most: shorten or split it."
-            )
+            said = f"The text {text[:40]!r} has {len(ids)} tokens, and {self._most} are the most"
+            raise ContextLengthError(f"{said}: shorten or split it.")
         if not text.strip() or not ids:
             raise RequestError("A text is empty: give at least one word.")
         return ids

@@ -122,9 +122,7 @@ class Text:
         OpenAI's form, for a template that takes tools.
         """
         if self.template is None:
-            raise RequestError(
-                "This model has no chat template: give it plain text (no --chat), or export a chat model."
-            )
+            raise RequestError("This model has no chat template: give it plain text, or export a chat model.")
         if isinstance(cast(object, messages), str):
             raise RequestError("messages must be a list of messages {role, content}, not one text.")
         said = [value for message in messages for value in message.values()]

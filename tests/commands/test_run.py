@@ -113,10 +113,8 @@ def test_without_an_amount_the_recommended_budget_is_taken(
     assert "of dense time" in result.stderr
     found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 40)
     assert any(found["actions"])
-    loose, held = (
-        run_json(tiny_root, "hello", *FP32, "--budget", budget, hold, "--max-tokens", 40)["actions"]
-        for hold in ("--no-hold", "--hold")
-    )
+    asked = (tiny_root, "hello", *FP32, "--max-tokens", 40, "--budget", budget)
+    loose, held = (run_json(*asked, hold)["actions"] for hold in ("--no-hold", "--hold"))
     assert "--no-hold is of a --budget" in refused("run", tiny_root, "hello", *FP32, "--no-hold", code=2)
     assert found["actions"] == loose != held, "it is not held: that would cost more than was recommended"
 

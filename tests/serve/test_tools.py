@@ -139,9 +139,8 @@ def test_a_turn_after_a_call(runtime: DashRuntime, client: openai.OpenAI) -> Non
     plain = [{"role": "user", "content": "hello there"},
              {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"kind": "lake"}}}]},
              {"role": "tool", "content": "12"}]  # fmt: skip
-    shown = text.template.render(
-        plain, tools=[TOOL, OTHER | {"function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
-    )
+    stop = {"function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}
+    shown = text.template.render(plain, tools=[TOOL, OTHER | stop])
     assert '<tool_call>{"kind": "lake"}</tool_call>' in shown
     assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(text.encode(shown, special=False))

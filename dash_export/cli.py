@@ -27,7 +27,6 @@ COMMANDS = {
     "bench": "Tokens per second here, of prompts and of answers, under every policy kind.",
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "What policy kinds and other builds pay for the time they save.",
-    "skipmap": "Which layers each token of a text skips, as a picture.",
     "profile": "Where the time of a token goes: segments, actions, policy, host; table, report, trace.",
     "list": "Targets and policies that come with the package, and bundles of the hub in the cache.",
     "doctor": "What this machine has, and the install line for what is missing.",

@@ -71,19 +71,6 @@ def test_every_command_has_help(name: str) -> None:
     assert result.output.startswith(f"Usage: dash-export {name}")
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("run", "The build to use, by the target that it was built for; by default cpu, or the only build of the "
-                "bundle."),
-        ("sign", "Give others your public key. With it as --trusted-key of `run` or `serve`, or as "
-                 "DASH_EXPORT_TRUSTED_KEY, only bundles that you have signed are run."),
-    ],
-)  # fmt: skip
-def test_what_help_says(name: str, said: str) -> None:
-    assert said in " ".join(done(name, "--help").output.split())
-
-
 def test_version_and_completion() -> None:
     """Click's own, by the variable that `--help` names."""
     assert dash("--version").output == f"dash-export, version {__version__}\n"
@@ -138,20 +125,17 @@ def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-@pytest.mark.parametrize("asked", ["--version", "--help", "list"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("asked", "unbuffered"), [("--version", ""), ("--help", "1"), ("list", "")])
 def test_a_full_output(asked: str, unbuffered: str) -> None:
-    command, settings = [sys.executable, "-m", "dash_export", *asked.split()], environment()
+    command, settings = [sys.executable, "-m", "dash_export", asked], environment(PYTHONUNBUFFERED=unbuffered)
     with Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, env={**settings, "PYTHONUNBUFFERED": unbuffered}
-        )
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=settings)
     assert result.returncode == 1
     assert result.stderr.startswith(b"Error: The disk is full: the output ")
     assert result.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("package", ["onnx_ir", "gguf", "torch", "onnxruntime"])
+@pytest.mark.parametrize("package", ["onnx_ir", "onnxruntime"])
 def test_missing_package_names_the_extra(package: str) -> None:
     error = ModuleNotFoundError(f"No module named {package!r}", name=f"{package}.core")
     result = CliRunner().invoke(raising(error), ["build"])

@@ -14,6 +14,7 @@ from dash_export.bundle.records import Build
 from dash_export.bundle.suitable import calibration_minutes, is_in_few_bits, suitable_target
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options, tell_without_policy
+from dash_export.commands.options import is_given
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import files_size, print_units
 from dash_export.core.dial import WORTH, recommended_budget
@@ -68,14 +69,9 @@ def command(
     other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a checkpoint beside another manifest.json
     interrupted = not folder.exists() and (work_of(folder) / REPLACED).is_dir()  # a killed export: `open` finishes it
     if folder.suffix == ".dash" or interrupted or ((folder / MANIFEST).is_file() and not other):
-        given = {
-            name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-        }
         for name in ("output", "policy", "units", "prune"):
-            if name in given:
-                raise click.UsageError(
-                    f"--{name} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
-                )
+            if is_given(ctx, name):
+                raise click.UsageError(f"--{name} belongs to a MODEL, and {source} is a bundle.")
         bundle, model = Bundle.open(source), None
         recipe = bundle.recipe(target, **changes)
     else:
@@ -84,7 +80,7 @@ def command(
         bundle = export_model(ctx, source, output, policy, units, prune)
     from dash_export.building import build
 
-    if ctx.get_parameter_source("target") is click.core.ParameterSource.DEFAULT and not any(changes.values()):
+    if not is_given(ctx, "target") and not any(changes.values()):
         target = _suitable(bundle)
     elif recipe.weights.rounding == "gptq" and not recipe.on_device and is_in_few_bits(bundle.manifest):
         _tell_alternative(bundle, recipe)
@@ -156,8 +152,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         fastest = min(point.time for point in build.dial)
         budget, loss = recommended_budget(build.dial, measure), measure.loss
         advice = f"{budget:g} costs about {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
-        click.echo(
-            f"Dial of the {measure.item} policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}."
-        )
+        dial = f"Dial of the {measure.item} policy: budget 1.0 (dense) down to {fastest:.2f}."
+        click.echo(f"{dial} Recommended: {advice}.")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f"Next: dash-export run {quote(str(bundle.root))}{flag} {measure.example}")

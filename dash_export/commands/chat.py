@@ -17,7 +17,7 @@ import click
 from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import error_message, printable
 from dash_export.commands.printing import AnswerPrinter, rates
-from dash_export.commands.run import RunOptions, with_system
+from dash_export.commands.run import CHAT_HINT, RunOptions, with_system
 from dash_export.core.kinds import Setting
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.files.artifacts import write_atomic
@@ -27,7 +27,6 @@ from dash_export.text.chats import chats_text, read_prompts
 if TYPE_CHECKING:
     from dash_export.runtime import Session
 
-HINT = "/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 COMMANDS = {
     "help": "list these commands",
     "system": "TEXT: the system message from now on; without TEXT there is none",
@@ -61,7 +60,7 @@ class Conversation:
             getattr(self, f"do_{command}")(rest)
         elif command and ((near := get_close_matches(command, COMMANDS)) or not rest):
             meant = f" Did you mean {' or '.join(f'/{name}' for name in near)}?" if near else ""
-            click.echo(printable(f"There is no command '/{command}'.{meant} {HINT}"), err=True)
+            click.echo(printable(f"There is no command '/{command}'.{meant} {CHAT_HINT}"), err=True)
         elif said:
             asked = [*self.turns, {"role": "user", "content": said}]
             with _stopping(self._session):
@@ -147,7 +146,7 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
     Ctrl-C stops the answer, not the program. A turn that fails (no room left in the context) is reported, and its
     message is dropped; in a script the program then ends with exit code 1.
     """
-    click.echo(HINT, err=True)
+    click.echo(CHAT_HINT, err=True)
     conversation, failed = Conversation(options, show_skips), False
     conversation.printer.print_legend()
     while True:
@@ -164,13 +163,11 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
                 raise SystemExit(1) from None
             return
         except KeyboardInterrupt:  # no answer is being streamed: nothing to stop
-            click.echo(f"\n{HINT}", err=True)
+            click.echo(f"\n{CHAT_HINT}", err=True)
 
 
 def _read() -> str:
-    """Return a line of input. Raises EOFError at the end, RequestError where it is not UTF-8 text; on a terminal that
-    is told, and the line is empty.
-    """
+    """Return a line of input, on a terminal an empty one where it is not UTF-8. Raises EOFError and RequestError."""
     terminal = sys.stdin.isatty()
     try:
         if terminal:
@@ -187,9 +184,7 @@ def _read() -> str:
 
 @contextmanager
 def _stopping(session: Session) -> Iterator[None]:
-    """Let Ctrl-C end the session's stream at its next token, and restore the signal handler in the end. A second one
-    stops a prompt, too, which has no tokens.
-    """
+    """Let Ctrl-C end the session's stream at its next token, and a second one a prompt, which has no tokens."""
 
     def stop(*_: object) -> None:
         session.cancel()

@@ -95,9 +95,8 @@ def _print_probe(found: dict[str, Any]) -> None:
     rows |= {"a launch": f"{found['launch_us']:.2f} µs", "a launch and its end": f"{found['wait_us']:.1f} µs"}
     rows |= {"copying on the card": f"{found['bytes_per_second'] / 1e9:.0f} GB/s"}
     rows |= {f"not recorded: {name}": why for name, why in found.get("not_recorded", {}).items()}
-    title = (
-        f"{found['device']['name']}: {found['units']} units that do nothing; dispatch '{found['dispatch']}' pays here"
-    )
+    name, dispatch = found["device"]["name"], found["dispatch"]
+    title = f"{name}: {found['units']} units that do nothing; dispatch '{dispatch}' pays here"
     print_table(title, ("", ""), (), rows.items())
 
 
@@ -114,7 +113,7 @@ def examine() -> dict[str, Any]:
         "providers": list(ort.providers) if ort is not None else [],
         "targets": [_target(name, imports) for name in recipe_names()],
         "missing_for_export": [name for name, extra in PACKAGES.items() if extra == "export" and not packages[name]],
-        "problems": list(problems(packages, imports, devices)),
+        "problems": [{"problem": said, "fix": fix} for said, fix in problems(packages, imports, devices)],
     }
 
 
@@ -189,40 +188,33 @@ def cuda() -> dict[str, Any]:
 
 def problems(
     packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
-) -> Iterator[dict[str, str]]:
-    """Yield conflicts that make work fail, or run slowly without a message: the problem, and the command that fixes it.
-    `devices` is the result of `cuda()`.
-    """
+) -> Iterator[tuple[str, str]]:
+    """Yield what makes work fail, or run slowly without a message: the problem, and the command that fixes it."""
     has_gpu, gpu_package = bool(devices["devices"]), packages["onnxruntime-gpu"]
     if devices["seen"] and not has_gpu:
-        yield {
-            "problem": f"There is a GPU ({', '.join(devices['seen'][:4])}), but CUDA cannot use it: "
-            f"{devices['reason']}",
-            "fix": "install the whole NVIDIA driver again; in a container: docker run --gpus all "
-            "(on a Jetson: --runtime nvidia)",
-        }
+        yield (
+            f"There is a GPU ({', '.join(devices['seen'][:4])}), but CUDA cannot use it: {devices['reason']}",
+            "install the whole NVIDIA driver again; in a container: docker run --gpus all (on a Jetson: --runtime "
+            "nvidia)",
+        )
     both = packages["onnxruntime"] and gpu_package
     if both:
-        yield {
-            "problem": "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
-            "fix": "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + "-gpu" * has_gpu,
-        }
+        yield (
+            "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + "-gpu" * has_gpu,
+        )
     for module, result in imports.items():
         if result is not None and result.error is not None and not (both and module == "onnxruntime"):
             name = {"tensorrt_rtx": "tensorrt-rtx-cu13"}.get(module, module)
             name += "-gpu" if packages.get(f"{module}-gpu") else ""
             apt = "; on a Jetson: sudo apt install --reinstall python3-libnvinfer" * (module == "tensorrt")
-            yield {
-                "problem": f"{module} is installed but cannot be imported ({result.error}).",
-                "fix": f"pip install --force-reinstall {name}{apt}",
-            }
+            said = f"{module} is installed but cannot be imported ({result.error})."
+            yield said, f"pip install --force-reinstall {name}{apt}"
     ort = imports["onnxruntime"]
     offers = ort.providers if ort is not None and ort.error is None else ("CUDAExecutionProvider",)
     if gpu_package and not both and has_gpu and "CUDAExecutionProvider" not in offers:
-        yield {
-            "problem": "onnxruntime-gpu does not offer CUDA here: another onnxruntime has overwritten its files.",
-            "fix": "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'",
-        }
+        said = "onnxruntime-gpu does not offer CUDA here: another onnxruntime has overwritten its files."
+        yield said, "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:

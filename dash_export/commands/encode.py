@@ -1,6 +1,4 @@
-"""Pictures and texts of `dash-export run`: their classes, the pictures of a gallery that are nearest, or a file of
-their vectors.
-"""
+"""Encoders in `dash-export run`: classes of pictures, the nearest ones of a gallery, or a file of vectors."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ def encode_inputs(
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Encode a picture or all pictures in a folder; for a text encoder a text, or the `lines` of a file. Print a row
-    for each, or write `output`. Raises RequestError.
-    """
+    """Encode pictures, or a text or `lines`. Print a row for each, or write `output`. Raises RequestError."""
     takes, path = runtime.bundle.manifest.model.takes, Path(given)
     inputs: Sequence[Any] = lines or [given]
     names = list(inputs)

@@ -129,9 +129,7 @@ def _refuse_another(output: Path, asked: ModelFacts) -> None:
 
 
 def default_output(model: str, prune: Sequence[Unit] = ()) -> Path:
-    """Name a bundle: `org/SmolLM2`, `models/SmolLM2/`, `SmolLM2.gguf` -> `SmolLM2.dash`; with units 13-18 pruned
-    `SmolLM2-without-13-18.dash`.
-    """
+    """Name a bundle: `org/M`, `models/M/`, `M.gguf` -> `M.dash`; with units pruned `M-without-13-18.dash`."""
     path = Path(model)
     name = path.resolve().name if path.exists() else path.name
     without = f"-without-{units_text(prune)}" if prune else ""

@@ -76,7 +76,7 @@ def command(
     if images is not None:
         _of_images(ctx, load, images, output, cut["limit"])
         return
-    files = picture_files(output, "png", "svg", "json")
+    files = picture_files(output)
     with sole_writer(ctx, *files):
         with progress_bar("frontier") as progress:
             progress("loading", 0, 0)
@@ -105,7 +105,7 @@ def _of_images(ctx: click.Context, load: Load, images: Path, output: Path, limit
     from dash_export.measure.image_quality import image_quality, image_report
     from dash_export.measure.pictures import image_figure
 
-    files = picture_files(output, "png", "svg", "json")
+    files = picture_files(output)
     with sole_writer(ctx, *files):
         with progress_bar("frontier") as progress:
             candidates, refused = load()

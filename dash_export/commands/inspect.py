@@ -37,7 +37,11 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
                 raise
             stale.append(str(error))
     if verify:
-        _verify(opened, builds)
+        opened.verify(opened.files)
+        opened.check_listed(None)
+        for build in builds:
+            opened.check_listed(build)
+            opened.verify(build.files)
     if as_json:
         records = {"manifest": asdict(opened.manifest), "builds": {build.target: asdict(build) for build in builds}}
         # In ASCII, for terminals obey some control characters of a stranger's file.
@@ -55,14 +59,6 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     if verify:
         but = ", but for the builds above, which were not looked at" if stale else ""
         click.echo(f"Every file is what was written (SHA-256){but}.")
-
-
-def _verify(bundle: Bundle, builds: list[Build]) -> None:
-    bundle.verify(bundle.files)
-    bundle.check_listed(None)
-    for build in builds:
-        bundle.check_listed(build)
-        bundle.verify(build.files)
 
 
 def _graph_kinds(bundle: Bundle) -> dict[str, list[int]]:

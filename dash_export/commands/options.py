@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from dash_export.core.kinds import KINDS as POLICY_KINDS
 from dash_export.core.kinds import Setting
@@ -69,6 +70,11 @@ AMOUNTS = comma_separated(click.FloatRange(0, min_open=True))
 KINDS = comma_separated(PolicyKind())
 
 
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Return whether the user gave a parameter, though it be its default."""
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:
     """Add options to a command; the help lists them in this order."""
     for option in reversed(options):
@@ -84,32 +90,25 @@ def setting_options(command: _Command) -> _Command:
         names = [item.name for item in fields(Setting)]
         return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
 
-    kinds, skip = PolicyKind(), {"type": LAYERS, "metavar": "LAYERS"}
-    options: tuple[tuple[str, dict[str, Any], str], ...] = (
-        (
-            "--policy",
-            {"type": kinds},
-            "Who decides; by default what the next options imply. A class of your own: docs/own-policy.md.",
-        ),
-        ("--skip", skip, "static: skip these layers for every token, whole units of them, like 8-10,15-18."),
-        ("--trade-off", {"type": float}, "token: skip a unit where damage < trade-off * cost (0 is dense)."),
-        ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
-        ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
-        ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
-        (
-            "--at-most",
-            {"type": float},
-            "token: the largest saving at which at most this share of answers differs from dense, like 0.01.",
-        ),
-        (
-            "--confidence",
-            {"type": float, "default": Setting.confidence, "show_default": True},
-            "Probability with which --at-most holds on data like the calibration's.",
-        ),
-        ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
-        ("--hold/--no-hold", {"default": True}, "token: hold the mean time at the --budget on any text, or not."),
-    )
-    return cast(_Command, with_options(packed, *(click.option(name, **how, help=text) for name, how, text in options)))
+    return cast(_Command, with_options(
+        packed,
+        click.option("--policy", type=PolicyKind(), help="Who decides; by default what the next options imply. A class "
+                     "of your own: docs/own-policy.md."),
+        click.option("--skip", type=LAYERS, metavar="LAYERS", help="static: skip these layers for every token, whole "
+                     "units of them, like 8-10,15-18."),
+        click.option("--trade-off", type=float, help="token: skip a unit where damage < trade-off * cost; 0: dense."),
+        click.option("--budget", type=float, help="Mean decode time wanted, as a fraction of dense, like 0.85."),
+        click.option("--skipped", type=float, help="Mean number of layers skipped per token, like 4.5."),
+        click.option("--max-kl", type=float, help="token: mean KL from dense allowed, nats per token, like 0.1."),
+        click.option("--at-most", type=float, help="token: the largest saving at which at most this share of answers "
+                     "differs from dense, like 0.01."),
+        click.option("--confidence", type=float, default=Setting.confidence, show_default=True,
+                     help="Probability with which --at-most holds on data like the calibration's."),
+        click.option("--max-layers", type=int, help="No token runs more layers than this; token: may stand beside "
+                     "another."),
+        click.option("--hold/--no-hold", default=True, help="token: hold the mean time at the --budget on any text, or "
+                     "not."),
+    ))  # fmt: skip
 
 
 def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntime:
@@ -123,13 +122,9 @@ Load = Callable[[], tuple[list["Candidate"], list[dict[str, Any]]]]
 
 
 def load_candidates(
-    bundle: Path,
-    target: str | None,
-    kinds: tuple[str, ...] | None,
-    also: tuple[str, ...],
-    dial: str,
+    bundle: Path, target: str | None, kinds: tuple[str, ...] | None, also: tuple[str, ...], dial: str,
     values: tuple[float, ...],
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
+) -> tuple[list[Candidate], list[dict[str, Any]]]:  # fmt: skip
     """Load the candidates, dense first: each of `kinds` (None: all that the bundle has) at each of `values` of `dial`,
     then the builds `also`. Return them and the settings that this bundle cannot give. Raises UsageError for two builds
     of one name.
@@ -156,9 +151,7 @@ def print_refused(refused: list[dict[str, Any]]) -> None:
 
 
 def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add BUNDLE, --target, --kinds, --also, and --budget (by default `budgets`) or --skipped. The command receives
-    them as one argument `load`, which calls `load_candidates`.
-    """
+    """Add BUNDLE, --target, --kinds, --also, --budget and --skipped, packed into one argument: `load()`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)

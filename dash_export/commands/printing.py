@@ -73,9 +73,7 @@ class AnswerPrinter:
             self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
 
     def _print_figures(self, last: Response, actions: Actions) -> None:
-        """Print one line: speed, layers and time of the decoded tokens (`actions`), prefill time, why the answer ended;
-        and once a hint, where the machine is slow.
-        """
+        """Print a line of figures of the decoded tokens (`actions`), and once a hint, where the machine is slow."""
         statistics, slower = last.statistics, 0.0
         parts = rates([statistics], self._num_layers)
         if statistics.decode_steps and self._cost.segment_us:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,7 @@ _BEGINNING = 8192
 
 
 def check_reports(*outputs: Path) -> None:
-    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this
-    program's, OutputError for a place in a bundle or a work folder.
-    """
+    """Raise RequestError for a file that is no report of ours, OutputError for a place in a bundle or work folder."""
     for path in outputs:
         ours = not os.path.lexists(path)
         if not ours and not path.is_symlink():
@@ -42,24 +39,15 @@ def check_reports(*outputs: Path) -> None:
 
 
 def save_report(path: Path, content: str | bytes) -> Path:
-    """Write a report and return its path. Where `path` has meanwhile become a file that is no report of this program's,
-    write to a free name beside it: the content took minutes to measure.
-    """
-    free = path
+    """Write a report and return its path. Raises what `check_reports` raises."""
+    check_reports(path)  # again: measuring took minutes
     try:
-        check_reports(path)
-    except RequestError:
-        names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-        free = next(name for name in names if not os.path.lexists(name))
-        check_reports(free)
-        click.echo(f"{path} is no report of ours any more: it is kept, and {free} is written.", err=True)
-    try:
-        free.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(free, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
     except OSError as error:  # name the file: a command writes several
-        error.filename = error.filename or str(free)
+        error.filename = error.filename or str(path)
         raise
-    return free
+    return path
 
 
 @contextmanager
@@ -77,14 +65,12 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
         yield
 
 
-def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
-    """Return a path for each of `kinds`: NAME.png and so on for an output NAME, whose own such ending is dropped.
-    Raises RequestError where NAME is not the name of a file.
-    """
+def picture_files(output: Path) -> tuple[Path, ...]:
+    """Return NAME.png, NAME.svg and NAME.json. Raises RequestError where NAME is no file's name."""
     base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
-    return tuple(base.with_name(f"{base.name}.{kind}") for kind in kinds)
+    return tuple(base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg", "json"))
 
 
 def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:

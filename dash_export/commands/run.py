@@ -1,6 +1,4 @@
-"""`dash-export run`: one answer, streamed; `--chat` for a conversation, `--prompts` for many answers, `--json` for
-programs.
-"""
+"""`dash-export run`: an answer, streamed; `--chat`, `--prompts` for many answers, `--json` for programs."""
 
 from __future__ import annotations
 
@@ -28,13 +26,13 @@ if TYPE_CHECKING:
     from dash_export.runtime import Batch, DashRuntime, Response, Sampling, Session
 
 BATCH = 8
+CHAT_HINT = "/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+_PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options for every prompt of this call. `max_tokens` None: the library's default; `templated`: prompts are put
-    into the model's chat template.
-    """
+    """Options for every prompt. `max_tokens` None: the library's default; `templated`: by the chat template."""
 
     runtime: DashRuntime
     session: Session
@@ -59,18 +57,12 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
 
 
 @click.command("run")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 @click.argument("prompt", required=False)
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Many prompts, one per line (-: stdin)."
-)
+@click.option("--prompts", type=_PATH, metavar="FILE", help="Many prompts, one per line (-: stdin).")
 @click.option("--batch", type=click.IntRange(1, 1024), help=f"How many of --prompts to decode together ({BATCH}).")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")
-@click.option(
-    "--chat",
-    is_flag=True,
-    help="A conversation: /help lists its commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer.",
-)
+@click.option("--chat", is_flag=True, help=f"A conversation: {CHAT_HINT}")
 @click.option("--system", help="System message of the chat template.")
 @TARGET
 @TRUSTED
@@ -88,25 +80,15 @@ def with_system(system: str | None, turns: list[dict[str, str]]) -> list[dict[st
 @click.option("--repetition-penalty", type=float, default=1.0, help="1 is off.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
-@click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE", help="Answer in JSON of this schema.")
-@click.option("--grammar", type=click.Path(path_type=Path), metavar="FILE", help="Answer in this grammar, in Lark.")
-@click.option(
-    "--gallery",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    metavar="DIR",
-    help="Of an image encoder: name the pictures in DIR that are nearest.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="NAME.npz",
-    help="Of an encoder: write the pooled vectors of a folder's pictures, or of each line of --prompts.",
-)
+@click.option("--json-schema", type=_PATH, metavar="FILE", help="Answer in JSON of this schema.")
+@click.option("--grammar", type=_PATH, metavar="FILE", help="Answer in this grammar, in Lark.")
+@click.option("--gallery", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+              help="Of an image encoder: name the pictures in DIR that are nearest.")  # fmt: skip
+@click.option("-o", "--output", type=_PATH, metavar="NAME.npz", help="Of an encoder: write the pooled vectors of a "
+              "folder's pictures, or of each line of --prompts.")  # fmt: skip
 @click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
-)
+@click.option("--json", "as_json", is_flag=True,
+              help="One JSON object: text, tokens, finish_reason, statistics, actions.")  # fmt: skip
 @click.pass_context
 def command(
     ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
@@ -163,11 +145,10 @@ def command(
         answer_all(runtime.batch_with(setting, min(size, len(many))), many, options, as_json)
     else:
         asked = prompt or ""
-        stream = (
-            session.chat(options.messages(asked), max_tokens, options.sampling)
-            if templated
-            else session.stream(options.encode(asked), max_tokens, options.sampling)
-        )
+        if templated:
+            stream = session.chat(options.messages(asked), max_tokens, options.sampling)
+        else:
+            stream = session.stream(options.encode(asked), max_tokens, options.sampling)
         if as_json:
             click.echo(json.dumps(_as_dict(list(stream))))
         else:

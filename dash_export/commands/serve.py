@@ -48,10 +48,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
               help="Of a request that gives none and decodes alone; by default the recommended one.")  # fmt: skip
-@click.option("--pace", type=click.FloatRange(0.1, 60_000), metavar="MS", help="Milliseconds that a token may take: "
-              "requests that do not say how much they skip, skip what that needs.")  # fmt: skip
-@click.option("--least", default=0.85, show_default=True, type=click.FloatRange(0.01, 1),
-              help="With --pace: no answer gets a budget below this.")  # fmt: skip
 @click.option("--served-model-name", "names", multiple=True, metavar="NAME",
               help="Instead of the folder's name; once for each bundle, in their order.")  # fmt: skip
 @click.option("--ctx-size", type=click.IntRange(min=1), metavar="N",
@@ -75,26 +71,25 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
               help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int | None,
-    waiting: int, budget: float | None, pace: float | None, least: float, names: tuple[str, ...], ctx_size: int | None,
+    waiting: int, budget: float | None, names: tuple[str, ...], ctx_size: int | None,
     keys: tuple[str, ...], api_key_file: Path | None, no_key: bool, cors: tuple[str, ...], ssl_certfile: Path | None,
     ssl_keyfile: Path | None, connections: int | None, deadline: int | None, drain: int, logs: bool,
     write_triton: Path | None
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses,
     /v1/embeddings, /v1/models, /health, /metrics, /openapi.json, and a page to try it at /; of image encoders
-    /v1/embeddings of pictures, without a page. A request for the model `auto` is answered by the first
-    of several bundles that has time for it, or else by the last: give the best one first, the fastest one last.
+    /v1/embeddings of pictures, without a page.
     """
-    from dash_export.serve.app import AUTO, Server
+    from dash_export.serve.app import Server
     from dash_export.serve.door import HttpServer
     from dash_export.serve.metrics import log
     from dash_export.serve.triton import write_repository
 
     if write_triton is not None:
         check_outside_bundles(write_triton / "model")
-        if budget or pace or deadline or cors or trusted_key or logs or ctx_size:
+        if budget or deadline or cors or trusted_key or logs or ctx_size:
             raise RequestError(
-                "A model for Triton has none of --budget, --pace, --deadline, --cors, --log, --ctx-size and "
+                "A model for Triton has none of --budget, --deadline, --cors, --log, --ctx-size and "
                 "--trusted-key: leave them out (DASH_EXPORT_TRUSTED_KEY where Triton runs is heeded)."
             )
     if ssl_keyfile is not None and ssl_certfile is None:
@@ -109,7 +104,7 @@ def command(
     runtimes = [load_runtime(bundle, target, trusted_key=trusted_key) for bundle in bundles]
     named: dict[str, DashRuntime] = {}
     for runtime, name in zip(runtimes, names or [one.bundle.name for one in runtimes], strict=True):
-        if name in named or name in ("", ".", "..", AUTO) or "@" in name:
+        if name in named or name in ("", ".", "..") or "@" in name:
             raise RequestError(f"Two bundles are called {name}, or it is no name for a model: --served-model-name.")
         named[name] = runtime
     alone = None if budget is None else Setting("token", budget=budget)
@@ -117,12 +112,11 @@ def command(
     given: dict[str, Any] = {"keys": keys, "origins": cors, "deadline": deadline, "drain": drain}
     given["hosts"] = LOCAL if host in LOCAL else None
     if any(isinstance(one.bundle.manifest.model, EncoderFacts) for one in runtimes):
-        if pace or ctx_size or write_triton:
-            raise RequestError("--pace, --ctx-size and --write-triton are of causal LMs, and there is an image encoder "
-                               "among the bundles: leave them out.")  # fmt: skip
+        if ctx_size or write_triton:
+            raise RequestError("--ctx-size and --write-triton are of causal LMs: leave them out for an image encoder.")
         server = picture_server(named, rows, waiting, alone, given)
     else:
-        served = schedulers(named, rows, waiting, alone, pace, least, ctx_size)
+        served = schedulers(named, rows, waiting, alone, ctx_size)
         if write_triton is not None:
             written = write_repository(write_triton, served)
             click.echo(printable(f"Written to {', '.join(map(str, written))}"))
@@ -156,8 +150,7 @@ def command(
 
 
 def schedulers(
-    named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, pace: float | None,
-    least: float, ctx_size: int | None
+    named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, ctx_size: int | None
 ) -> dict[str, Scheduler]:  # fmt: skip
     """Return the queues of causal LMs. Raises RequestError and PolicyError."""
     from dash_export.backends.onnxruntime.cpus import available_memory
@@ -167,11 +160,9 @@ def schedulers(
     for name, runtime in named.items():
         if ctx_size is not None and ctx_size > (most := runtime.engines.model.max_positions):
             raise RequestError(f"--ctx-size {ctx_size} is more than the {most} positions of {name}.")
-        bends = len(named) == 1 or runtime.bundle.manifest.policy.has_network  # beside others one may be dense
         served[name] = one = Scheduler(
-            runtime, rows=rows, waiting=waiting, alone=alone if bends else None, memory=memory, least=least,
-            pace=pace / 1000 if pace is not None and bends else None, context=ctx_size,
-        )  # fmt: skip
+            runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, context=ctx_size
+        )
         if one.short:
             said = f"{name}: {one.context} of {ctx_size or runtime.engines.model.max_positions} positions"
             click.echo(f"{said} for each of {one.size} rows (free memory).", err=True)

@@ -7,11 +7,10 @@ from shlex import quote
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from dash_export.bundle.suitable import target_of_bits
 from dash_export.cli import OUTPUT
-from dash_export.commands.options import UNITS
+from dash_export.commands.options import UNITS, is_given
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.core.units import Unit, parse_units
@@ -93,7 +92,7 @@ def command(
     from dash_export.train.processes import rank
     from dash_export.train.training import train
 
-    if _is_given(ctx, "trade_offs") and kind == "static" and (start or units) is not None:
+    if is_given(ctx, "trade_offs") and kind == "static" and (start or units) is not None:
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
@@ -115,7 +114,7 @@ def _on_images(ctx: click.Context, model: str, output: Path, images: Path, units
     from dash_export.train.image_policy import train_on_images
 
     taken = {"model", "output", "images", "units"}
-    other = [name for name in ctx.params if name not in taken and _is_given(ctx, name)]
+    other = [name for name in ctx.params if name not in taken and is_given(ctx, name)]
     if other:
         raise click.UsageError(f"--{other[0].replace('_', '-')} is of a training on text: --images takes --units only.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
@@ -130,10 +129,6 @@ def _on_images(ctx: click.Context, model: str, output: Path, images: Path, units
     )  # fmt: skip
     click.echo(f"{path} (card: {path.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
     click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(path))} --target portable")
-
-
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _summary(model: str, output: Path) -> None:

@@ -131,9 +131,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self, kind: str, arguments: list[Any]) -> None:
-        """Replace random inputs by those of a real text, and the states it has where an engine begins; inputs that the
-        user has chosen stay.
-        """
+        """Replace random inputs by a real text, and the states that it has there; what the user has chosen stays."""
         loader = self.arg_groups[DataLoaderArgs]
         if not loader.is_using_random_data():
             return
@@ -152,9 +150,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
 
 
 def _bundle_of(model: str | None) -> tuple[Path, str | None, str | None]:
-    """Return the bundle; the target where the model is an engine's file in it; and the name of that engine, or of the
-    portable graph that the model is.
-    """
+    """Return the bundle; of an engine's file in it the target and name; of a portable graph its name."""
     if model is None:
         G_LOGGER.critical("--dash needs a bundle: polygraphy run my.dash --dash")
     path = Path(str(model))

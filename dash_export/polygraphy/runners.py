@@ -259,9 +259,7 @@ def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int,
 
 
 def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Arrays]:
-    """Return the hidden states [1, length, hidden] that enter a segment, and the KV caches of its layers, by running
-    the portable graphs up to the segment's end.
-    """
+    """Return the states [1, length, hidden] that enter a segment, and its layers' KV caches, by portable graphs."""
     model, length, caches = bundle.manifest.decoder, ids.shape[1], Arrays()
     places = step_inputs(model, 0, length, length)
     empty = np.zeros((1, model.num_kv_heads, length, model.head_dim), np.float32)

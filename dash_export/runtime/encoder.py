@@ -165,7 +165,7 @@ def _pictures(root: Path, _model: EncoderFacts) -> Any:
 
 
 def _texts(root: Path, model: EncoderFacts) -> Any:
-    from dash_export.text.ids import TextIds
+    from dash_export.text.tokenizer import TextIds
 
     assert isinstance(model, TextFacts)
     return TextIds(root, model.max_positions)

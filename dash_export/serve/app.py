@@ -24,23 +24,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
-from dash_export.serve.completions import chat, completion
 from dash_export.serve.http_errors import HttpError, http_error
 from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import POSTS, Posts, document
-from dash_export.serve.pooled import embeddings
-from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import DeadlineError, Queue
-from dash_export.serve.tokens import detokenize, tokenize, tokenizer_info
+from dash_export.serve.tokens import tokenizer_info
 
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _PORTS = {"http": 80, "https": 443}
 _PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input"}
-AUTO = "auto"
-"""Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
 """Most requests that are parsed and encoded at a time; others wait for it."""
 Handler = Callable[[Any, HttpRequest], Coroutine[Any, Any, Response]]
@@ -48,12 +42,10 @@ _Queue = TypeVar("_Queue", bound=Queue)
 
 
 class Endpoint(Generic[_Queue]):
-    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included. Who
-    inherits says what is asked of it.
-    """
+    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, with its wait."""
 
     posts: ClassVar[Posts]
-    """Of the OpenAPI document."""
+    """What is asked of it."""
 
     def __init__(
         self,
@@ -79,6 +71,7 @@ class Endpoint(Generic[_Queue]):
         self._began = int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
+            *(Route(path, self._keyed(post[0]), methods=["POST"]) for path, post in self.posts.items()),
             *self._routes(),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
@@ -124,9 +117,8 @@ class Endpoint(Generic[_Queue]):
             scheme, _, key = http.headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as it was sent
             if self._keys and not any(hmac.compare_digest(given, one) for one in self._keys):
-                raise HttpError(
-                    401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key"
-                )
+                said = "The API key is missing or wrong: Authorization: Bearer KEY."
+                raise HttpError(401, said, None, "invalid_api_key")
             return await handler(server, http)
 
         return self._open(checked)
@@ -138,10 +130,8 @@ class Endpoint(Generic[_Queue]):
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
         with contextlib.suppress(ValueError):
             asks, own = urlsplit(origin or ""), urlsplit(f"//{host}")
-            same = (asks.hostname, asks.port or _PORTS.get(asks.scheme)) == (
-                own.hostname,
-                own.port or _PORTS.get(asks.scheme),
-            )
+            usual = _PORTS.get(asks.scheme)
+            same = (asks.hostname, asks.port or usual) == (own.hostname, own.port or usual)
             if self._hosts is not None and own.hostname not in self._hosts:
                 known = ", ".join(sorted(filter(None, self._hosts)))
                 raise HttpError(403, f"This server does not go by the name of {host!r:.100}, only by {known}. Where a "
@@ -173,7 +163,7 @@ class Endpoint(Generic[_Queue]):
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.names, bool(self._keys), self.posts)
+        return document(self.served, self.posts)
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
@@ -184,29 +174,14 @@ class Endpoint(Generic[_Queue]):
         """Return a model as OpenAI's API has it."""
         return {"id": name, "object": "model", "created": self._began, "owned_by": "dash-export"}
 
-    @property
-    def names(self) -> list[str]:
-        """Names of models that a request may give: those of the bundles, and AUTO where there are several."""
-        return [*self.served, AUTO] if len(self.served) > 1 else [*self.served]
-
-    def scheduler(self, name: str, setting: Setting | None = None) -> tuple[str, _Queue]:
-        """Return the name and queue of a model. An empty name means the only one; AUTO the first bundle, in the
-        order in which they were given, that has time for one more answer, or else the last one; of those that can have
-        the `setting`, if any can. Raises HttpError.
-        """
+    def scheduler(self, name: str) -> tuple[str, _Queue]:
+        """Return the name and queue of a model. An empty name means the only one. Raises HttpError."""
         if not name and len(self.served) == 1:
             return next(iter(self.served.items()))
-        if name not in self.names:
-            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.names)}.", "model",
+        if name not in self.served:
+            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.served)}.", "model",
                             "model_not_found")  # fmt: skip
-        if name == AUTO:
-            able = [one for one, scheduler in self.served.items() if _can(scheduler, setting)] or [*self.served]
-            name = next(filter(self._has_time, able), able[-1])
         return name, self.served[name]
-
-    def _has_time(self, name: str) -> bool:
-        """Return whether one more request to this bundle would be answered at once."""
-        return not self.served[name].running + self.served[name].waiting
 
 
 class Server(Endpoint[Scheduler]):
@@ -217,33 +192,8 @@ class Server(Endpoint[Scheduler]):
     def _routes(self) -> list[Route]:
         return [
             *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
-            Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
-            Route("/v1/completions", self._keyed(completion), methods=["POST"]),
-            Route("/v1/responses", self._keyed(responses), methods=["POST"]),
-            Route("/v1/embeddings", self._keyed(embeddings), methods=["POST"]),
-            Route("/tokenize", self._keyed(tokenize), methods=["POST"]),
-            Route("/detokenize", self._keyed(detokenize), methods=["POST"]),
             Route("/tokenizer_info", self._keyed(tokenizer_info)),
         ]
-
-    def _has_time(self, name: str) -> bool:
-        """Return whether one more request to this bundle would be decoded at once, and at its pace. All bundles share a
-        machine, so a token takes at most as long as a step of each.
-        """
-        scheduler, others = self.served[name], self.served.values()
-        if not any(one.running + one.waiting for one in others):
-            return True  # what was measured may be over
-        if scheduler.running + scheduler.waiting >= scheduler.size:
-            return False
-        return scheduler.pace is None or scheduler.pace.seconds >= sum(
-            one.seconds_with(one is scheduler) for one in others
-        )
-
-
-def _can(queue: Queue, setting: Setting | None) -> bool:
-    with contextlib.suppress(DashError):
-        return setting is None or queue.runtime.rules(setting) is not None
-    return False
 
 
 def _page_file(name: str) -> Handler:
@@ -271,7 +221,7 @@ async def _openapi(server: Endpoint[Any], _: HttpRequest) -> Response:
 
 
 async def _models(server: Endpoint[Any], _: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [server.record(name) for name in server.names]})
+    return JSONResponse({"object": "list", "data": [server.record(name) for name in server.served]})
 
 
 async def _model(server: Endpoint[Any], http: HttpRequest) -> Response:

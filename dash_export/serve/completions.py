@@ -55,9 +55,9 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
-            words, calls = (
-                split_calls(answer.text, request.parallel_tool_calls) if request.given_tools() else (answer.text, [])
-            )
+            words, calls = answer.text, list[Any]()
+            if request.given_tools():
+                words, calls = split_calls(words, request.parallel_tool_calls)
             message = {"role": "assistant", "content": words or (None if calls else "")}
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
             choice |= {"logprobs": chances(running.likelihoods(answer, tokens)) if request.logprobs else None}
@@ -192,9 +192,7 @@ def _joined(before: dict[str, Any] | None, choice: dict[str, Any]) -> dict[str, 
 
 
 def _streamed(running: RunningAnswers, kind: str, first: Iterable[dict[str, Any]], chunks: Chunks) -> Response:
-    """Send `first` and the chunks of each token as server-sent events. An error becomes an event, because the HTTP
-    status is already sent.
-    """
+    """Send `first` and each token's chunks as server-sent events. An error becomes one: the status is sent already."""
     common = running.common | {"object": kind}
 
     def joined(some: Iterable[dict[str, Any]]) -> str:

@@ -22,25 +22,17 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from dash_export.serve.http_errors import HttpError
 
 HEAD_BYTES, HEADERS, HEAD_SECONDS = 1 << 16, 100, 10.0
-"""Most bytes and lines of a request's head, and the time that it may take; the same bytes for what is no body after it:
-the lines of chunks and trailers.
-"""
+"""Most bytes, lines and seconds of a request's head; as many bytes for lines of chunks, and trailers, after it."""
 HELD_BYTES, SMALL_BYTES = 32 << 20, 1 << 12
 """Most bytes of all unfinished heads together. Those up to SMALL_BYTES are taken even then."""
 READ_BYTES, LINGER = 1 << 14, 1.0
-"""Bytes that are read from a connection at a time, so that others have their turn; seconds that a client has to read an
-answer which came before its request was whole.
-"""
+"""Bytes read from a connection at a time; seconds that a client has to read an answer to a request cut short."""
 TAKE_SECONDS = 60.0
-"""Seconds after which a client that takes nothing of its answer is given up: asyncio would hold the answer for good, of
-a closed connection, too.
-"""
+"""Seconds after which a client that takes nothing of its answer is given up: asyncio would hold it for good."""
 
 
 CROWD = 500
-"""Connections, beyond which Python's collector leaves out what is alive: with 10,000 it would stop all answers for a
-third of a second at a time.
-"""
+"""Connections from which on Python's collector leaves out what is alive: with 10,000 it stops all for 0.3 s a time."""
 
 
 class Heads:
@@ -129,9 +121,7 @@ class Door(HttpToolsProtocol):
         self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer with the error that was found, or as to what is no HTTP, and close. An answer that is under way is
-        not written into.
-        """
+        """Answer with the error that was found and close. An answer that is under way is not written into."""
         if self._answering:
             self.transport.close()
         elif not self._leaving and not self.transport.is_closing():
@@ -142,9 +132,7 @@ class Door(HttpToolsProtocol):
             self._leave()
 
     def _leave(self) -> None:
-        """Read nothing more, and close when the client has had time to read: to close at once would reset the
-        connection, and the answer might be lost.
-        """
+        """Read nothing more, and close when the client has had time to read: closing at once may lose the answer."""
         self._leaving = True
         self._stop_waiting()
         self.flow.pause_reading()

@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dash_export.serve.answers import Answer, dash
-from dash_export.serve.energy import energy, power
 from dash_export.serve.tickets import Queue
 
 log = logging.getLogger("dash_export.answers")
@@ -52,12 +51,8 @@ class Metrics:
         self._duration = seconds("request_duration", "From asking to the last token.", _DURATIONS, "error_type")
         self._first = seconds("time_to_first_token", "From asking to the first token.", _FIRST)
         self._token = seconds("time_per_output_token", "Mean time of each token after the first.", _TOKEN)
-        self._layers = Counter(
-            "dash_export_layers",
-            "Layers of decoded tokens, or of pictures.",
-            ("model", "layer", "state"),
-            registry=self._registry,
-        )
+        text, labels = "Layers of decoded tokens, or of pictures.", ("model", "layer", "state")
+        self._layers = Counter("dash_export_layers", text, labels, registry=self._registry)
 
     def answered(self, operation: str, model: str, answer: Answer) -> None:
         """Record an answer that has ended, well or with an error."""
@@ -109,23 +104,8 @@ class _Schedulers(Collector):
             for model, one in self._served.items():
                 counter.add_metric([model], one.figures[name])
             yield counter
-        gauges: dict[str, tuple[str, dict[str, float]]] = {
-            "waiting": ("Requests in the queue.", {model: one.waiting for model, one in self._served.items()}),
-            "running": ("Rows that decode.", {model: one.running for model, one in self._served.items()}),
-            "budget": (
-                "Granted to requests that do not say it.",
-                {model: one.pace.granted for model, one in self._served.items() if one.pace},
-            ),
-        }
-        for name, (text, values) in gauges.items():
+        for name, text in (("waiting", "Requests in the queue."), ("running", "Rows that decode.")):
             gauge = GaugeMetricFamily(f"dash_export_{name}", text, labels=["model"])
-            for model, value in values.items():
-                gauge.add_metric([model], value)
+            for model, one in self._served.items():
+                gauge.add_metric([model], getattr(one, name))
             yield gauge
-        joules = CounterMetricFamily("dash_export_energy_joules", "Of the whole machine, measured.", labels=["zone"])
-        watts = GaugeMetricFamily("dash_export_power_watts", "Of the whole machine, measured.", labels=["rail"])
-        for family, measured in ((joules, energy()), (watts, power())):
-            for place, value in measured:
-                family.add_metric([place], value)
-            if family.samples:
-                yield family

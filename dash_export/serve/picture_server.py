@@ -18,7 +18,6 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from dash_export.core.kinds import Setting
 from dash_export.core.rule import Rule
@@ -33,7 +32,7 @@ from dash_export.serve.fields import Few, Fields, refuse
 from dash_export.serve.openapi import Posts
 from dash_export.serve.pooled import listed_vectors
 from dash_export.serve.protocol import Asked, Dash, model_and_setting
-from dash_export.serve.running import Arrival, left, parsed_request
+from dash_export.serve.running import left, parsed_request
 from dash_export.serve.tickets import BusyServerError, DeadlineError
 
 PICTURE_PIXELS, REQUEST_PIXELS = 1 << 24, 1 << 26
@@ -50,10 +49,6 @@ def _data_url(given: Any) -> str:
     return given
 
 
-def _several(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
-
-
 def _one(given: Any) -> Any:
     if not isinstance(given, list) or len(given) != 1:
         raise ValueError("expected a list of one message with one picture and no text (several pictures: in input)")
@@ -63,7 +58,8 @@ def _one(given: Any) -> Any:
 _URL: dict[str, Any] = {"type": "string", "pattern": "^data:image/"}
 _URLS = {"anyOf": [_URL, {"type": "array", "items": _URL, "minItems": 1, "maxItems": 1024}]}
 _Picture = Annotated[str, BeforeValidator(_data_url), WithJsonSchema(_URL)]
-_Pictures = Annotated[list[_Picture], Few, Field(min_length=1), BeforeValidator(_several), WithJsonSchema(_URLS)]
+_Several = BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+_Pictures = Annotated[list[_Picture], Few, Field(min_length=1), _Several, WithJsonSchema(_URLS)]
 
 
 class ImageUrl(Fields):
@@ -107,7 +103,7 @@ class PictureQueue:
     another one computes: an encoder is bound by arithmetic, and takes all processors for a pass.
     """
 
-    size, pace = 1, None
+    size = 1
 
     def __init__(self, runtime: DashRuntime, *, batch: int = 8, waiting: int = 64, setting: Setting | None = None):
         """`batch`: pictures of a request that are computed together; `waiting`: most requests that wait; `setting`: of
@@ -166,9 +162,7 @@ class PictureQueue:
             self._entered -= 1
 
     async def encode(self, urls: Sequence[str], rule: Rule, http: HttpRequest, until: float) -> list[Encoded]:
-        """Encode the pictures of a request. Raises RequestError for one that cannot be read, DeadlineError, and
-        ClientDisconnect.
-        """
+        """Encode the pictures of a request. Raises RequestError, DeadlineError and ClientDisconnect."""
         found, room, loop = list[Encoded](), REQUEST_PIXELS, asyncio.get_running_loop()
         encoder = self._encoder.under(rule)
         for first in range(0, len(urls), self.batch):
@@ -216,11 +210,12 @@ async def picture_embeddings(server: PictureServer, http: HttpRequest) -> Respon
     """Answer with a vector of length 1 for each picture, and with what was run for it."""
     async with parsed_request(server, PicturesRequest, http) as (request, arrival):
         base, setting = model_and_setting(request.model, request.dash)
-        name, queue = server.scheduler(base, setting)
-        rule, urls = queue.rule(setting), request.pictures
+        name, queue = server.scheduler(base)
+        rule, urls, seconds = queue.rule(setting), request.pictures, left(server, arrival)
+        until = float("inf") if seconds is None else time.monotonic() + seconds
         with queue.entered():
             arrival.leave()  # others may be parsed meanwhile; the body still counts
-            found = await queue.encode(urls, rule, http, _until(server, arrival))
+            found = await queue.encode(urls, rule, http, until)
     actions, told = np.concatenate([one.actions for one in found]), queue.told(found, rule)
     server.metrics.encoded(name, time.perf_counter() - arrival.began, actions, told)
     vectors = np.concatenate([one.pooled for one in found]).astype(np.float64)
@@ -233,17 +228,12 @@ async def picture_embeddings(server: PictureServer, http: HttpRequest) -> Respon
     return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage, "dash": told})
 
 
-def _until(server: PictureServer, arrival: Arrival) -> float:
-    seconds = left(server, arrival)
-    return float("inf") if seconds is None else time.monotonic() + seconds
+_HOLDS = ("object", "data", "model", "usage", "dash")
 
 
 class PictureServer(Endpoint[PictureQueue]):
     """Server of image encoders."""
 
     posts: ClassVar[Posts] = {
-        "/v1/embeddings": (PicturesRequest, "Read pictures into vectors.", ("object", "data", "model", "usage", "dash"))
+        "/v1/embeddings": (picture_embeddings, PicturesRequest, "Read pictures into vectors.", _HOLDS)
     }
-
-    def _routes(self) -> list[Route]:
-        return [Route("/v1/embeddings", self._keyed(picture_embeddings), methods=["POST"])]

@@ -23,7 +23,7 @@ from dash_export.core.kinds import Setting
 from dash_export.core.sampling import Sampling
 from dash_export.core.units import parse_layers
 from dash_export.errors import RequestError
-from dash_export.serve.fields import MOST, Few, FewEntries, Fields, Number, Whole, refuse
+from dash_export.serve.fields import MOST, Few, FewEntries, Fields, Number, Whole, listed, refuse
 from dash_export.serve.messages import Message, check_few
 from dash_export.serve.tickets import Reading
 from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
@@ -278,9 +278,7 @@ class CompletionRequest(Generation):
 
 
 def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
-    """Return the model's name and the setting. A name like `smollm2@budget=0.9` is for clients that cannot send `dash`.
-    Raises RequestError.
-    """
+    """Return the model's name and the setting, which a name like `smollm2@budget=0.9` holds. Raises RequestError."""
     base, at, alias = name.partition("@")
     if not at:
         return base, dash.setting()
@@ -291,9 +289,7 @@ def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
     for part in alias.split(","):
         key, equals, value = part.partition("=")
         if not equals or key not in known or key in given:
-            raise RequestError(
-                f"model: {name!r:.100} is not like NAME@budget=0.9; known, each once: {', '.join(sorted(known))}."
-            )
+            raise RequestError(f"model: {name!r:.100} is not like NAME@budget=0.9; known, each once: {listed(known)}.")
         given[key] = value
         if key not in ("policy", "skip", "hold"):
             with suppress(ValueError):

@@ -115,23 +115,14 @@ class ResponsesRequest(Body):
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         form, choice = self.text.format, self.tool_choice
+        schema = None if form.schema_ is None else {"schema": form.schema_}
         same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
-        return ChatRequest.model_validate(
-            {name: getattr(self, name) for name in same}
-            | {
-                "messages": messages,
-                "max_tokens": self.max_output_tokens,
-                "response_format": {
-                    "type": form.type,
-                    "json_schema": None if form.schema_ is None else {"schema": form.schema_},
-                },
-                "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],
-                "tool_choice": choice
-                if isinstance(choice, str)
-                else {"type": "function", "function": {"name": choice.name}},
-                "dash": self.dash.model_dump(),
-            }
-        )
+        given: dict[str, Any] = {name: getattr(self, name) for name in same} | {"dash": self.dash.model_dump()}
+        given |= {"messages": messages, "max_tokens": self.max_output_tokens}
+        given["response_format"] = {"type": form.type, "json_schema": schema}
+        given["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
+        named = choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice.name}}
+        return ChatRequest.model_validate(given | {"tool_choice": named})
 
 
 async def responses(server: Server, http: HttpRequest) -> Response:

@@ -7,22 +7,18 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from queue import SimpleQueue
 
 from dash_export.backends.onnxruntime.cpus import available_memory
-from dash_export.core.advice import policy_command
 from dash_export.core.kinds import Setting
 from dash_export.core.sampling import Logits, Prompt, TokenIds
-from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
+from dash_export.errors import BackendError, ContextLengthError, DashError, RequestError
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import MAX_TOKENS, Response, Turn, answer_length, checked_tokens
 from dash_export.runtime.rows import Rows
-from dash_export.serve.pace import WEIGHT, Pace, paced
-from dash_export.serve.prefixes import Prefixes
-from dash_export.serve.reading import begin, next_part, prefill
+from dash_export.serve.reading import Prefixes, begin, next_part, prefill
 from dash_export.serve.tickets import GUIDED, MISTAKE, BusyServerError, DeadlineError, Request, Ticket
 from dash_export.text.guidance import Guide
 
@@ -41,8 +37,6 @@ class Scheduler:
         waiting: int = WAITING,
         prefix_bytes: int = PREFIX_BYTES,
         alone: Setting | None = None,
-        pace: float | None = None,
-        least: float = 0.85,
         memory: int | None = None,
         context: int | None = None,
     ) -> None:
@@ -50,9 +44,9 @@ class Scheduler:
 
         `waiting`: most requests in the queue. `alone`: the setting of requests that have none, for steps with one row,
         by default the bundle's recommended one. With several rows they are dense, because a token policy saves nothing
-        where rows skip different units. `pace`: seconds that a token may take: then requests without a setting skip as
-        much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: bytes for the K and V of prompts.
-        `memory`: bytes for all K and V on a CPU, by default half of the free memory. `context`: a row's most positions.
+        where rows skip different units. `prefix_bytes`: bytes for the K and V of
+        prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory. `context`: a row's most
+        positions.
         Raises PolicyError, RequestError, and BackendError where engines or the device take fewer rows.
         """
         engines = runtime.engines
@@ -73,26 +67,14 @@ class Scheduler:
                 cache.reserve(1)  # caches that do not grow: take all memory now
         self.short = self.context < most
         self._prefixes = Prefixes(prefix_bytes)
-        alone = alone or (runtime.recommended if pace is None else paced(runtime, least))
-        self._alone, self._together = map(runtime.rules, (alone, Setting()))
-        self.pace: Pace | None = None
-        if pace is not None:
-            policy, model = runtime.bundle.manifest.policy, engines.model
-            if not policy.static_order or not self._alone.calibrated.asks:
-                advice = "Give a --budget." if policy.has_network and policy.static_order else policy_command(model)
-                raise PolicyError(f"A pace needs a trained policy, and {model.name} decodes densely here. {advice}")
-            self.pace = Pace(pace, least, policy.static_order, runtime.cost)
+        self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._live: dict[Ticket, None] = {}
-        """Tickets that have left the queue and not ended: the job and the rows. `_fail_all` tells them all: a client
-        that is told nothing would wait forever.
-        """
+        """Tickets that have left the queue and not ended: the job and the rows, whom `_fail_all` tells."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self._seconds = 0.0
-        """Running mean of a step and the prefill that it waited for."""
         self.figures = Counter[str]()
         """Counts since the start, by the names that metrics.py tells."""
 
@@ -149,23 +131,6 @@ class Scheduler:
             self._changed.notify()
         return ticket
 
-    def stream(self, request: Request) -> Iterator[Response]:
-        """Submit a request and yield its responses as they come; leaving the iterator cancels the request. Raises what
-        `submit` raises, and the error of an answer that fails.
-        """
-        responses: SimpleQueue[Response] = SimpleQueue()
-        ticket = self.submit(request, responses.put)
-        try:
-            while True:
-                response = responses.get()
-                if response.error is not None:
-                    raise response.error
-                yield response
-                if response.finish_reason is not None:
-                    return
-        finally:
-            self.cancel(ticket)
-
     def cancel(self, ticket: Ticket) -> None:
         """End an answer before its next token. Nothing happens to an answer that has ended."""
         with self._changed:
@@ -185,12 +150,6 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._rows)
-
-    def seconds_with(self, more: int) -> float:
-        """Return the most seconds that a step with `more` further requests would take, and the prefill before it, by
-        what the last steps took. By how much a row more slows it down is not known; at most as if rows took turns.
-        """
-        return self._seconds * (self.running + self.waiting + more) / max(1, self.running)
 
     def close(self, seconds: float = 0.0) -> bool:
         """Take no more requests, wait `seconds` for answers, then fail the rest. Return whether none had to fail."""
@@ -221,14 +180,9 @@ class Scheduler:
                 if self._closing and not (self._waiting or self._job or self._rows):
                     return
             try:
-                began, waited_for = time.perf_counter(), bool(self._rows)
-                self._prefill(waited_for)
+                self._prefill(waited_for=bool(self._rows))
                 if self._rows.rows:
-                    now = time.perf_counter()
-                    rest = now - began if waited_for else 0.0
-                    self._decode(rest)
-                    took = rest + time.perf_counter() - now
-                    self._seconds += (WEIGHT if self._seconds else 1.0) * (took - self._seconds)
+                    self._decode()
             except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
@@ -291,26 +245,18 @@ class Scheduler:
         with suppress(MemoryError, BackendError):  # no room to keep it: it will be prefilled anew
             self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
 
-    def _decode(self, rest: float) -> None:
-        """Decode one step of all rows; `rest`: seconds that they waited for a prefill before it."""
-        rows, pace = self._rows.rows, self.pace
-        together = self._together if pace is None else pace.together()
+    def _decode(self) -> None:
+        """Decode one step of all rows."""
+        rows = self._rows.rows
         for row in rows:
             if row.tag.rules is None:
-                pressed = pace is None or pace.granted < 1  # else all run densely
-                row.rules = row.tag.alone if len(rows) == 1 and pressed else together
-                if pace is not None:
-                    row.tag.alone.budget = pace.granted
-        began, steps = time.perf_counter(), self._rows.decode_steps
+                row.rules = row.tag.alone if len(rows) == 1 else self._together
         stopped = {row.tag for row in rows if row.tag.cancelled or row.tag.late}
         try:
             told = self._rows.advance(stopped)
         except BackendError as error:
             self._fail_all(error)
             return
-        if pace is not None and self._rows.decode_steps > steps:
-            fraction = self.runtime.cost.token_time(self._rows.skipped[:, None])[0]
-            pace.measured(float(fraction), time.perf_counter() - began, rest)
         for ticket, response in told:
             if response.finish_reason == "cancelled" and ticket.late and not ticket.cancelled:
                 response = self._rows.failed(self._late(), response.statistics)
@@ -341,7 +287,6 @@ class Scheduler:
             logger.exception("a response could not be told")
             ticket.cancelled = True
         if response.finish_reason is not None:
-            ticket.ended = True
             ticket.turn = ticket.guide = None  # free megabytes: the client may hold the ticket for long
 
     def _late(self) -> DeadlineError:

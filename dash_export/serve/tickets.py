@@ -11,7 +11,6 @@ from dash_export.core.sampling import Prompt, Sampling, TokenIds
 from dash_export.errors import RequestError
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import Response, Turn
-from dash_export.serve.pace import Pace
 from dash_export.text.guidance import Guide
 
 GUIDED = 16
@@ -33,7 +32,6 @@ class Queue(Protocol):
     runtime: DashRuntime
     size: int
     most_waiting: int
-    pace: Pace | None
     figures: Counter[str]
 
     @property
@@ -90,7 +88,6 @@ class Ticket:
     until: float
     guide: Guide | None = None
     cancelled: bool = False
-    ended: bool = False
     turn: Turn | None = None
     alone: SessionRules | None = None
     """Rules for steps in which this is the only row, where its request has no setting."""

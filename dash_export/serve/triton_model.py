@@ -5,7 +5,6 @@ file into a model repository, beside its config.pbtxt; it runs where `dash_expor
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from dash_export.serve.http_errors import HttpError, http_error, wrong_field  # 
 from dash_export.serve.messages import check_parts  # noqa: E402
 from dash_export.serve.protocol import CompletionRequest  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
-from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
+from dash_export.serve.tickets import Request, Ticket  # noqa: E402
 
 
 class TritonPythonModel:
@@ -38,18 +37,12 @@ class TritonPythonModel:
         runtime = DashRuntime.load(said["bundle"], said["target"])
         self._scheduler = Scheduler(runtime, rows=int(said["rows"]), waiting=int(said["waiting"]))
         self._scheduler.start()
-        self._open = dict[Ticket, Any]()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = _asked(request)
-                try:
-                    self._submit(asked, sender)
-                except BusyServerError:  # make room: drop requests whose clients have gone
-                    self._drop_cancelled()
-                    self._submit(asked, sender)
+                self._submit(_asked(request), sender)
             except DashError as error:
                 _fail(sender, str(http_error(error)))
             except (HttpError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
@@ -64,13 +57,6 @@ class TritonPythonModel:
         sampling = replace(asked.sampling(), grammar=asked.grammar(self._scheduler.runtime.text.tokenizer))
         submitted = Request(asked.prompt[0], asked.max_tokens, sampling, asked.dash.setting())
         tickets.append(self._scheduler.submit(submitted, partial(self._tell, sender, tickets)))
-        self._open = {ticket: asks for ticket, asks in self._open.items() if not ticket.ended} | {tickets[0]: sender}
-
-    def _drop_cancelled(self) -> None:
-        for ticket, sender in self._open.items():
-            if not ticket.ended and sender.is_cancelled():
-                self._scheduler.cancel(ticket)
-        time.sleep(0.05)  # the scheduler drops tickets between two steps
 
     def _tell(self, sender: Any, tickets: list[Ticket], response: Response) -> None:
         if response.error is not None:

@@ -35,9 +35,7 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
-    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that begins with
-    "The model's tokenizer" and `what`.
-    """
+    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError instead."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):
@@ -135,9 +133,7 @@ class Guides:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
-        known = [
-            token for token in sorted(eos_ids) if 0 <= token < 1 << 32 and tokenizer.id_to_token(token) is not None
-        ]
+        known = [one for one in sorted(eos_ids) if 0 <= one < 1 << 32 and tokenizer.id_to_token(one) is not None]
         self._tokenizer, self._eos = tokenizer, known or None
         self._tokens: Any = None
         self._child: Child | None = None
@@ -145,9 +141,7 @@ class Guides:
         """Grammar -> the share of SECONDS or MEGABYTES that it takes; the one used last comes last."""
 
     def _share(self, grammar: str) -> float:
-        """Return the share of SECONDS or MEGABYTES that a grammar takes; try the grammar if it is new. Raises
-        RequestError where it cannot be read within them.
-        """
+        """Return the share of SECONDS or MEGABYTES that a grammar takes. Raises RequestError beyond them."""
         if len(grammar) > MOST_LETTERS:
             raise RequestError(f"The grammar or schema has over {MOST_LETTERS} letters.")
         with _TRIES:
@@ -159,9 +153,7 @@ class Guides:
                 except RequestError as error:  # a child that fails is not the client's fault
                     raise BackendError(str(error)) from error
                 if not good:
-                    lark = (
-                        " GBNF? `python -m llguidance.gbnf_to_lark FILE` makes Lark of it." if "::=" in grammar else ""
-                    )
+                    lark = " GBNF? `python -m llguidance.gbnf_to_lark FILE` makes Lark of it." * ("::=" in grammar)
                     raise RequestError(f"The grammar or schema cannot be read ({_in_words(text):.300}).{lark}")
                 self._tried[grammar] = float(text)
                 if len(self._tried) > _KEPT:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -67,15 +68,13 @@ class Text:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
-            ) from error
+            said = f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
+            raise RequestError(said) from error
         if len(text) < _APART:
             return call_tokenizer(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
         with _one_long if len(text) >= _LONG else nullcontext():
-            return call_tokenizer(
-                _READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
-            )
+            batch = self.tokenizer.encode_batch
+            return call_tokenizer(_READS, lambda: batch([text], add_special_tokens=special)[0].ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """Encode a text of any length in memory for one piece at a time; pieces are cut at lines, or else at words."""
@@ -107,9 +106,8 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids. Raises RequestError where the tokenizer's decoder gives up."""
-        return call_tokenizer(
-            "cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        )
+        decode = self.tokenizer.decode
+        return call_tokenizer("cannot write these tokens", lambda: decode(list(ids), skip_special_tokens=True))
 
     def chat(
         self,
@@ -124,9 +122,7 @@ class Text:
         OpenAI's form, for a template that takes tools.
         """
         if self.template is None:
-            raise RequestError(
-                "This model has no chat template: give it plain text (without --chat), or export a chat model."
-            )
+            raise RequestError("This model has no chat template: give it plain text, or export a chat model.")
         if isinstance(cast(object, messages), str):
             raise RequestError("messages must be a list of messages {role, content}, not one text.")
         said = [value for message in messages for value in message.values()]
@@ -193,6 +189,34 @@ class TextStream:
         return piece
 
 
+class TextIds:
+    """Texts -> token ids of an encoder, in batches of one length each: nothing is padded, so no graph needs a mask."""
+
+    def __init__(self, root: Path, most: int) -> None:
+        """Read the tokenizer of a bundle. `most`: tokens of the longest text."""
+        self._text, self._most = Text(root), most
+
+    def groups(self, texts: Sequence[Any]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]]:
+        """Return (places, ids int64 [n, length]) of the texts of each length. Raises RequestError."""
+        found: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        for place, text in enumerate(texts):
+            ids = self._ids(text)
+            found[len(ids)].append((place, ids))
+        each = (tuple(zip(*group, strict=True)) for group in found.values())
+        return [(np.array(places, np.intp), np.array(ids, np.int64)) for places, ids in each]
+
+    def _ids(self, text: Any) -> list[int]:
+        if not isinstance(text, str):
+            raise RequestError(f"A text must be a str, not {type(text).__name__}.")
+        ids = self._text.encode(text, limit=self._most)
+        if len(ids) > self._most:
+            said = f"The text {text[:40]!r} has {len(ids)} tokens, and {self._most} are the most"
+            raise ContextLengthError(f"{said}: shorten or split it.")
+        if not text.strip() or not ids:
+            raise RequestError("A text is empty: give at least one word.")
+        return ids
+
+
 def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that begins `stop`."""
     most = min(len(text), len(stop) - 1)
@@ -222,9 +246,7 @@ def _token_text(token: object) -> str:
 
 
 def _eos_ids(configs: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
-    """Return the ids that end an answer: those of the first config that has some, and the tokenizer's own. A fine-tune
-    for chats often has its base model's generation_config.
-    """
+    """Return the ids that end an answer: the tokenizer's own, and those of the first config that names some."""
     given = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), None)
     found = {token for token in (given if isinstance(given, list) else [given]) if type(token) is int}
     named = tokenizer.token_to_id(eos_token) if eos_token else None

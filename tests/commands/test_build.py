@@ -14,6 +14,9 @@ from dash_export.files.outputs import MARK, REPLACED, work_of
 from tests.commands.helpers import DISK_FULL, dash, done, refused
 from tests.tiny import TINY_UNITS
 
+NEAREST = ("--rounding", "nearest")
+"""Without a calibration, which takes seconds."""
+
 
 def test_bundle(own_bundle: Path) -> None:
     result = done("build", own_bundle, "--weights", "int8", "--head", "fp32")
@@ -93,11 +96,11 @@ def test_refused(own_bundle: Path, tmp_path: Path) -> None:
 
 def test_disk_full(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dash_export.graphs.lower.surgery.save_graph", Mock(side_effect=DISK_FULL))
-    message = refused("build", own_bundle)
+    message = refused("build", own_bundle, *NEAREST)
     assert "The disk is full" in message
     assert str(own_bundle) in message
     shutil.rmtree(own_bundle / "engines" / "cpu-fp32")
-    assert "is unfinished" in refused("inspect", own_bundle, "--target", "cpu")
+    assert "is unfinished" in refused("inspect", own_bundle, "--target", "cpu-nearest")
 
 
 def test_an_error_does_not_wait_for_the_rest(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,5 +112,5 @@ def test_an_error_does_not_wait_for_the_rest(own_bundle: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dash_export.graphs.lower.surgery.save_graph", slow)
-    assert dash("build", own_bundle).exit_code == 130
+    assert dash("build", own_bundle, *NEAREST).exit_code == 130
     assert len(began) <= 4

@@ -1,22 +1,16 @@
-"""`eval`, `frontier` and `skipmap`."""
+"""`eval` and `frontier`."""
 
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 
-from dash_export.bundle.layout import REPORT
-from dash_export.commands import reports
-from dash_export.errors import OutputError
-from dash_export.files import replacing
 from dash_export.files.outputs import locked
-from dash_export.text.tokenizer import Text
 from tests.commands.helpers import dash, done, refused
 from tests.measure.test_tasks import ANSWERS, CHOICES, QUESTIONS, write_task
-from tests.tiny import TEXT
 
 TARGET = ("--target", "cpu-fp32")
 SMALL = ("--window", 48, "--prefix", 10, "--limit", 2)
@@ -50,13 +44,7 @@ def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
     result = done(
         "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--also", f"{tiny_root}:portable", "--budget", "0.95,0.01"
     )
-    for expected in (
-        "own.txt: 2 windows of 48 tokens, the first 10 dense",
-        "static",
-        "budget 0.95",
-        "perplexity ratio",
-        "tiny:portable",
-    ):
+    for expected in ("own.txt: 2 windows of 48 tokens, the first 10 dense", "static", "budget 0.95", "tiny:portable"):
         assert expected in result.stdout
     assert "budget 0.01" not in result.stdout
     assert "Not measured: static, budget 0.01." in result.stderr
@@ -77,15 +65,9 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: 
     assert "Two builds are called" in refused(*begin, "--text", text, *also, *also, code=2)
     assert "give the target" in refused(*begin, "--text", text, "--also", tiny_root)
     assert "There is no bundle" in refused(*begin, "--text", text, "--also", tmp_path / "none:cpu")
-    for wrong in (
-        ("--budget", "1.5"),
-        ("--budget", "0"),
-        ("--budget", "much"),
-        ("--skipped", "0"),
-        ("--kinds", "magic"),
-        ("--budget", "0.9", "--skipped", "2"),
-    ):
-        refused(*begin, "--text", text, *wrong, code=2)
+    for wrong in ("--budget=1.5", "--budget=0", "--budget=much", "--skipped=0", "--kinds=magic"):
+        refused(*begin, "--text", text, wrong, code=2)
+    refused(*begin, "--text", text, "--budget", "0.9", "--skipped", "2", code=2)
 
 
 def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
@@ -111,32 +93,16 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
 
 
-def test_what_was_measured_is_lost_neither_way(
+def test_what_was_measured_is_kept_though_nobody_reads_it(
     tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text)
-    options = (*begin, "--kinds", "static", "--skipped", "1", "--rounds", 0)
-    with monkeypatch.context() as late:  # what is in the way has come after it was looked for
-        late.setattr("dash_export.commands.frontier.sole_writer", MagicMock())
-        (tmp_path / "f.png").mkdir()
-        (tmp_path / "old.svg").write_text(REPORT)
-        (tmp_path / "f.svg").symlink_to("old.svg")
-        (tmp_path / "f.json").write_text("mine")
-        (tmp_path / "f-2.json").write_text("mine too")
-        result = done(*options, "-o", tmp_path / "f")
-    assert f"f.json is no report of ours any more: it is kept, and {tmp_path / 'f-3.json'} is written" in result.stderr
-    assert json.loads((tmp_path / "f-3.json").read_text())["points"]
-    assert (tmp_path / "f-2.png").is_file()
-    assert (tmp_path / "f-2.svg").is_file()
-    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "f.svg")] == ["mine", "mine too", REPORT]
-    with monkeypatch.context() as closed:  # whoever read what is printed has gone
-        closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
-        with suppress(BrokenPipeError):
-            dash(*options, "-o", tmp_path / "g")
+    begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", "1")
+    monkeypatch.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
+    with suppress(BrokenPipeError):
+        dash(*begin, "--rounds", 0, "-o", tmp_path / "g")
     assert (tmp_path / "g.png").is_file()
     for nameless in (".", "..", "/", tmp_path / ".."):
-        assert "is a folder: give -o a name" in refused(*options, "-o", nameless)
-        assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)
+        assert "is a folder: give -o a name" in refused(*begin, "-o", nameless)
 
 
 def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
@@ -145,10 +111,8 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
         base = tmp_path / str(number) / "f"
         base.parent.mkdir()
         base.with_name(name).write_text("mine")
-        commands = [("frontier", tiny_root), *([("skipmap", tiny_root, TEXT)] if name != "f.json" else [])]
-        for command in commands:
-            said = refused(*command, *TARGET, "-o", base)
-            assert f"{name} exists and is no report of ours: it will not be overwritten" in said
+        said = refused("frontier", tiny_root, *TARGET, "-o", base)
+        assert f"{name} exists and is no report of ours: it will not be overwritten" in said
         assert base.with_name(name).read_text() == "mine"
     for output in (own_bundle / "f", own_bundle / "onnx" / "f", own_bundle / "config"):
         assert "would lie inside the bundle" in refused("frontier", own_bundle, *TARGET, "-o", output)
@@ -157,53 +121,14 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
     assert not list(own_bundle.rglob("*.png"))
     base = tmp_path / "none" / "f"
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
-    refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
     assert not base.parent.exists()
-
-
-def test_where_no_report_could_be_written(tiny_root: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told before anything is measured."""
-    mounted, command = text.parent / "m.json", ("frontier", tiny_root, *TARGET, "--text", text, "-o")
-    mounted.write_text(REPORT)
-    monkeypatch.setattr(replacing, "_mount_points", lambda: {mounted.resolve()})
-    assert "m.json is a mount point" in refused(*command, text.parent / "m")
-    monkeypatch.setattr(reports, "check_writable", Mock(side_effect=OutputError("it may not be written in")))
-    assert "may not be written in" in refused(*command, text.parent / "front")
-    assert not list(text.parent.glob("*front*"))
-
-
-def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "long.txt").write_text("All work and no play. " * 5000)
-    lengths, encode = [], Text.encode
-    monkeypatch.setattr(Text, "encode", lambda self, text, **_given: lengths.append(len(text)) or encode(self, text))
-    options = ("--prefix", 2, "--tokens", 9, "-o", tmp_path / "m.png")
-    assert dash("skipmap", tiny_root, "--file", tmp_path / "long.txt", *TARGET, *options).exit_code == 0
-    assert max(lengths) <= 64 * 11
-
-
-def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    output = tmp_path / "map"
-    result = done("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
-    assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout
-    assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")
-    assert output.with_name("map.svg").is_file()
-    assert dash("skipmap", tiny_root, TEXT[:200], *TARGET, "--skipped", "1.5", "-o", output).exit_code == 0
-    default, free = (
-        dash("skipmap", tiny_root, "--file", text, *TARGET, *options, "-o", output).stdout
-        for options in ((), ("--no-hold",))
-    )
-    assert "6.0 of 6 layers" not in default + free, "both are the token policy"
-    assert "give more text" in refused("skipmap", tiny_root, "too short", *TARGET, "--prefix", 60, "-o", output)
-    refused("skipmap", tiny_root, "a", *TARGET, "--file", text, code=2)
 
 
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("pictures", "report"):
         monkeypatch.delitem(sys.modules, f"dash_export.measure.{name}", raising=False)
-    for command in (("frontier", tiny_root), ("skipmap", tiny_root), ("profile", tiny_root, "--html", "r.html")):
+    for command in (("frontier", tiny_root), ("profile", tiny_root, "--html", "r.html")):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "dash_export.measure.tasks", raising=False)

@@ -14,12 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from dash_export.building import build
-from dash_export.building.exporting import export
-from dash_export.core.policy import no_policy
 from tests.commands.helpers import environment, free_port, refused
 from tests.serve.test_door import certificate
-from tests.tiny import tiny_checkpoint
 
 FP32 = ("--target", "cpu-fp32")
 
@@ -165,16 +161,3 @@ def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
     assert "--ctx-size 99999 is more than the" in refused("serve", tiny_root, *FP32, "--ctx-size", 99999)
     assert "--ssl-certfile that it belongs to" in refused("serve", tiny_root, *FP32, "--ssl-keyfile", keys)
     assert f"{keys} and its key cannot be used" in refused("serve", tiny_root, *FP32, "--ssl-certfile", keys)
-
-
-def test_a_pace_beside_a_bundle_without_a_policy(tiny_root: Path, tmp_path: Path) -> None:
-    """Alone it cannot keep one. Beside another it is the one that answers what that has no time for."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    dense = export(checkpoint, tmp_path / "dense.dash", no_policy(checkpoint.spec.num_layers, ()))
-    build(dense, "cpu", weights="fp32")
-    paced = (*FP32, "--pace", "50", "--budget", "0.9")
-    for options in (("--pace", "50"), ("--budget", "0.9")):
-        assert "Train one (about 1 minutes" in refused("serve", dense.root, *FP32, *options)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = ("--port", taken.getsockname()[1])
-        assert "cannot be listened to" in refused("serve", tiny_root, dense.root, *paced, *port)

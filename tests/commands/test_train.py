@@ -69,17 +69,14 @@ def test_what_cannot_be_trained(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("option", "content", "said"),
-    [
+def test_nothing_to_learn_from(model: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.jsonl"
+    for option, content, said in (
         ("--text", "", "has 0 tokens: too short to train on"),
         ("--text", "A few words.", "too short to train on"),
         ("--prompts", "", "has no prompts"),
         ("--prompts", "{}", "line 1: not a prompt"),
-    ],
-)
-def test_nothing_to_learn_from(model: Path, tmp_path: Path, option: str, content: str, said: str) -> None:
-    given = tmp_path / "given.jsonl"
-    given.write_text(content)
-    assert said in refused("train", model, "-o", tmp_path / "p.safetensors", option, given, *QUICK)
+    ):
+        given.write_text(content)
+        assert said in refused("train", model, "-o", tmp_path / "p.safetensors", option, given, *QUICK)
     assert list(tmp_path.iterdir()) == [given]

@@ -10,7 +10,7 @@ from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.exporting import export
 from dash_export.core.policy import no_policy
-from tests.commands.helpers import ROOT, dash, done
+from tests.commands.helpers import ROOT, dash, done, refused
 from tests.tiny import TINY_UNITS, tiny_checkpoint
 
 FP32 = ("--target", "cpu-fp32")
@@ -38,12 +38,13 @@ def test_without_a_policy_train_is_named(options: tuple[object, ...], bare_bundl
     assert result.stderr.strip().endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
 
 
-def test_eval_and_inspect_name_it_too(bare_bundle: Path, text: Path) -> None:
+def test_other_commands_name_it_too(bare_bundle: Path, text: Path) -> None:
     train = ": dash-export train MODEL -o NAME.safetensors --effort quick"
     small = ("--limit", 2, "--window", 48, "--prefix", 10, "--text", text)
     assert train in done("eval", bare_bundle, *FP32, *small).stderr
     assert json.loads(done("eval", bare_bundle, *FP32, *small, "--json").stdout)["refused"][0]["label"] == "token"
     assert train in done("inspect", bare_bundle).stdout
+    assert train in refused("serve", bare_bundle, *FP32, "--budget", 0.9)
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -55,10 +56,8 @@ def test_what_skips_without_bypasses_cost(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     if not writable:
         cache.write_text("no folder")
-    first, second, other = (
-        done("run", bare_bundle, "hello", *FP32, "--skip", skip, "--max-tokens", 2).stderr
-        for skip in ("2-3", "2-3", "2-4")
-    )
+    asked = ("run", bare_bundle, "hello", *FP32, "--max-tokens", 2, "--skip")
+    first, second, other = (done(*asked, skip).stderr for skip in ("2-3", "2-3", "2-4"))
     runtime = DashRuntime.load(bare_bundle, "cpu-fp32")
     windows = runtime.text.windows((ROOT / "calibration/prose.txt").read_text(), 4, 128)
     dense, skipping = (

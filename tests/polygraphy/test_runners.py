@@ -12,7 +12,6 @@ pytest.importorskip("polygraphy")
 from polygraphy.exception import PolygraphyException
 
 from dash_export import DashRuntime
-from dash_export.backends.onnxruntime import ort_engine
 from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle.bundle import Bundle
@@ -36,13 +35,6 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     assert {window.shape for window in windows} == {(1, 12)}
     np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
     np.testing.assert_array_equal(windows[0], windows[STEPS])
-
-
-@pytest.fixture
-def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process cannot have both kinds, and other tests have the runtime's."""
-    sound = ort_engine.OrtEngine
-    monkeypatch.setattr(ort_engine, "OrtEngine", lambda path, _: sound(path, ort_engine.session_options()))
 
 
 def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:
@@ -77,13 +69,13 @@ def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path
 
 
 @pytest.mark.usefixtures("shared_pool")
-@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
-def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
+def test_positions_that_leave_the_cache_are_refused(tiny_root: Path) -> None:
     """The engine would write outside its cache, or elsewhere than it says."""
     with DashEngineRunner(str(tiny_root), "cpu-fp32", "layer_04") as runner:
         feed = feed_of(runner, 3, 8)
-        with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
-            runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
+        for start, stride in ((8, 1), (2, 2), (-1, 1)):
+            with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
+                runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
         assert runner.infer(feed | {"position_ids": np.arange(5, 8)[None]})["hidden_out"].shape[1] == 3
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.serve.prefixes import Prefixes
+from dash_export.serve.reading import Prefixes
 from tests.runtime.test_batch import answers
 from tests.runtime.test_session import FIRST, SECOND, tokens_of
 from tests.tiny import random_ids, tiny_bundle

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from queue import SimpleQueue
 
 import httpx
 import openai
@@ -10,8 +11,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.host.decode import BoundStep
+from dash_export.runtime import Response
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 from tests.listening import listening
 
 Serve = Callable[..., str]
@@ -22,6 +25,22 @@ def slow_down(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes so much longer."""
     sound = BoundStep.decode_batch
     monkeypatch.setattr(BoundStep, "decode_batch", lambda *given: (time.sleep(seconds), sound(*given)))
+
+
+def stream(scheduler: Scheduler, request: Request) -> Iterator[Response]:
+    """Submit a request and yield its responses as they come. Leaving the iterator cancels the request."""
+    responses: SimpleQueue[Response] = SimpleQueue()
+    ticket = scheduler.submit(request, responses.put)
+    try:
+        while True:
+            response = responses.get(timeout=60)
+            if response.error is not None:
+                raise response.error
+            yield response
+            if response.finish_reason is not None:
+                return
+    finally:
+        scheduler.cancel(ticket)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,8 +12,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.serve import metrics
+from dash_export.serve.app import Server
 from dash_export.serve.running import BODY_BYTES
-from tests.serve.conftest import Serve, slow_down
+from tests.listening import listening
+from tests.serve.conftest import MakeScheduler, Serve, slow_down
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
@@ -103,157 +104,12 @@ def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
 
 def test_a_streamed_chat_tells_every_token_once(client: openai.OpenAI) -> None:
     """Also of a last one that is half a letter."""
-    asked: dict[str, Any] = {
-        "messages": MESSAGES,
-        "logprobs": True,
-        "extra_body": {"dash": {"skip": [4], "skips": True}},
-    }
+    asked: dict[str, Any] = {"messages": MESSAGES, "logprobs": True, "extra_body": {"dash": {"skips": True}}}
     for size in (1, 7):
         chunks = list(client.chat.completions.create(max_tokens=size, stream=True, **asked, **GREEDY))
         told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
         assert sum(len(one.content or ()) for one in told) == size
         assert sum("dash" in (chunk.model_extra or {}) for chunk in chunks) == size
-
-
-def test_several_answers_and_seeds(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 10, "n": 3, "seed": 4, "model": "tiny"}
-    one, other = (client.chat.completions.create(temperature=1.5, **asked) for _ in range(2))
-    texts = [choice.message.content for choice in one.choices]
-    assert len(set(texts)) == 3
-    assert texts == [choice.message.content for choice in other.choices]
-    assert [choice.index for choice in one.choices] == [0, 1, 2]
-    assert one.usage is not None
-    assert one.usage.completion_tokens == 30
-
-
-def test_many_at_once_get_what_they_get_alone(client: openai.OpenAI, runtime: DashRuntime) -> None:
-    """Whichever streams, however they skip: fp32."""
-
-    def ask(number: int) -> str:
-        budget = [{"policy": "dense"}, {"skip": [2, 3]}, {"trade_off": 0.5}][number % 3]
-        asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 5 + number % 7, "extra_body": {"dash": budget}}
-        if number % 2:
-            chunks = client.chat.completions.create(stream=True, **asked, **GREEDY)
-            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        return client.chat.completions.create(**asked, **GREEDY).choices[0].message.content or ""
-
-    with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(ask, range(36)))
-    settings: list[dict[str, Any]] = [{}, {"policy": "static", "skip": (2, 3)}, {"policy": "token", "trade_off": 0.5}]
-    for number, text in enumerate(found):
-        assert text == expected(runtime, 5 + number % 7, **settings[number % 3])
-
-
-FORM: dict[str, Any] = {"type": "json_schema"}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
-BAD: dict[str, tuple[dict[str, Any], int, str]] = {
-    "no messages": ({"messages": []}, 400, "messages"),
-    "hot": ({"temperature": 3}, 400, "temperature"),
-    "cold": ({"temperature": "x"}, 400, "temperature"),
-    "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
-    "two amounts": ({"dash": {"budget": 0.9, "skipped": 2}}, 400, "budget or skipped"),
-    "wrong amount": ({"dash": {"budgte": 0.9}}, 400, "dash.budgte"),
-    "code of the server's": ({"dash": {"policy": "os:system"}}, 400, "dash.policy"),
-    "code of the server's by name": ({"model": "tiny@policy=os:system"}, 400, "policy"),
-    "too much": ({"dash": {"budget": 0.01}}, 400, "A budget of 0.01 is below the 0."),
-    "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny."),
-    "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),
-    "alias twice": ({"model": "tiny@budget=0.9,budget=0.8"}, 400, "each once"),
-    "alias of no setting": ({"model": "tiny@skips=true"}, 400, "each once"),
-    "alias beside dash": ({"model": "tiny@budget=0.9", "dash": {"policy": "dense"}}, 400, "leave one out"),
-    "wrong alias value": ({"model": "tiny@budget=x"}, 400, "budget"),
-    "long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "context"),
-    "longer than it may be": ({"max_tokens": 10_000}, 400, "context"),
-    "n": ({"n": 100}, 400, "n: "),
-    "stop": ({"stop": [""]}, 400, "stop"),
-    "hold of nothing": ({"dash": {"hold": False}}, 400, "hold is of a budget"),
-    "bias of no token": ({"logit_bias": {"500": 3}}, 400, "logit_bias: this model has the tokens 0 to 299"),
-    "bias without end": ({"logit_bias": {"5": 300}}, 400, "logit_bias must be token ids with numbers between -100"),
-    "bias of a word": ({"logit_bias": {"hello": 3}}, 400, "logit_bias"),
-    "best of many": ({"best_of": 5}, 400, "best_of"),
-    "functions": ({"functions": [{"name": "f"}]}, 400, "functions: OpenAI's API has this field, this server has not"),
-    "two forms": ({"guided_regex": "a", "guided_json": {}}, 400, "guided_json and guided_regex exclude each other"),
-    "form and format": (
-        {"guided_regex": "a", "response_format": {"type": "json_object"}},
-        400,
-        "guided_regex and response_format exclude each other",
-    ),
-    "broken pattern": ({"guided_regex": "("}, 400, "cannot be read"),
-    "schema that is no JSON": ({"guided_json": "{"}, 400, "guided_json"),
-    "GBNF": ({"guided_grammar": 'root ::= "a"'}, 400, "gbnf_to_lark"),
-    "nothing to continue": (
-        {"continue_final_message": True},
-        400,
-        "continue_final_message: the last message has to be",
-    ),
-    "continued and begun": (
-        {
-            "messages": [{"role": "assistant", "content": "a"}],
-            "continue_final_message": True,
-            "add_generation_prompt": True,
-        },
-        400,
-        "add_generation_prompt: a continued message has none",
-    ),
-    "schema that is none": (
-        {"response_format": FORM | {"json_schema": {"schema": {"type": "no"}}}},
-        400,
-        "cannot be read",
-    ),
-    "no schema": ({"response_format": FORM}, 400, "json_schema is missing"),
-    "other form": ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
-    "tools, with this template": ({"tools": [TOOL]}, 400, "takes no tools"),
-    "name of a tool": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name"),
-    "other tool": ({"tools": [TOOL], "tool_choice": TOOL | {"function": {"name": "x"}}}, 400, "no such function"),
-    "none of the tools": ({"tool_choice": "required"}, 400, "no such function is among the 0 tools"),
-    "no call": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "tool_calls.0.function"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_is_refused(name: str, stream: bool, http: httpx.Client) -> None:
-    changes, status, said = BAD[name]
-    reply = http.post("/v1/chat/completions", json={"messages": MESSAGES, "model": "tiny", "stream": stream} | changes)
-    assert reply.status_code == status, reply.text
-    error = reply.json()["error"]
-    assert said in error["message"]
-    assert set(error) == {"message", "type", "param", "code"}
-
-
-@pytest.mark.parametrize(
-    ("path", "changes"),
-    [
-        ("completions", {"prompt": "x", "suffix": "y"}),
-        ("completions", {"prompt": "x", "response_format": {"type": "json_object"}}),
-        ("completions", {"prompt": "x", "tools": []}),
-        ("responses", {"input": "x", "conversation": "conv_1"}),
-        ("responses", {"input": "x", "prompt": {"id": "pmpt_1"}}),
-        ("responses", {"input": "x", "background": True}),
-    ],
-)
-def test_what_would_be_another_answer(path: str, changes: dict[str, Any], http: httpx.Client) -> None:
-    """Fields of OpenAI's that are not done are told, not passed over."""
-    reply = http.post(f"/v1/{path}", json=changes)
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == [*changes][-1]
-
-
-def test_figures_are_of_all_answers(http: httpx.Client) -> None:
-    """Layers per token and time are those of the tokens that are counted beside them."""
-    body = {"prompt": "hello", "n": 3, "max_tokens": 40, "seed": 4, "temperature": 2, "stream": True,
-            "stream_options": {"include_usage": True}, "dash": {"trade_off": 0.4, "skips": True}}  # fmt: skip
-    with http.stream("POST", "/v1/completions", json=body) as reply:
-        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
-    told, run, first = chunks.pop(), list[int](), set[int]()
-    for chunk in chunks:
-        if (index := chunk["choices"][0]["index"]) in first:
-            run.append(chunk["dash"]["layers"] - len(chunk["dash"]["skipped_layers"]))
-        first.add(index)
-    assert len(run) == told["usage"]["completion_tokens"] - 3
-    assert told["dash"]["layers_per_token"] == told["usage"]["dash"]["layers_per_token"]
-    assert told["dash"]["layers_per_token"] == pytest.approx(np.mean(run), abs=1e-3)
-    assert len(set(run)) > 1
 
 
 def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +134,7 @@ def test_what_is_no_request(http: httpx.Client) -> None:
 def test_a_key(serve: Serve) -> None:
     """Of any letters."""
     for key in ("geheimnis-\u00fc", "secret"):
-        address = serve(keys=[key])
+        address = serve(keys=["another", key])
         assert httpx.get(f"{address}/health").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
         for given, status in ((key, 200), ("wrong", 401), (key[:-1], 401), (f"{key}s", 401), ("geheimnis-u", 401)):
@@ -289,6 +145,18 @@ def test_a_key(serve: Serve) -> None:
             assert reply.status_code == status, form
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_several_models(scheduler: MakeScheduler) -> None:
+    """A request says which."""
+    served = {name: scheduler(False, rows=1) for name in ("one", "other")}
+    with listening(Server(served, drain=5.0).app) as address, httpx.Client(base_url=address, timeout=30) as http:
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["one", "other"]
+        assert http.get("/v1/models/car").json()["error"]["code"] == "model_not_found"
+        for name, status in (("other", 200), ("", 404), ("car", 404)):
+            reply = http.post("/v1/completions", json={"model": name, "prompt": [1, 2], "max_tokens": 1})
+            assert reply.status_code == status
+            assert reply.json()["model"] == name if status == 200 else "Known: one, other." in reply.text
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -305,9 +173,8 @@ def test_a_client_that_goes_away(
     until = time.monotonic() + 10
     while 'dash_export_running{model="tiny"} 0.0' not in (text := httpx.get(f"{address}/metrics").text):
         assert time.monotonic() < until, text
-    assert (
-        httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
-    )
+    later = httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False})
+    assert later.status_code == 200
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
     assert told['dash_export_tokens_total{model="tiny"}'] < 300
@@ -327,10 +194,8 @@ def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:
     assert "time that this request had is over" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
 
 
-def test_metrics(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics(serve: Serve) -> None:
     """What is told of an answer of 140 tokens."""
-    monkeypatch.setattr(metrics, "energy", lambda: [("package-0", 2.5)])
-    monkeypatch.setattr(metrics, "power", lambda: [("VDD_IN", 7.5)])
     address, body = serve(), {"messages": MESSAGES, "max_tokens": 140, "dash": {"skip": [2, 3]}, **GREEDY}
     assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
     asked = 'gen_ai_operation_name="chat",gen_ai_request_model="tiny"'
@@ -342,24 +207,11 @@ def test_metrics(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told['dash_export_layers_total{layer="2",model="tiny",state="skipped"}'] == 139
     assert told['dash_export_layers_total{layer="1",model="tiny",state="run"}'] == 139
     assert told['dash_export_layers_total{layer="2",model="tiny",state="run"}'] == 0
-    assert told['dash_export_energy_joules_total{zone="package-0"}'] == 2.5
-    assert told['dash_export_power_watts{rail="VDD_IN"}'] == 7.5
-    duration, first, token = (
-        told[f"gen_ai_server_{name}_seconds_sum{{{labels}}}"]
-        for name, labels in (
-            ("request_duration", f'error_type="",{asked}'), ("time_to_first_token", asked),
-            ("time_per_output_token", asked),
-        )
-    )  # fmt: skip
+    duration = told[f'gen_ai_server_request_duration_seconds_sum{{error_type="",{asked}}}']
+    first = told[f"gen_ai_server_time_to_first_token_seconds_sum{{{asked}}}"]
+    token = told[f"gen_ai_server_time_per_output_token_seconds_sum{{{asked}}}"]
     assert 0 < first < duration
     assert duration == pytest.approx(first + 139 * token, rel=1e-6)
-
-
-def test_cross_origin(serve: Serve) -> None:
-    origin = {"origin": "https://page.example"}
-    assert "access-control-allow-origin" not in httpx.get(f"{serve()}/v1/models", headers=origin).headers
-    allowed = httpx.get(f"{serve(origins=['https://page.example'])}/v1/models", headers=origin)
-    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
 
 
 @pytest.mark.parametrize(("path", "kind"), [("", "html"), ("page.css", "css"), ("page.js", "javascript")])

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -14,10 +13,8 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.backends.host.cache import KVCache
-from dash_export.commands.serve import raise_open_file_limit
 from dash_export.errors import BackendError, BundleError
-from dash_export.runtime.rows import NO_MEMORY, Rows
+from dash_export.runtime.rows import NO_MEMORY
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest
@@ -25,7 +22,7 @@ from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
 from dash_export.text.tokenizer import Text
 from tests.serve.conftest import Serve
-from tests.serve.test_app import DENSE, MESSAGES
+from tests.serve.test_app import MESSAGES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASKED: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
@@ -43,7 +40,6 @@ def called(said: list[Any]) -> list[dict[str, Any]]:
         (COMPLETIONS, {"prompt": [None] * 700_000}, "prompt"),
         (COMPLETIONS, {"prompt": [[None] * 700_000]}, "prompt"),
         (CHAT, {"messages": [0] * 700_000}, "messages"),
-        (CHAT, {"messages": [{"role": ""}] * 200_000}, "The body has more"),
         (CHAT, {"messages": [{"role": "user", "tool_calls": [CALL] * 150}] * 1000}, "The body has more"),
         (CHAT, {"messages": [{"role": "user", "content": "{" * 9000, "tool_calls": [CALL] * 3000}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 700_000}]}, "messages"),
@@ -53,13 +49,11 @@ def called(said: list[Any]) -> list[dict[str, Any]]:
         (CHAT, {"messages": MESSAGES, "dash": {"skip": "0-9999," * 500 + "1"}}, "'0-9999,0-9999"),
         (CHAT, {"messages": MESSAGES, "dash": {f"field{place}": 1 for place in range(200_000)}}, "dash"),
         (CHAT, {"messages": MESSAGES, "model": "tiny@skip=" + "4," * 1_000_000}, "model"),
-        (COMPLETIONS, {"prompt": [[1]] * 500_000}, "The body has more"),
         (COMPLETIONS, {"prompt": [NESTED] * 10_000}, "The body has more"),
         (CHAT, {"messages": MESSAGES, "tools": [{"a": '"[', "c": "\\", "b": [NESTED] * 9000}]}, "The body has more"),
         (CHAT, {"messages": [{"role": "user", "tool_calls": called([NESTED] * 4000)}]}, "messages.0.tool_calls.0"),
         (CHAT, {"messages": [{"role": "user", "tool_calls": called([[]] * 8000) * 4}]}, "messages: more than"),
         (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),
-        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "The body has more"),
         (CHAT, {"messages": MESSAGES, "dash": {"x" * 3_000_000: 1}}, "dash"),
     ],
 )
@@ -73,23 +67,16 @@ def test_lists_of_mistakes(path: str, body: dict[str, Any], field: str, http: ht
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_likelihoods_are_bounded(stream: bool, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 x 4,000 tokens with 20 each took 10 s of everybody's time, and 850 MB."""
-    body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 4, "n": 3, "max_tokens": 20, "stream": stream}
-    monkeypatch.setattr(running, "LIKELY", 300)
-    assert http.post(CHAT, json={"model": "tiny"} | body).status_code == 200
-    reply = http.post(CHAT, json={"model": "tiny"} | body | {"max_tokens": 21})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith(
-        "logprobs: this request could get 315 of them, and 300 are the most. Lower max_tokens"
-    )
-
-
-def test_likelihoods_of_prompts_are_bounded_too(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"prompt": [[5] * 10, [6] * 20], "logprobs": 4, "max_tokens": 2, "echo": True}
-    monkeypatch.setattr(running, "LIKELY", 170)
-    assert http.post(COMPLETIONS, json=body).status_code == 200
-    reply = http.post(COMPLETIONS, json=body | {"max_tokens": 3})
-    assert "could get 180 of them, and 170 are the most" in reply.json()["error"]["message"]
+    """16 x 4,000 tokens with 20 each took 10 s of everybody's time, and 850 MB. Those of prompts count, too."""
+    chat = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 4, "n": 3, "max_tokens": 20, "stream": stream}
+    echo = {"prompt": [[5] * 10, [6] * 20], "logprobs": 4, "max_tokens": 2, "echo": True, "stream": stream}
+    for path, body, most, more in ((CHAT, chat, 300, 315), (COMPLETIONS, echo, 170, 180)):
+        monkeypatch.setattr(running, "LIKELY", most)
+        assert http.post(path, json=body).status_code == 200
+        reply = http.post(path, json=body | {"max_tokens": body["max_tokens"] + 1})
+        assert reply.status_code == 400
+        said = f"logprobs: this request could get {more} of them, and {most} are the most. Lower max_tokens"
+        assert reply.json()["error"]["message"].startswith(said)
 
 
 def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,51 +88,6 @@ def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.Monkey
     refused = httpx.post(f"{address}{CHAT}", json=body | {"n": 4}, timeout=30)
     assert refused.status_code == 429
     assert "The server takes 3 answers with a grammar at a time" in refused.json()["error"]["message"]
-
-
-def test_memory_for_one_that_is_not_there(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone fails, with an answer: the others go on."""
-    sound = KVCache.reserve
-
-    def short(self: KVCache, rows: int) -> bool:
-        if rows > 300 and len(self.lengths) > 1:
-            raise MemoryError
-        return sound(self, rows)
-
-    monkeypatch.setattr(KVCache, "reserve", short)
-    address = serve(rows=3)
-    body = {"model": "tiny", "max_tokens": 60, "temperature": 0, **DENSE}
-    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
-    with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(httpx.post, f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}) for _ in range(2)]
-        reply = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": [5] * 320}, timeout=20)
-        assert (reply.status_code, reply.json()["error"]["message"]) == (500, NO_MEMORY)
-        for other in others:
-            assert other.result().json()["choices"][0]["text"] == alone
-
-
-def test_memory_that_a_row_grows_out_of(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone fails, in the middle of its answer."""
-    address = serve(rows=3)
-    body = {"model": "tiny", "max_tokens": 100, "temperature": 0, **DENSE}
-    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
-    sound, began = KVCache.reserve, Rows.begin
-
-    def short(self: KVCache, rows: int) -> None:
-        if rows > 256 and len(self.lengths) > 1:
-            raise MemoryError
-        sound(self, rows)
-
-    def with_room_for_a_token(rows: Rows, *given: Any) -> Any:
-        return began(rows, *given[:-1], 1)
-
-    monkeypatch.setattr(KVCache, "reserve", short)
-    monkeypatch.setattr(Rows, "begin", with_room_for_a_token)
-    asked = [body | {"prompt": prompt} for prompt in ("hello", [5] * 230, "hello")]
-    with ThreadPoolExecutor(3) as pool:
-        replies = list(pool.map(lambda one: httpx.post(f"{address}{COMPLETIONS}", json=one), asked))
-    assert (replies[1].status_code, replies[1].json()["error"]["message"]) == (500, NO_MEMORY)
-    assert [replies[place].json()["choices"][0]["text"] for place in (0, 2)] == [alone, alone]
 
 
 def test_rows_have_what_memory_allows(
@@ -186,43 +128,24 @@ def test_pages_of_others(headers: dict[str, str], status: int, serve: Serve) -> 
     assert reply.status_code == status, reply.text
     named = headers.get("host" if headers.get("host", "").startswith("evil") else "origin", "")
     assert status == 200 or repr(named) in reply.json()["error"]["message"]
-
-
-def test_a_body_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "BODY_SECONDS", 0.2)
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as slow:
-        slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
-        assert b" 408 " in slow.recv(200)
+    allowed = headers.get("origin") if headers.get("origin") == "https://page.example" else None
+    assert reply.headers.get("access-control-allow-origin") == allowed
 
 
 def test_bodies_that_do_not_end_keep_nobody_out(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the places of those that are worked on, nor, where they are large, the memory."""
+    """Neither the places of those that are worked on, nor, where they are large, the memory. They have their time."""
     host, port = address.removeprefix("http://").split(":")
+    monkeypatch.setattr(running, "BODY_SECONDS", 1.0)
     with ExitStack() as stack:
         for _ in range(app.ENTERING + 8):
             idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
             idle.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
         assert httpx.post(f"{address}{CHAT}", json=ASKED, timeout=20).status_code == 200
+        assert b" 408 " in idle.recv(200)
     monkeypatch.setattr(running, "READING_BYTES", 1000)
     reply = httpx.post(f"{address}{CHAT}", json=ASKED | {"user": "x" * 2000}, timeout=20)
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
     assert httpx.post(f"{address}{CHAT}", json=ASKED, timeout=20).status_code == 200
-
-
-def test_a_thousand_connections(address: str, http: httpx.Client) -> None:
-    """Half of them have begun a request. They keep nobody out."""
-    raise_open_file_limit()
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2500:
-        pytest.skip("this process may not open both ends of 1,000 connections: raise the hard limit of open files")
-    host, port = address.removeprefix("http://").split(":")
-    with ExitStack() as stack:
-        for number in range(1000):
-            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
-            if number % 2:
-                idle.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Le".encode())
-        assert http.post(CHAT, json=ASKED).status_code == 200
-        assert http.get("/health").status_code == 200
 
 
 def test_requests_that_are_read_at_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,12 +213,4 @@ def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture)
             said = http_error(error)
             assert (said.status, str(said)) == (500, MISTAKE)
     assert caplog.text.count("/secret") >= 2
-
-
-def test_a_long_text_is_encoded_as_a_short_one(address: str, tiny_runtime: Callable[..., DashRuntime]) -> None:
-    """In a batch of one, beside which other threads run."""
-    text = tiny_runtime().text
-    long = "hello there, " * 6000
-    assert text.encode(long) == text.tokenizer.encode(long).ids
-    reply = httpx.post(f"{address}{COMPLETIONS}", json={"model": "tiny", "prompt": long})
-    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert str(http_error(BackendError(NO_MEMORY))) == NO_MEMORY, "that is for the client to know"

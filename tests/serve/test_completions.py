@@ -44,50 +44,6 @@ def test_logprobs_are_of_the_answer(client: openai.OpenAI) -> None:
     assert said(stop=[pieces[place]]) == (pieces[:place], text[: text.index(pieces[place])])
 
 
-@pytest.mark.parametrize(
-    ("path", "field", "names"),
-    [
-        (
-            "chat/completions",
-            "messages",
-            ("n", "stream", "logprobs", "parallel_tool_calls", "tools", "tool_choice", "dash"),
-        ),
-        ("completions", "prompt", ("n", "stream", "best_of", "echo", "stream_options", "dash")),
-        ("responses", "input", ("stream", "parallel_tool_calls", "background", "top_logprobs", "text", "dash")),
-    ],
-)
-def test_null_is_nothing(path: str, field: str, names: tuple[str, ...], http: httpx.Client) -> None:
-    """As some clients send what they leave open. What is too long is in the field that has the prompt."""
-    limit = {"max_output_tokens" if path == "responses" else "max_tokens": 3}
-    for prompt, status in (("x", 200), ("x" * 600, 400)):
-        given = [{"role": "user", "content": prompt}] if field == "messages" else prompt
-        reply = http.post(f"/v1/{path}", json=dict.fromkeys(names) | limit | {field: given})
-        assert reply.status_code == status, reply.text
-    assert reply.json()["error"]["param"] == field
-
-
-def test_a_limit_that_is_null_is_the_default(http: httpx.Client) -> None:
-    body = {"prompt": "hello", "max_tokens": None, "temperature": 0} | DENSE
-    assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "field", "why"),
-    [
-        ("completions", {"prompt": "x", "stop": 5}, "stop", "valid string; or Input should be a valid array"),
-        ("chat/completions", {"messages": MESSAGES, "tool_choice": 5}, "tool_choice", "Input should be 'none', 'auto'"),
-        ("responses", {"input": [*MESSAGES, {"type": "reasoning"}]}, "input.1.type", "Input should be 'message'"),
-        ("chat/completions", {"messages": [{"content": "x"}]}, "messages.0.role", "Field required"),
-    ],
-)
-def test_the_wrong_field_is_named(path: str, body: dict[str, Any], field: str, why: str, http: httpx.Client) -> None:
-    """As it is in the body, without the kinds that it may have."""
-    said = http.post(f"/v1/{path}", json=body).json()["error"]
-    assert said["param"] == field
-    assert said["message"].startswith(f"{field}: ")
-    assert why in said["message"]
-
-
 def test_time_begins_as_a_request_comes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text is encoded within its deadline."""
     sound, address, body = Text.encode, serve(deadline=0.5), {"prompt": "hello", "max_tokens": 2}
@@ -96,7 +52,7 @@ def test_time_begins_as_a_request_comes(serve: Serve, monkeypatch: pytest.Monkey
     assert httpx.post(f"{address}/v1/completions", json=body).status_code == 504
 
 
-def test_several_prompts(client: openai.OpenAI, runtime: DashRuntime, http: httpx.Client) -> None:
+def test_several_prompts(client: openai.OpenAI, runtime: DashRuntime) -> None:
     """Texts or token ids, each with `n` answers, in their order; each prompt counts once."""
     prompts = ["hello", "there", "hello there"]
     for given in (prompts, [runtime.text.encode(one) for one in prompts]):
@@ -111,10 +67,6 @@ def test_several_prompts(client: openai.OpenAI, runtime: DashRuntime, http: http
     for chunk in client.completions.create(prompt=prompts, max_tokens=6, stream=True, extra_body=DENSE, **GREEDY):
         pieces[chunk.choices[0].index] = pieces.get(chunk.choices[0].index, "") + chunk.choices[0].text
     assert [pieces[at] for at in range(3)] == wanted[::2]
-    for given, said in ((["a", 5], "expected token ids"), ([], "expected a text"), (["a"] * 1025, "over 1024 prompts")):
-        assert said in http.post("/v1/completions", json={"prompt": given}).json()["error"]["message"]
-    reply = http.post("/v1/completions", json={"prompt": ["a"] * 40, "n": 2})
-    assert (reply.status_code, "80 answers at once, and the queue takes 64" in reply.text) == (400, True)
 
 
 def test_seeds_are_of_the_answers_to_a_prompt(http: httpx.Client) -> None:
@@ -143,9 +95,8 @@ def test_an_answer_of_one_token_has_no_speed(http: httpx.Client) -> None:
 def test_guided(path: str, given: dict[str, Any], pattern: str, http: httpx.Client) -> None:
     """The names are vLLM's."""
     asked = {"prompt": "hello"} if path == "completions" else {"messages": MESSAGES}
-    for seed in range(3):
-        body = asked | given | {"max_tokens": 30, "temperature": 2, "seed": seed}
-        (choice,) = http.post(f"/v1/{path}", json=body).json()["choices"]
+    body = asked | given | {"max_tokens": 30, "temperature": 2, "n": 3}
+    for choice in http.post(f"/v1/{path}", json=body).json()["choices"]:
         assert re.fullmatch(pattern, choice["text"] if path == "completions" else choice["message"]["content"])
         assert choice["finish_reason"] == "stop"
 

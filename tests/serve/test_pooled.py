@@ -11,7 +11,6 @@ import pytest
 
 from dash_export import DashRuntime
 from tests.serve.conftest import Serve
-from tests.serve.test_app import DENSE, GREEDY
 from tests.tiny import random_ids
 
 
@@ -45,19 +44,6 @@ def test_forms(http: httpx.Client) -> None:
     vector = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4")
     np.testing.assert_array_equal(np.array(plain["data"][0]["embedding"], np.float32), vector)
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
-    for wrong, field in (
-        ({"pooling": "max"}, "pooling"),
-        ({"input": []}, "input"),
-        ({"input": [[5], "x", 7]}, "input"),
-    ):
-        assert http.post("/v1/embeddings", json=body | wrong).json()["error"]["param"] == field
-
-
-def test_answers_beside_it_are_the_same(client: openai.OpenAI, runtime: DashRuntime, http: httpx.Client) -> None:
-    alone = runtime.generate("hello", 12).text
-    http.post("/v1/embeddings", json={"input": ["hello", "hello there"]})
-    reply = client.completions.create(prompt="hello", max_tokens=12, extra_body=DENSE, **GREEDY)
-    assert reply.choices[0].text == alone
 
 
 def test_a_queue_of_one(serve: Serve) -> None:

@@ -12,14 +12,12 @@ from dash_export.runtime import scoring
 from tests.serve.test_app import DENSE, GREEDY
 from tests.tiny import log_softmax, random_ids
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, PARTS = "/v1/completions", ("tokens", "text_offset")
 
 
 @pytest.mark.parametrize("count", [2, 40, 150, 129])
 def test_echo_gives_what_score_gives(count: int, http: httpx.Client, runtime: DashRuntime) -> None:
-    """A prompt of several passes too, the last of which never has one token alone. What is known of a prompt is read
-    again.
-    """
+    """Of several passes, too, the last of which never has one token alone. What is known is read again."""
     ids = random_ids(count, seed=count)
     body = {"prompt": ids.tolist(), "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
     plain = http.post(COMPLETIONS, json=body | {"echo": False, "max_tokens": 3} | DENSE).json()["choices"][0]
@@ -47,25 +45,10 @@ def test_the_text_is_before_the_answer(stream: bool, client: openai.OpenAI, runt
         assert text == f"hello there{alone}"
         if more:
             told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
-            pieces, places = (
-                [one for part in told for one in getattr(part, name)] for name in ("tokens", "text_offset")
-            )
+            pieces, places = ([one for part in told for one in getattr(part, name)] for name in PARTS)
             assert len(pieces) == len(places) == len(runtime.text.encode("hello there")) + 9
             for piece, place in zip(pieces, places, strict=True):
                 assert "\N{REPLACEMENT CHARACTER}" in piece or text[place:].startswith(piece)
-
-
-def test_offsets_of_an_answer(client: openai.OpenAI) -> None:
-    """In its own text, where nothing is echoed."""
-    reply = client.completions.create(prompt="hello", max_tokens=30, logprobs=0, extra_body=DENSE, **GREEDY)
-    told, text = reply.choices[0].logprobs, reply.choices[0].text
-    assert told is not None
-    assert told.text_offset is not None
-    assert told.text_offset[0] == 0
-    assert told.text_offset == sorted(told.text_offset)
-    whole = [at for at, piece in enumerate(told.tokens or ()) if "\N{REPLACEMENT CHARACTER}" not in piece]
-    assert len(whole) > 3
-    assert all(text[told.text_offset[at] :].startswith((told.tokens or [])[at]) for at in whole)
 
 
 def test_an_answer_that_ends_at_once(http: httpx.Client, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,9 @@ def test_a_response(client: openai.OpenAI, runtime: DashRuntime) -> None:
     )
     assert reply.metadata == {"of": "me"}
     assert reply.output_text == wanted
-    assert (reply.status, reply.incomplete_details and reply.incomplete_details.reason) == (
-        "incomplete",
-        "max_output_tokens",
-    )
+    assert reply.status == "incomplete"
+    assert reply.incomplete_details is not None
+    assert reply.incomplete_details.reason == "max_output_tokens"
     assert reply.usage is not None
     assert reply.usage.input_tokens == len(runtime.text.chat(messages))
     assert reply.usage.output_tokens == 12
@@ -110,28 +109,8 @@ def test_a_turn_is_one_message() -> None:
     assert messages[2].plain()["content"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"input": []}, "input"),
-        ({"input": [{"role": "x", "content": "y"}]}, "input"),
-        ({"input": [{"content": "y"}]}, "a message has a role"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content of type 'input_image'"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": [{"type": "function_call", "name": "a", "arguments": "x"}]}, "not the JSON of an object"),
-        ({"input": [{"role": "user", "content": "x"}] * 1024, "instructions": "y"}, "at most 1024 items"),
-        ({"temperature": 9}, "temperature"),
-        ({"tools": [TOOL_FLAT]}, "takes no tools"),
-    ],
-)
-def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=said):
-        client.responses.create(**({"model": "tiny", "input": "x"} | changes))
-
-
-@pytest.mark.parametrize("before", ["Sure. ", ""])
-def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = before + '<tool_call>{"name": "f", "arguments": {}}</tool_call> I called it.'
+def test_words_after_a_call_are_streamed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'Sure. <tool_call>{"name": "f", "arguments": {}}</tool_call> I called it.'
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
 
     async def merged(_: Any) -> AsyncIterator[list[tuple[int, Any]]]:
@@ -144,32 +123,30 @@ def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(responses, "answer_tokens", merged)
     monkeypatch.setattr(responses, "usage", lambda _: defaultdict(int))
     request = responses.ResponsesRequest.model_validate({"input": "x", "tools": [TOOL_FLAT]})
-    begun: Any = SimpleNamespace(
-        common={"created": 1, "model": "m"}, answers=[SimpleNamespace(text=text, finish_reason="stop")]
-    )
+    answer = SimpleNamespace(text=text, finish_reason="stop")
+    begun: Any = SimpleNamespace(common={"created": 1, "model": "m"}, answers=[answer])
     reply = responses._Reply(request, request.chat(), begun)
     events = asyncio.run(told())
     said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
-    assert said == f"{before}I called it."
+    assert said == "Sure. I called it."
     message, call = events[-1]["response"]["output"]
     assert message["content"][0]["text"] == said
     assert call["name"] == "f"
     assert [event["output_index"] for event in events if event["type"] == "response.output_item.added"] == [0, 1]
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-def test_numbers_that_json_does_not_have(http: httpx.Client, number: str) -> None:
+def test_numbers_that_json_does_not_have(http: httpx.Client) -> None:
     """The answer tells the tools once more."""
-    tool = f'{{"type": "function", "name": "f", "parameters": {{"x": {number}}}}}'
-    body = f'{{"input": "hi", "max_output_tokens": 1, "tool_choice": "none", "tools": [{tool}]}}'
-    reply = http.post("/v1/responses", content=body)
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == "tools.0.parameters"
+    for number in ("NaN", "-Infinity", "1e999"):
+        tool = f'{{"type": "function", "name": "f", "parameters": {{"x": {number}}}}}'
+        body = f'{{"input": "hi", "max_output_tokens": 1, "tool_choice": "none", "tools": [{tool}]}}'
+        reply = http.post("/v1/responses", content=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools.0.parameters")
 
 
 def test_arguments_of_any_depth(http: httpx.Client) -> None:
     """Python's own parser goes as deep as its stack is free at that moment."""
-    for depth in (*range(180, 210), *range(900, 1000, 3)):
+    for depth in (*range(180, 210, 6), *range(900, 1000, 20)):
         arguments = '{"a": ' + "[" * depth + "]" * depth + "}"
         call = {"type": "function_call", "name": "f", "arguments": arguments, "call_id": "1"}
         body = {"input": [{"role": "user", "content": "x"}, call], "max_output_tokens": 1}

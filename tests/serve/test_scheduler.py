@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dash_export.runtime.results import Turn
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.session import Session
 from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
-from tests.serve.conftest import MakeScheduler, slow_down
+from tests.serve.conftest import MakeScheduler, slow_down, stream
 from tests.tiny import random_ids
 
 DENSE = Setting("dense")
@@ -36,14 +37,19 @@ def alone(runtime: DashRuntime, request: Request) -> list[int]:
     return [step.token for step in session.stream(request.prompt, request.max_tokens, request.sampling)]
 
 
+def until_the_last(queue: SimpleQueue[Response]) -> list[Response]:
+    told = [queue.get(timeout=20)]
+    while told[-1].finish_reason is None:
+        told.append(queue.get(timeout=20))
+    return told
+
+
 @pytest.mark.parametrize("place", ["take", "step", "tell"])
-@pytest.mark.parametrize("error", [MemoryError, RuntimeError, GeneratorExit, BackendError])
+@pytest.mark.parametrize("error", [MemoryError, GeneratorExit, BackendError])
 def test_nobody_waits_for_good(
     place: str, error: type[BaseException], scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails, and wherever: each is told its end, with an error of ours in its words; a row that fails ends
-    alone; the others and the next ones are answered as ever.
-    """
+    """Whatever fails: each is told its end, by an error of ours; a row fails alone; others are answered as ever."""
     made, count = scheduler(rows=3), 0
     whole, name = {"take": (KVCache, "take"), "step": (BoundStep, "decode_batch"), "tell": (Turn, "respond")}[place]
     sound = getattr(whole, name)
@@ -61,10 +67,7 @@ def test_nobody_waits_for_good(
         tickets: list[SimpleQueue[Response]] = [SimpleQueue() for _ in requests]
         for request, queue in zip(requests, tickets, strict=True):
             made.submit(request, queue.put)
-        told = [[queue.get(timeout=20)] for queue in tickets]
-        for responses, queue in zip(told, tickets, strict=True):
-            while responses[-1].finish_reason is None:
-                responses.append(queue.get(timeout=20))
+        told = [until_the_last(queue) for queue in tickets]
     assert count >= 9
     assert made.alive
     assert (made.waiting, made.running) == (0, 0)
@@ -75,29 +78,26 @@ def test_nobody_waits_for_good(
     for request, responses in zip(requests, told, strict=True):
         if responses[-1].error is None:
             assert [step.token for step in responses] == alone(made.runtime, request)
-    assert [step.token for step in made.stream(requests[0])] == alone(made.runtime, requests[0])
+    assert [step.token for step in stream(made, requests[0])] == alone(made.runtime, requests[0])
 
 
 def test_who_cannot_be_told_does_not_end_the_others(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
     made = scheduler(rows=3)
-
-    def gone(_: Response) -> None:
-        raise RuntimeError("gone")
-
-    made.submit(asked(3), gone)
-    assert [step.token for step in made.stream(asked(1))] == alone(runtime, asked(1))
+    made.submit(asked(3), Mock(side_effect=RuntimeError("gone")))
+    assert [step.token for step in stream(made, asked(1))] == alone(runtime, asked(1))
 
 
 def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
     made = scheduler(rows=3)
     requests = [asked(number) for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda request: [step.token for step in made.stream(request)], requests))
+        found = list(pool.map(lambda request: [step.token for step in stream(made, request)], requests))
     for request, tokens in zip(requests, found, strict=True):
         assert tokens == alone(runtime, request)
     assert (made.figures["finished"], made.figures["failed"], made.waiting, made.running) == (40, 0, 0, 0)
     assert made.figures["tokens"] == sum(map(len, found))
     assert made.figures["known_tokens"] > 0, "prompts come again, and go on from one another"
+    assert not made._live
 
 
 def test_a_chunk_between_two_steps(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +119,11 @@ def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler, monkeyp
     """The only row skips as was said, rows together are dense."""
     slow_down(0.005, monkeypatch)
     made = scheduler(rows=2, alone=Setting("static", skip=(2, 3)))
-    one = [step.actions.tolist() for step in made.stream(Request(random_ids(4), 6))][1:]
+    one = [step.actions.tolist() for step in stream(made, Request(random_ids(4), 6))][1:]
     assert one == [[0, 0, 1, 1, 0, 0]] * 5
     second: SimpleQueue[Response] = SimpleQueue()
     taken = []
-    for step in made.stream(Request(random_ids(4, seed=1), 40)):
+    for step in stream(made, Request(random_ids(4, seed=1), 40)):
         if step.statistics.tokens == 4:
             made.submit(Request(random_ids(5), 10), second.put)
         taken.append(step.actions.tolist())
@@ -131,137 +131,92 @@ def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler, monkeyp
     assert taken[1] == taken[-1] == [0, 0, 1, 1, 0, 0]
 
 
-def test_engines_of_several_rows_do_not_load_while_answers_wait(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
-    for rows in (1, 2):
-        vars(runtime.engines).pop("mixed", None)
-        scheduler(False, rows=rows)
-        assert ("mixed" in vars(runtime.engines)) == (rows > 1)
-
-
 def test_a_full_queue(scheduler: MakeScheduler) -> None:
     made = scheduler(start=False, waiting=2)
     for _ in range(2):
-        made.submit(Request(random_ids(4), 3), lambda _: None)
+        unbounded = made.submit(Request(random_ids(4)), lambda _: None)
+        assert unbounded.max_tokens == made.context - 4 > 256, "without a limit an answer may fill the context"
     with pytest.raises(BusyServerError, match="has 2 requests waiting: ask again later"):
         made.submit(Request(random_ids(4), 3), lambda _: None)
     assert made.figures["refused"] == 1
-    made.start()
+    assert not made.close(), "what has not begun fails"
+    assert made.close(), "nothing is left"
 
 
-@pytest.mark.parametrize(
-    ("request_", "error"),
-    [
+def test_what_cannot_be_answered_is_refused(scheduler: MakeScheduler) -> None:
+    made = scheduler()
+    for request, error in (
         (Request([]), RequestError),
         (Request([5000]), RequestError),
         (Request(random_ids(600)), ContextLengthError),
         (Request([5], 0), RequestError),
         (Request([5], setting=Setting("token", budget=0.001)), PolicyError),
-    ],
-)
-def test_what_cannot_be_answered_is_refused(
-    request_: Request, error: type[Exception], scheduler: MakeScheduler
-) -> None:
-    made = scheduler()
-    with pytest.raises(error):
-        made.submit(request_, lambda _: None)
+    ):
+        with pytest.raises(error):
+            made.submit(request, lambda _: None)
     assert made.figures["requests"] == 0
 
 
 def test_time_that_is_over(scheduler: MakeScheduler) -> None:
     made = scheduler(rows=1)
     with pytest.raises(DeadlineError):
-        list(made.stream(Request(random_ids(4), 5, deadline=0.0)))
+        list(stream(made, Request(random_ids(4), 5, deadline=0.0)))
     with pytest.raises(DeadlineError):
-        list(made.stream(Request(random_ids(4), 480, deadline=0.02, setting=DENSE)))
-    assert len(list(made.stream(Request(random_ids(4), 5, deadline=60.0)))) == 5
+        list(stream(made, Request(random_ids(4), 480, deadline=0.02, setting=DENSE)))
+    assert len(list(stream(made, Request(random_ids(4), 5, deadline=60.0)))) == 5
 
 
 def test_cancelled(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
     """While it decodes, by leaving its stream; while it waits. The others go on."""
     made = scheduler(rows=1)
-    stream = made.stream(Request(random_ids(4), 400, setting=DENSE))
-    next(stream)
+    answer = stream(made, Request(random_ids(4), 400, setting=DENSE))
+    next(answer)
     waits: SimpleQueue[Response] = SimpleQueue()
     ticket = made.submit(Request(random_ids(4), 5), waits.put)
     made.cancel(ticket)
     assert "cancelled" in str(waits.get(timeout=10).error)
-    stream.close()  # type: ignore[attr-defined]
+    answer.close()  # type: ignore[attr-defined]
     request = Request(random_ids(6), 9, setting=DENSE)
-    assert [step.token for step in made.stream(request)] == alone(runtime, request)
+    assert [step.token for step in stream(made, request)] == alone(runtime, request)
     assert made.running == 0
     assert (made.figures["finished"], made.figures["failed"], made.figures["cancelled"]) == (1, 0, 2)
 
 
-def test_without_a_limit_an_answer_may_fill_the_context(scheduler: MakeScheduler) -> None:
-    made = scheduler(start=False, rows=1)
-    assert made.submit(Request(random_ids(4)), lambda _: None).max_tokens == made.context - 4 > 256
-
-
 def test_closing_lets_answers_end(scheduler: MakeScheduler) -> None:
-    made = scheduler(rows=1)
-    told: SimpleQueue[Response] = SimpleQueue()
-    for _ in range(2):
-        made.submit(Request(random_ids(4), 20, setting=DENSE), told.put)
-    assert made.close(30.0)
-    reasons = [told.get_nowait().finish_reason for _ in range(40)]
-    assert reasons.count("length") == 2
-    with pytest.raises(BusyServerError, match="is closing"):
-        made.submit(Request(random_ids(4), 20), told.put)
-
-
-def test_closing_what_has_not_begun(scheduler: MakeScheduler) -> None:
-    made, told = scheduler(start=False, rows=1), SimpleQueue[Response]()
-    made.submit(Request(random_ids(4), 5), told.put)
-    assert not made.close()
-    assert isinstance(told.get_nowait().error, DeadlineError)
-    assert made.close(), "nothing is left"
-
-
-def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:
-    made = scheduler(rows=1)
-    told: SimpleQueue[Response] = SimpleQueue()
-    for _ in range(3):
-        made.submit(Request(random_ids(4), 400, setting=DENSE), told.put)
-    while not made.running:
-        time.sleep(0.001)
-    assert not made.close(0.01)
-    last = []
-    while not told.empty():
-        response = told.get_nowait()
-        last += [response] * (response.finish_reason is not None)
-    assert [type(response.error) for response in last] == [DeadlineError] * 3
-    assert "closing" in str(last[0].error)
-
-
-def test_a_prompt_that_is_kept_is_not_copied_again(scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[int] = []
-    sound = KVCache.alone
-    monkeypatch.setattr(KVCache, "alone", lambda cache, row: copied.append(row) or sound(cache, row))  # type: ignore[func-returns-value]
-    made = scheduler(rows=1)
-    for _ in range(3):
-        list(made.stream(Request(random_ids(60), 2)))
-    assert copied == [0]
+    """Or fails them, where they have no time."""
+    for seconds, size in ((30.0, 20), (0.01, 400)):
+        made, queues = scheduler(rows=1), [SimpleQueue[Response]() for _ in range(3)]
+        for queue in queues:
+            made.submit(Request(random_ids(4), size, setting=DENSE), queue.put)
+        while not made.running:
+            time.sleep(0.001)
+        assert made.close(seconds) is (size == 20)
+        last = [until_the_last(queue)[-1] for queue in queues]
+        if size == 20:
+            assert {response.finish_reason for response in last} == {"length"}
+        else:
+            assert {(type(one.error), str(one.error)) for one in last} == {(DeadlineError, "The server is closing.")}
+        with pytest.raises(BusyServerError, match="is closing"):
+            made.submit(Request(random_ids(4), 20), queues[0].put)
 
 
 def test_idle_it_waits(scheduler: MakeScheduler) -> None:
     made = scheduler()
-    list(made.stream(Request(random_ids(4), 3)))
+    list(stream(made, Request(random_ids(4), 3)))
     began = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - began < 0.1
 
 
 def test_prompts_are_kept_up_to_so_many_bytes(scheduler: MakeScheduler) -> None:
-    """Room for two: the least recently used goes; one that goes on from another takes its place; one that is larger
-    than all the room is not kept.
-    """
+    """Room for two: the least recently used goes; one that goes on from another takes its place."""
     starts = [random_ids(64, seed=seed) for seed in range(3)]
     one = 64 * 6 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, their size, bytes
     made = scheduler(rows=1, prefix_bytes=2 * one)
 
     def known(prompt: np.ndarray) -> int:
         before = made.figures["known_tokens"]
-        list(made.stream(Request(prompt, 1)))
+        list(stream(made, Request(prompt, 1)))
         return made.figures["known_tokens"] - before
 
     assert [known(start) for start in starts[:2]] == [0, 0]

@@ -27,23 +27,6 @@ def test_a_chat_is_read_as_its_answer_does(more: dict[str, Any], http: httpx.Cli
     assert http.post("/v1/chat/completions", json=body | {"max_tokens": 1}).json()["usage"]["prompt_tokens"] == count
 
 
-def test_what_is_no_request(http: httpx.Client) -> None:
-    for path, body, said in (
-        ("tokenize", {}, "a prompt or messages, one of them"),
-        ("tokenize", {"prompt": "x", "messages": MESSAGES}, "a prompt or messages, one of them"),
-        ("tokenize", {"messages": []}, "messages"),
-        ("tokenize", {"prompt": "x", "model": "other"}, "There is no model 'other'"),
-        ("detokenize", {"tokens": [5, 300]}, "from 0 to 299"),
-        ("detokenize", {"tokens": ["x"]}, "tokens: expected token ids"),
-        ("detokenize", {"tokens": [True]}, "tokens: expected token ids"),
-        ("detokenize", {"tokens": [5] * 513}, "513 are more than the 512"),
-        ("tokenize", {"prompt": "a b" * 10_000}, "30000 letters are far over the 512 tokens"),
-    ):
-        reply = http.post(f"/{path}", json=body)
-        assert reply.status_code in (400, 404)
-        assert said in reply.json()["error"]["message"]
-
-
 def test_a_key_is_needed(serve: Serve) -> None:
     address = serve(keys=["secret"])
     assert httpx.get(f"{address}/tokenizer_info").status_code == 401

@@ -14,6 +14,7 @@ from dash_export import DashRuntime
 from dash_export.errors import RequestError
 from dash_export.runtime import Response, Sampling
 from dash_export.serve.protocol import ChatRequest
+from dash_export.serve.running import event
 from dash_export.serve.tickets import Request
 from dash_export.serve.tools import BEGIN, END, TextBeforeCalls, Tool, calls_grammar, split_calls
 from dash_export.text import guidance
@@ -32,6 +33,7 @@ SCHEMA = {
 }
 TOOL: Any = {"type": "function", "function": {"name": "measure", "description": "Measure it.", "parameters": SCHEMA}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "water", "schema": SCHEMA}}
+NAMED = {"type": "function", "function": {"name": "measure"}}
 OTHER: Any = {"type": "function", "function": {"name": "stop"}}
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}Say <tool_call>{% endif %}"
@@ -49,11 +51,9 @@ def check(text: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_json_of_a_schema(client: openai.OpenAI, stream: bool, seed: int) -> None:
-    form: Any = {"type": "json_schema", "json_schema": {"name": "water", "schema": SCHEMA, "strict": True}}
-    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200, "temperature": 2, "seed": seed}
-    reply: Any = client.chat.completions.create(response_format=form, stream=stream, **asked)
+def test_json_of_a_schema(client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200, "temperature": 2, "seed": 1}
+    reply: Any = client.chat.completions.create(response_format=FORMAT, stream=stream, **asked)
     if stream:
         pieces = list(reply)
         check("".join(piece.choices[0].delta.content or "" for piece in pieces))
@@ -63,16 +63,11 @@ def test_json_of_a_schema(client: openai.OpenAI, stream: bool, seed: int) -> Non
         assert reply.choices[0].finish_reason == "stop"
 
 
-def test_line_ends_of_unicode_in_a_stream(http: httpx.Client) -> None:
+def test_line_ends_of_unicode_in_a_stream() -> None:
     """Some clients end a line at each of them."""
-    schema = {"const": "a\u2028b\u0085c"}
-    asked = {"messages": MESSAGES, "max_tokens": 60, "stream": True}
-    asked |= {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
-    with http.stream("POST", "/v1/chat/completions", json=asked) as reply:
-        lines = [line for line in reply.iter_lines() if line and line != "data: [DONE]"]
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
-    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert json.loads(said) == schema["const"]
+    said = event({"text": "a\u2028b\u0085c"})
+    assert said.isascii()
+    assert json.loads(said.removeprefix("data: ")) == {"text": "a\u2028b\u0085c"}
 
 
 def test_a_grammar_that_takes_long_for_each_token(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +107,7 @@ def with_tools(runtime: DashRuntime) -> Iterator[None]:
 
 @pytest.mark.usefixtures("with_tools")
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "measure"}}])
+@pytest.mark.parametrize("choice", ["required", NAMED])
 def test_a_call_that_is_wanted(client: openai.OpenAI, choice: Any, stream: bool) -> None:
     reply: Any = client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_tokens=180, seed=1, tools=[TOOL], tool_choice=choice, stream=stream,
@@ -144,9 +139,8 @@ def test_a_turn_after_a_call(runtime: DashRuntime, client: openai.OpenAI) -> Non
     plain = [{"role": "user", "content": "hello there"},
              {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"kind": "lake"}}}]},
              {"role": "tool", "content": "12"}]  # fmt: skip
-    shown = text.template.render(
-        plain, tools=[TOOL, OTHER | {"function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
-    )
+    stop = {"function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}
+    shown = text.template.render(plain, tools=[TOOL, OTHER | stop])
     assert '<tool_call>{"kind": "lake"}</tool_call>' in shown
     assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(text.encode(shown, special=False))
@@ -206,11 +200,6 @@ def test_a_tokenizer_without_an_end() -> None:
     """llguidance would take its first token for one."""
     with pytest.raises(RequestError, match="own end of a text"):
         Guides(tiny_tokenizer(), [5000]).guide(json_grammar(SCHEMA))
-
-
-def test_a_schema_that_is_not_json() -> None:
-    with pytest.raises(RequestError, match="The schema is not JSON"):
-        json_grammar({"type": {1, 2}})
 
 
 RECURSIVE = {"properties": {"v": {"type": "integer"}, "child": {"$ref": "#"}}, "required": ["v"]}
@@ -283,7 +272,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Text:
     ("changes", "calls", "answers"),
     [
         ({"tool_choice": "required"}, True, False),
-        ({"tool_choice": {"type": "function", "function": {"name": "measure"}}}, True, False),
+        ({"tool_choice": NAMED}, True, False),
         ({"response_format": FORMAT}, True, True),
         ({"response_format": FORMAT, "tool_choice": "none"}, False, True),
         ({"response_format": FORMAT, "tool_choice": "required"}, True, False),
@@ -303,9 +292,8 @@ def test_what_an_answer_may_be(
         assert fits(grammar, text, call) is calls
         assert fits(grammar, text, arguments) is answers
         assert not fits(grammar, text, "so")
-    assert ChatRequest.model_validate(given | {"response_format": None, "tool_choice": "auto"}).grammar(
-        marked.tokenizer
-    ) is None  # fmt: skip
+    free = ChatRequest.model_validate(given | {"response_format": None, "tool_choice": "auto"})
+    assert free.grammar(marked.tokenizer) is None
 
 
 def test_a_long_text_of_a_bounded_length(runtime: DashRuntime) -> None:
@@ -322,10 +310,8 @@ def test_calls_among_words() -> None:
     odd = '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call><tool_call>[1]</tool_call></tool_call>'
     assert split_calls(odd) == (odd, [])
     assert [len(split_calls(text * 2, parallel)[1]) for parallel in (True, False)] == [2, 1]
-    half = split_calls('<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>')[1][0]["function"][
-        "arguments"
-    ]
-    assert half == '{"x": "?"}'
+    (half,) = split_calls('<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>')[1]
+    assert half["function"]["arguments"] == '{"x": "?"}'
     assert len(split_calls("<tool_call>{" * 100_000 + "</tool_call>" * 100_000)[0]) == 2_400_000
     marked = '<tool_call>{"name": "a", "arguments": {"x": "</tool_call> <tool_call>"}} </tool_call>!'
     assert [call["function"]["arguments"] for call in split_calls(marked)[1]] == ['{"x": "</tool_call> <tool_call>"}']

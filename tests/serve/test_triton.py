@@ -20,7 +20,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.serve import triton
-from tests.commands.helpers import DISK_FULL, dash, done, free_port, refused
+from tests.commands.helpers import DISK_FULL, done, free_port, refused
 from tests.conftest import ROOT
 
 FP32 = ("--target", "cpu-fp32")
@@ -135,18 +135,7 @@ def test_a_client_that_goes_away(ask: Callable[..., Sender]) -> None:
     assert json.loads(sender.told()[-1]["statistics"])["completion_tokens"] < 400
 
 
-def test_those_who_went_away_keep_no_places(ask: Callable[..., Sender]) -> None:
-    """Rows and queue are full of requests whose clients are gone before their first token."""
-    busy = [ask("hello", json.dumps(ASKED | {"max_tokens": 400})) for _ in range(2)]
-    waiting = [ask("hello", json.dumps(ASKED)) for _ in range(4)]
-    for sender in waiting:
-        sender.cancelled = True
-    assert json.loads(ask("hello", json.dumps(ASKED)).told()[-1]["statistics"])["completion_tokens"] == 9
-    assert all("error" in sender.told()[-1] for sender in waiting)
-    assert all(len(sender.told()) > 300 for sender in busy)
-
-
-def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
+def test_nothing_is_written_over(tiny_root: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is there, what lies beside a name like `..`, a bundle; one that cannot be written whole is not."""
     serve = ("serve", tiny_root, *FP32, "--write-triton")
     assert "is there already" in refused(*serve, repository)
@@ -155,28 +144,9 @@ def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     for name in ("...dash", "a@b.dash"):
         assert "it is no name" in refused("serve", shutil.copytree(tiny_root, repository.parent / name), *FP32)
     assert "none of --budget" in refused(*serve, repository.with_name("other"), "--budget", 0.9)
+    monkeypatch.setattr(triton, "write_atomic", Mock(side_effect=DISK_FULL))
+    refused(*serve, repository, "--served-model-name", "other")
     assert {path.name for path in repository.iterdir()} == {"tiny"}
-
-
-def test_the_name_of_a_bundle_that_is_called_otherwise(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.pbtxt").write_text("mine")
-    monkeypatch.chdir(tiny_root / "onnx")
-    assert dash("serve", "..", *FP32, "--write-triton", tmp_path / "new" / "models").exit_code == 0
-    assert (tmp_path / "config.pbtxt").read_text() == "mine"
-    assert (tmp_path / "new" / "models" / "tiny" / "config.pbtxt").is_file()
-
-
-def test_a_model_is_written_whole_or_not_at_all(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve = ("serve", tiny_root, *FP32, "--write-triton", tmp_path / "models")
-    with monkeypatch.context() as patch:
-        patch.setattr(triton, "write_atomic", Mock(side_effect=DISK_FULL))
-        refused(*serve)
-    assert not [*(tmp_path / "models").iterdir()]
-    assert dash(*serve).exit_code == 0
 
 
 @pytest.mark.skipif(not SERVER, reason="set DASH_EXPORT_TRITON (docs/serving.md)")

@@ -82,7 +82,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by an error a user can read, soon, and at no cost here; nothing of Python leaks."""
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(DashError, match="template") as caught:
         ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
@@ -91,7 +91,7 @@ def test_hostile_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
 
 
-@pytest.mark.parametrize("name", ["shown", "double", "kept", "pad"])
+@pytest.mark.parametrize("name", ["double", "kept"])
 def test_memory_is_what_ends_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "SECONDS", 30.0)
     with pytest.raises(RequestError, match=r"512 MB.*its process has ended"):
@@ -146,12 +146,13 @@ def test_threads_share_a_child() -> None:
         assert all(pool.map(render, range(200)))
 
 
-def test_fork_while_another_thread_renders() -> None:
+def test_fork_while_another_thread_renders(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate(LOOPS_WHEN_ASKED, {})
     template.render(MESSAGES)
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(template.render, ASKED)
-        time.sleep(0.2)
+        time.sleep(0.1)
         if not (forked := os.fork()):
             with suppress(BaseException):
                 signal.alarm(30)

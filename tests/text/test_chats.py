@@ -32,27 +32,14 @@ def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read_prompts(path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *(
-            '{"prompt": "a", "answer": 3}',
-            "{",
-            "[]",
-            "3",
-            '{"turns": []}',
-            '{"turns": ["a", 3]}',
-            '{"prompt": 4}',
-            '{"system": 1, "prompt": "a"}',
-        ),
-        '{"messages": [{"role": "user"}]}',
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(RequestError, match="line 2: not a prompt"):
-        read_prompts(path)
+WRONG = """{"prompt": "a", "answer": 3} | { | [] | 3 | {"turns": []} | {"turns": ["a", 3]} | {"prompt": 4}
+| {"system": 1, "prompt": "a"} | {"messages": [{"role": "user"}]}"""
+
+
+@pytest.mark.parametrize("line", WRONG.split("|"))
+def test_a_line_that_is_no_prompt_is_named(line: str) -> None:
+    with pytest.raises(RequestError, match="t, line 2: not a prompt"):
+        parsed_chats('{"prompt": "a"}\n' + line.strip(), "t")
 
 
 def test_answered_chats_are_read_as_they_were_written() -> None:

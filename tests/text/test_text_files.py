@@ -35,29 +35,21 @@ def template(kind: str, times: int, unused: int = 0) -> dict[str, Any]:
     return {"post_processor": {"type": "TemplateProcessing", **pieces, "special_tokens": {"x": token}}}
 
 
-BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+LONGER = replacing("a" * 100, String="a")
+APART = {"type": "CTC", "pad_token": "z", "word_delimiter_token": "", "cleanup": True}
+FALLBACK = {"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 HANGS = r"[\s\S]{0,180}" * 3 + r"(?!\w|\W|$)"
 PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": ""}
 PIECES = {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
           "vocab": {"u": 0}}  # fmt: skip
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    **{
-        f"{where}, five replacements": (sequence(where, *[replacing("a" * 100, String="a")] * 5), "times as long")
-        for where in ("normalizer", "decoder")
-    },
-    **{
-        f"bytes of bytes, {where}": (sequence(where, *[{"type": "ByteLevel", **BYTES}] * 5, name=name), "times as long")
-        for where, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
-    },
+    "normalizer, five replacements": (sequence("normalizer", *[LONGER] * 5), "times as long"),
+    "decoder, five replacements": (sequence("decoder", *[LONGER] * 5), "times as long"),
+    "bytes of bytes, normalizer": (sequence("normalizer", *[BYTES] * 5), "times as long"),
+    "bytes of bytes, pre_tokenizer": (sequence("pre_tokenizer", *[BYTES] * 5, name="pretokenizers"), "times as long"),
     "nothing, replaced": (sequence("normalizer", *[replacing("a", String="")] * 9), "times as long"),
-    "letters apart": (
-        sequence(
-            "decoder",
-            *[{"type": "BPEDecoder", "suffix": ""}] * 3,
-            *[{"type": "CTC", "pad_token": "z", "word_delimiter_token": "", "cleanup": True}] * 3,
-        ),
-        "times as long",
-    ),
+    "letters apart": (sequence("decoder", *[{"type": "BPEDecoder", "suffix": ""}] * 3, *[APART] * 3), "times as long"),
     "many parts": (sequence("pre_tokenizer", *[{"type": "Digits"}] * 99, name="pretokenizers"), "over 32 parts"),
     "a part of no known type": ({"normalizer": {"type": "Foo", "normalizers": []}}, "type 'Foo', which is not known"),
     "no part": ({"normalizer": {"kind": "NFC"}}, "no tokenizer.json"),
@@ -73,10 +65,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         | {"added_tokens": [{"id": 1, "content": "a" * 4000, "normalized": True}] * 30},
         "added tokens have over",
     ),
-    **{
-        f"WordPiece, {name}": ({"model": {**PIECES, name: value}}, f"its {name} is no")
-        for name, value in (("max_input_chars_per_word", 1 << 30), ("continuing_subword_prefix", "#" * 99))
-    },
+    "a long word": ({"model": PIECES | {"max_input_chars_per_word": 1 << 30}}, "max_input_chars_per_word is no"),
+    "a long prefix": ({"model": PIECES | {"continuing_subword_prefix": "#" * 99}}, "continuing_subword_prefix is no"),
     "merges": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]] * 9}}, "9 merges for 1 tokens"),
     "a long token": ({"added_tokens": [{"id": 1, "content": "a" * 5000}]}, "a text of over 4096 letters"),
     "another model, in other letters": ({"model": {"type": "Unigram"}}, "neither BPE"),
@@ -85,13 +75,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"unk_token": "u", "max_input_chars_per_word": 9, "vocab": {"u": 0}, "merges": [["a"]]}},
         "data did not match|invalid|expected",
     ),
-    **{
-        affix: (
-            {"model": {"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True, affix: "\u2581" * 20}},
-            "times",
-        )
-        for affix in ("continuing_subword_prefix", "end_of_word_suffix")
-    },
+    "a prefix in bytes": ({"model": FALLBACK | {"continuing_subword_prefix": "\u2581" * 20}}, "times as long"),
+    "a suffix in bytes": ({"model": FALLBACK | {"end_of_word_suffix": "\u2581" * 20}}, "times as long"),
 }
 USUAL: dict[str, dict[str, Any]] = {
     "WordPiece": {"model": PIECES, "added_tokens": [], "post_processor": None},

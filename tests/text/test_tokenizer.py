@@ -24,6 +24,7 @@ from dash_export.serve.tickets import Request
 from dash_export.text import tokenizer as text_module
 from dash_export.text.tokenizer import Text, TextStream
 from tests.models.helpers import tiny_tokenizer
+from tests.serve.conftest import stream as scheduled
 
 TOKENIZER = tiny_tokenizer()
 
@@ -91,8 +92,8 @@ def test_only_a_chat_begins_a_text(runtime: DashRuntime, monkeypatch: pytest.Mon
     list(session.chat([{"role": "user", "content": "x"}], 2))
     list(runtime.batch(1).stream([[5, 8]], 2))
     scheduler.start()
-    list(scheduler.stream(Request([5, 9], 2)))
-    list(scheduler.stream(Request([5, 9], 2, continues=False)))
+    list(scheduled(scheduler, Request([5, 9], 2)))
+    list(scheduled(scheduler, Request([5, 9], 2, continues=False)))
     scheduler.close()
     assert after == [7, None, 8, 9, None]
 
@@ -162,22 +163,20 @@ def test_how_training_batches_were_cut_and_filled_is_no_matter_here(tmp_path: Pa
     assert Text(tmp_path).encode("One day the ships sailed to port.") == plain
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"sep_token": "<|im_end|>"},
-        {"sep_token": {"content": "<|im_end|>", "special": True}},
-        {"extra_special_tokens": {"sep_token": "<|im_end|>"}},
-        {"model_specific_special_tokens": {"sep_token": "<|im_end|>"}},
-    ],
-)
-def test_a_template_has_every_special_token_by_name(config: dict[str, object], tmp_path: Path) -> None:
+def test_a_template_has_every_special_token_by_name(tmp_path: Path) -> None:
     """As transformers gives them."""
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ sep_token }}{{ pad_token }}")
-    text = Text(tmp_path)
-    assert text.tokenizer.decode(text.chat([{"role": "user", "content": "hi"}]), False) == "hi<|im_end|>"
+    plain = {"sep_token": "<|im_end|>"}
+    for config in (
+        plain,
+        {"sep_token": {"content": "<|im_end|>", "special": True}},
+        {"extra_special_tokens": plain},
+        {"model_specific_special_tokens": plain},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        text = Text(tmp_path)
+        assert text.tokenizer.decode(text.chat([{"role": "user", "content": "hi"}]), False) == "hi<|im_end|>"
 
 
 def test_prompts_far_too_long_are_not_encoded(tiny_runtime: Callable[..., DashRuntime]) -> None:

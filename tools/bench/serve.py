@@ -1,21 +1,19 @@
 """A server under load: tokens per second of several streams beside a batch of this process, by the scheduler alone and
-over HTTP, first tokens, and what a pace keeps.
+over HTTP, and first tokens.
 
-    python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001]
+    python tools/bench/serve.py BUNDLE [--beside http://127.0.0.1:8001]
 
 Variants take turns. Batch, scheduler and server share this process and its engines, because the same weights in another
 process lie elsewhere in memory and are read up to 5 % faster or slower; the clients are threads of a process of their
 own.
 `--beside` is another server of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf
---interrupt_requests False`. With and without a pace, the servers are processes of their own.
+--interrupt_requests False`.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,12 +25,11 @@ from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from statistics import mean, median
+from statistics import median
 from threading import Thread
 from typing import Any
 
 import click
-import httpx
 import numpy as np
 from common import held_out, print_json
 
@@ -51,14 +48,10 @@ DENSE = {"dash": {"policy": "dense"}}
 
 @dataclass
 class Stream:
-    """One answer: seconds from asking to its first token, then from token to token, its time of dense, and the model
-    that gave it.
-    """
+    """One answer: seconds from asking to its first token, then from token to token."""
 
     first: float
     steps: list[float]
-    of_dense: float
-    model: str
 
 
 def free_port() -> int:
@@ -83,32 +76,11 @@ def server_here(scheduler: Scheduler) -> Iterator[str]:
         thread.join()
 
 
-@contextmanager
-def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]:
-    port = free_port()
-    command = [sys.executable, "-m", "dash_export", "serve", *map(str, bundles), "--target", target]
-    process = subprocess.Popen([*command, "--port", str(port), *options])
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, "the server has ended"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
     """Ask, and read with as little work as can be, because this client's processors are the server's. Tokens
     that come together share the time since the last ones. Raises OSError, and RuntimeError for an error's answer.
     """
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
-    asked |= {"stream_options": {"include_usage": True}}
     connection, came, began = HTTPConnection(address.removeprefix("http://"), timeout=600), [], time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
     with connection.getresponse() as reply:
@@ -117,16 +89,14 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
     connection.close()
     if reply.status != 200:
         raise RuntimeError(f"the server answered {reply.status}: {came}")
-    times, of_dense, model, left = list[float](), 1.0, "", b""
+    times, left = list[float](), b""
     for now, piece in came:
         *lines, left = (left + piece).split(b"\n")
         chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
         last = times[-1] if times else now
         tokens = sum(bool(chunk["choices"]) for chunk in chunks)
         times += [last + (now - last) * (number + 1) / tokens for number in range(tokens)]  # those that come together
-        model = next((chunk.get("model", "") for chunk in chunks), model)
-        of_dense = next((chunk["dash"].get("time_of_dense", 1.0) for chunk in chunks if "dash" in chunk), of_dense)
-    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense, model)
+    return Stream(times[0] - began, [after - before for before, after in pairwise(times)])
 
 
 Round = tuple[float, list[Stream]]
@@ -194,12 +164,8 @@ def row(server: str, count: int, of_batch: Sequence[float | str], rounds: list[R
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--sizes", default="1,2,4,8", show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--pace", type=float, help="Milliseconds; by default 1.1 of what four streams take densely.")
-@click.option("--least", default=0.7, show_default=True)
 @click.option("--beside", help="Address of another server of the same model, whose prompts are text.")
-def main(
-    bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float, beside: str | None
-) -> None:
+def main(bundle: Path, target: str, sizes: str, rounds: int, beside: str | None) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
     most, width = max(counts), 2 * sum(counts) + 2
@@ -207,7 +173,7 @@ def main(
     ids = held_out(runtime.text.encode, width * PROMPT * (rounds + 1)).reshape(rounds + 1, width, PROMPT)
     ids[..., 0] = 1000 + np.arange(ids[..., 0].size).reshape(ids.shape[:2])  # the text repeats: no prompt may be known
     texts = ids.tolist()
-    rows, pressed, joined = [], [], []
+    rows, joined = [], []
     spawned = ProcessPoolExecutor(1, get_context("spawn"))  # a forked one would share this one's threads' locks
     with server_here(scheduler) as address, spawned as clients:
 
@@ -242,19 +208,7 @@ def main(
         apart, late = (milliseconds([each[place] for each in joined], 0.5) for place in (0, 1))
         still = [others for _, _, others in joined]
         print(f"First token of a new prompt: alone {apart} ms, while {min(still)} to {max(still)} decode {late} ms.")
-    limit = pace or 1.1 * next((row[6] for row in rows if row[1] == 4), rows[-1][6])
-    kept = ("--pace", f"{limit:.1f}", "--least", str(least))
-    with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:
-        for count in counts:
-            for name, address in (("fixed", fixed), ("paced", paced)):
-                together(address, texts[0][:count], {})
-                streams = [one for prompts in texts[1:] for one in together(address, prompts[:count], {})[1]]
-                steps = [step for one in streams for step in one.steps]
-                of_dense = round(mean(one.of_dense for one in streams), 3)
-                pressed.append((count, name, milliseconds(steps, 0.5), milliseconds(steps, 0.95), of_dense))
-    title = f"{bundle.name}, {target}: the same requests, whose speed nobody says"
-    print_table(title, (), ("streams", f"pace {limit:.1f} ms", "token ms", "p95", "time of dense"), pressed)
-    print_json("serve", {"target": target, "streams": rows, "first": joined, "pace_ms": limit, "pressed": pressed})
+    print_json("serve", {"target": target, "streams": rows, "first": joined})
 
 
 if __name__ == "__main__":

@@ -97,8 +97,7 @@ class Bundle:
 
     def recipe(self, target: str, **changes: str | None) -> Recipe:
         """Return a target's recipe: a shipped one, a file, or that of a build in this bundle, which counts where there
-        are no graphs to follow another. `changes` as of `load_recipe`. Raises RecipeError, and BundleError where the
-        build is damaged.
+        are no graphs to follow another. `changes` as of `load_recipe`. Raises RecipeError and BundleError.
         """
         target = target.removesuffix(LOWERED)
         known = {target, f"{target}{LOWERED}"} & {*self.targets()} if not any(changes.values()) else set()
@@ -111,9 +110,7 @@ class Bundle:
         return replace(self.load_build(max(known)).recipe, name=target)
 
     def resolve_target(self, target: str | None) -> str:
-        """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
-        targets, where several are built and none is `cpu`.
-        """
+        """Return `target` if given, else `cpu`, else the only target built. Raises BundleError, which lists several."""
         if target is not None:
             return target
         built = [name for name in self.targets() if not name.endswith(LOWERED)]
@@ -125,9 +122,7 @@ class Bundle:
         return built[0] if len(built) == 1 else DEFAULT_TARGET
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError when there is none or the manifest does not list it,
-        StaleBuildError when it is of an earlier export.
-        """
+        """Read `build.json` of a target. Raises BundleError, StaleBuildError when it is of an earlier export."""
         name = f"engines/{target}/{BUILD}"
         contents = self._listed(target, name)
         if contents is None:  # a build may have finished since this bundle was opened
@@ -179,8 +174,8 @@ class Bundle:
 
     def save_build(self, build: Build) -> None:
         """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a
-        kill at any moment the manifest lists the one on disk. Then write it without the old one, which a signature must
-        not vouch for. The caller holds the lock of the target; other targets may be built at the same time.
+        kill the manifest lists the one on disk. Then write it without the old one, which a signature must not vouch
+        for. The caller holds the lock of the target; other targets may be built at the same time.
         """
         name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
@@ -225,9 +220,7 @@ class Bundle:
         return f"dash-export build {quote(str(self.root))} --target {quote(target)}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
-        """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a
-        later `check_same`. Raises BundleError, which names the first wrong file.
-        """
+        """Check files' size and, with `hashes`, SHA-256; return their identities. Raises BundleError."""
         seal: Seal = {}
         for record in records:
             path = self.path(record.name)

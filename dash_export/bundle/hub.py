@@ -50,12 +50,10 @@ def download(name: str, error: type[DashError], **wanted: Any) -> Path:
 
 
 def load_from_hub(name: str, target: str | None, trusted: _Trusted, load: Callable[[Bundle], _T]) -> _T:
-    """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. The version is
-    the hub's current one. Where the hub cannot be reached, or that version is damaged or not trusted, the version that
-    was loaded last is taken, with a warning.
-
-    Without `trusted` the engines of a GPU, which are code, are refused. Other processes that want the same name wait.
-    Raises BundleError.
+    """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. Where the hub
+    cannot be reached, or its version is damaged or not trusted, the version that was loaded last is taken, with a
+    warning. Without `trusted` the engines of a GPU, which are code, are refused. Other processes wait. Raises
+    BundleError.
     """
     base = cache_folder() / "hub" / name
     try:
@@ -98,9 +96,7 @@ def cached() -> dict[str, int]:
 
 
 def remove_cached(name: str) -> None:
-    """Remove the bundle `org/name` from the cache. Raises BundleError where it is not there, BusyError where a process
-    runs or fetches it.
-    """
+    """Remove the bundle `org/name` from the cache. Raises BundleError, BusyError where it is in use."""
     if name not in (known := cached()):
         raise BundleError(f"{name} is not in the cache. What is there: {', '.join(known) or 'nothing'}.")
     base = cache_folder() / "hub" / name
@@ -155,7 +151,6 @@ def _load_version(name: str, root: Path, target: str | None, trusted: _Trusted, 
 
 
 def _forget_damaged(root: Path, target: str | None) -> None:
-    """Remove a target's damaged files, and the manifest, its signature and the build records, to fetch them anew."""
     with suppress(BundleError):
         bundle = Bundle.open(root)
         build = bundle.load_build(bundle.resolve_target(target))
@@ -169,10 +164,8 @@ def _forget_damaged(root: Path, target: str | None) -> None:
 
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
     """Publish a bundle with its builds as `org/name`, in one commit, and return the address. A repository that has no
-    card gets one.
-
-    Files of an earlier bundle that this one lacks are deleted; all other files in the repository stay. Raises
-    BundleError for a damaged bundle, a repository that holds something but no bundle, and when the hub refuses.
+    card gets one. Files of an earlier bundle that this one lacks are deleted. Raises BundleError for a damaged bundle,
+    a repository that holds something else, and when the hub refuses.
     """
     if len(Path(name).parts) != 2 or Path(name).suffix in NO_HUB_ID:
         raise BundleError(f"{name!r} is no name for the hub: expected org/name, and no file's ending.")
@@ -220,9 +213,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
 
 
 def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> list[str]:
-    """Return patterns of the bundle's files in a repository with the files `there`; `read` downloads one of them.
-    Raises BundleError where the repository holds something, but no bundle.
-    """
+    """Return patterns of the bundle's files in a repository; `read` downloads one. Raises BundleError for no bundle."""
     if not there - {CARD, ".gitattributes"}:
         return []
     try:
@@ -275,7 +266,7 @@ Not built yet.
 def _call_hub(
     name: str, error: type[DashError], ask: Callable[[Any], Any], failed: str = "cannot be downloaded", advice: str = ""
 ) -> Any:
-    """Return `ask(huggingface_hub)`. Raises `error` where the package is missing, and in place of what `ask` raises."""
+    """Return `ask(huggingface_hub)`. Raises `error` in place of what `ask` raises."""
     try:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError as missing:

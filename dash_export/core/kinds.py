@@ -240,9 +240,7 @@ def kinds_of(policy: PolicyFacts) -> tuple[str, ...]:
 
 
 def session_rules(setting: Setting, served: Served) -> SessionRules:
-    """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for more than the
-    policy can give.
-    """
+    """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for too much."""
     model, policy = served.model, served.policy
     if setting.kind == "token" and not policy.has_network:
         raise PolicyError(f"The policy 'token' needs a bundle with a policy network. {policy_command(model)}")

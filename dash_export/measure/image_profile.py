@@ -26,7 +26,7 @@ def _timed(launch: Launch) -> float:
 
 def image_profile(runtime: DashRuntime, rounds: int, progress: Progress = no_progress) -> dict[str, Any]:
     """Return for JSON, for 1 and 8 pictures together: milliseconds a picture of dense passes, microseconds a picture of
-    each segment and of the exit before it, and of the policy; and of dense, what all segments take together.
+    each segment, exit and the policy; and of dense, what all segments take together.
     """
     encoder, machine, batches = runtime.encoder(), this_machine(), list[dict[str, Any]]()
     for size in BATCHES:

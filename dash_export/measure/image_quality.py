@@ -1,8 +1,7 @@
 """Cost of skipping for an image encoder, and the time it saves on the clock, on a folder of pictures.
 
-Settings run in turns on each picture, so that other load on the machine falls on all of them. Where the folder has a
-folder for each class, a linear classifier and the nearest neighbours are fitted on dense vectors of one half of the
-pictures and judged on the other.
+Settings run in turns on each picture. Where there is a folder for each class, a linear classifier and the nearest
+neighbours are fitted on dense vectors of one half of the pictures and judged on the other.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ WARM_UP = 3
 @dataclass(frozen=True)
 class ImageQuality:
     """Figures of one setting over so many `pictures`, against dense. `time`: of dense, on the clock, and as `predicted`
-    by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of
-    pictures that the guard held back. With classes, on every other picture: `agreement` of the linear classifier with
-    itself on dense vectors, the `accuracy` of both it and the `neighbours`, and its flips: the share that it `lost`
-    (right on dense vectors, wrong on these) and `won` (the reverse); with the model's own classifier, `same_class`.
+    by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share held
+    back. With classes, on every other picture: `agreement` of the linear classifier with itself on dense vectors,
+    `accuracy` of it and of the `neighbours`, the shares that it `lost` (right on dense vectors, wrong on these) and
+    `won`; with the model's own classifier, `same_class`.
     """
 
     setting: Setting
@@ -68,9 +67,9 @@ def image_quality(
     progress: Progress = no_progress,
     labelled: bool = False,
 ) -> list[ImageQuality]:
-    """Measure dense and the `settings` on the pictures in `folder`, or on `limit` of them drawn by a seed. Raises
-    RequestError where there is no picture, or, if `labelled`, where they are not in a folder for each of several
-    classes; PolicyError for a setting that the policy cannot give.
+    """Measure dense and the `settings` on the pictures in `folder`, or on `limit` drawn ones. Raises RequestError where
+    there is none, or, if `labelled`, no folder for each of several classes; PolicyError for a setting that cannot be
+    given.
     """
     if runtime.bundle.manifest.model.takes != "pictures":
         raise RequestError(f"{runtime.bundle.name} takes no pictures: give the bundle of an encoder that does.")
@@ -139,7 +138,6 @@ def image_report(runtime: DashRuntime, folder: Path, limit: int, rows: Sequence[
 
 
 def _check_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Raise RequestError where pictures are in no folder of a class, or all in one."""
     expected = "Give a folder that holds one for each class, at least two, with the pictures of the class in it."
     if "" in classes:
         raise RequestError(f"{classes.count('')} pictures lie in {folder} itself, in no class. {expected}")
@@ -155,9 +153,7 @@ def _cosines(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> np
 
 
 class _Judge:
-    """A linear classifier (ridge regression on classes) and the nearest neighbours, of dense vectors of every other
-    picture; judged on the others.
-    """
+    """A linear classifier (ridge) and the nearest neighbours, of every other picture; judged on the others."""
 
     def __init__(self, dense: npt.NDArray[np.float64], classes: Sequence[str]) -> None:
         names = sorted(set(classes))

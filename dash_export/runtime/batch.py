@@ -25,8 +25,8 @@ PAUSE = 1e-3
 @dataclass
 class Batch:
     """At most `size` sequences that decode together, made by `DashRuntime.batch()`, for one thread and one stream at a
-    time. When a sequence ends, the next prompt takes its place. The session `prompts` prefills one prompt after another
-    and keeps the last one's KV cache: a prefix that the next prompt shares (a system prompt) is not computed again.
+    time. The session `prompts` prefills one prompt after another and keeps the last one's KV cache: a prefix that the
+    next prompt shares is not computed again.
     """
 
     engines: EngineSet | DeviceEngines
@@ -39,9 +39,7 @@ class Batch:
         self._stream_now: object = None
 
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
-        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError where the prompt and
-        `max_tokens` do not fit together.
-        """
+        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError with `max_tokens`."""
         ids = self.prompts.checked_ids(prompt, fresh=True)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids
@@ -107,7 +105,6 @@ class Batch:
     def _admit(
         self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling, continues: bool
     ) -> Response:
-        """Prefill a prompt and append it to the rows, unless its first token is also its last."""
         session = self.prompts
         try:
             ids = self.checked(prompt, max_tokens)

@@ -1,8 +1,7 @@
 """A policy for an image encoder from unlabelled pictures, in minutes: exits, what predicts the damage of leaving at
 one, and a guard against foreign pictures (`core/exits.py` has the formulas).
 
-One dense pass over the pictures keeps a few pooled vectors of each layer. All else is ridge regression on these: no
-gradient is taken and no torch is needed. A share of the pictures is only judged on; the dial is made of these.
+One dense pass keeps a few pooled vectors of each layer. All else is ridge regression on these, without torch.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ CHUNK = 50
 @dataclass(frozen=True)
 class ImageSettings:
     """Course of a training. `held_out`: share of the pictures that are only judged on. `before`: share of the layers
-    before the first exit; `most`: exits. `components` of the pooled state that the guard reads; `own`: share of the
-    model's own pictures that it lets through.
+    before the first exit; `most`: exits. `components` that the guard reads; `own`: share of own pictures that it lets
+    through.
     """
 
     seed: int = 0
@@ -78,9 +77,9 @@ def train_on_images(
     settings: ImageSettings | None = None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
-    """Train a policy for an image encoder on pictures and write it to `output` (`.safetensors`, and a JSON card beside
-    it). `units` follow each other up to the last layer: there is an exit before each. A training that was killed goes
-    on where it was. Raises CheckpointError, PolicyError and RequestError.
+    """Train a policy for an image encoder and write it to `output` (`.safetensors`, and a JSON card beside it). `units`
+    follow each other up to the last layer. A killed training goes on. Raises CheckpointError, PolicyError and
+    RequestError.
     """
     output, settings = output_path(output), settings or ImageSettings()
     check_replaceable(output)
@@ -126,7 +125,6 @@ def train_on_images(
 
 
 def _split(files: Sequence[Path], settings: ImageSettings) -> tuple[list[Path], list[Path]]:
-    """Return the pictures that are learnt from, and the held-out ones."""
     order = np.random.default_rng(settings.seed).permutation(len(files))
     held = round(settings.held_out * len(files))
     return [files[place] for place in order[held:]], [files[place] for place in order[:held]]
@@ -226,9 +224,7 @@ class _Run:
         }  # fmt: skip
 
     def _pooled(self, files: Sequence[Path], name: str, units: Sequence[Unit]) -> dict[str, Floats]:
-        """Run pictures densely. Return what exits read before each unit and at the first answer (`read-LAYER`), what
-        the `guard` reads, and `ends`: the pooled vector and the class logits, of each picture [n, ...].
-        """
+        """Return what exits read (`read-LAYER`), what the `guard` reads, and the `ends`, each [n, ...]."""
         starts = range(0, len(files), CHUNK)
         parts = [
             self.work.once(

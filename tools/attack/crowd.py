@@ -22,7 +22,8 @@ from pathlib import Path
 import click
 import httpx
 import numpy as np
-from shared import finish, resident, serving
+from shared import finish, resident
+from started_server import serving
 
 from dash_export.commands.serve import raise_open_file_limit
 
@@ -103,7 +104,7 @@ def main(bundle: Path, target: str, connections: int, rate: int, seconds: float)
     waits, most, faults = list[float](), 0.0, list[str]()
     with (
         tempfile.TemporaryFile("w+") as told,
-        serving(bundle, target, "--api-key", "secret", output=told) as (address, process),
+        serving([bundle], target, "--api-key", "secret", output=told) as (address, process),
     ):
         before, held = resident(process.pid), 0
         people = get_context("spawn").Process(target=crowd, args=(httpx.URL(address).port, connections, rate, seconds))

@@ -21,7 +21,8 @@ from typing import Any
 
 import click
 import httpx
-from shared import Process, finish, growth, resident, serving
+from shared import finish, growth, resident
+from started_server import Process, serving
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.files.resources import resource_folder
@@ -144,7 +145,7 @@ def main(bundle: Path, target: str, minutes: float, streams: int) -> None:
     letters = min(900, opened.manifest.decoder.max_positions // 4)
     bodies = drawn(Random(0), 60, letters, Text(opened.root).template is not None)
     options = ("--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN))
-    with serving(bundle, target, *options) as (address, process):
+    with serving([bundle], target, *options) as (address, process):
         done, sizes = asyncio.run(load(address, process, bodies, minutes, streams))
         code = process.wait(DRAIN + 10)
     done.faults += [] if code == 0 else [f"the server ended with {code}"]

@@ -16,7 +16,8 @@ from pathlib import Path
 import click
 import numpy as np
 from common import held_out, print_json
-from serve import PROMPT, Stream, milliseconds, server, stream
+from serve import PROMPT, Stream, milliseconds, stream
+from started_server import serving
 
 from dash_export.commands.tables import print_table
 from dash_export.runtime import DashRuntime
@@ -47,7 +48,7 @@ def main(best: Path, fastest: Path, target: str, every: float, requests: int, pa
     rows = []
     for model, bundles in variants.items():
         kept = ["--pace", str(pace)] if best in bundles else []  # the fastest one may have no policy
-        with server(bundles, target, *kept) as address:
+        with serving(bundles, target, *kept) as (address, _):
             stream(address, prompts[0], {"model": bundles[0].stem})
             found = bit_by_bit(address, model, prompts, gaps)
         steps = [step for one in found for step in one.steps]

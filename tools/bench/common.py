@@ -6,6 +6,7 @@ Turns and intervals are those of the package (`dash_export/measure/timing.py`, `
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from dash_export.measure.breakdown import this_machine
 from dash_export.measure.intervals import Interval, median_ratios
 from dash_export.measure.timing import in_turns
 
+sys.path.append(str(Path(__file__).parents[1]))
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
 

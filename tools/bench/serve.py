@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -32,9 +30,9 @@ from threading import Thread
 from typing import Any
 
 import click
-import httpx
 import numpy as np
 from common import held_out, print_json
+from started_server import serving
 
 from dash_export.commands.tables import print_table
 from dash_export.core.kinds import Setting
@@ -61,46 +59,20 @@ class Stream:
     model: str
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @contextmanager
 def server_here(scheduler: Scheduler) -> Iterator[str]:
     app = Server({scheduler.runtime.bundle.name: scheduler}).app
-    running, listener = HttpServer(app), socket.create_server(("127.0.0.1", port := free_port()))
+    running, listener = HttpServer(app), socket.create_server(("127.0.0.1", 0))
     thread = Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     while not running.started:
         assert thread.is_alive(), "the server has ended"
         time.sleep(0.1)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         running.should_exit = True
         thread.join()
-
-
-@contextmanager
-def server(bundles: Sequence[Path], target: str, *options: str) -> Iterator[str]:
-    port = free_port()
-    command = [sys.executable, "-m", "dash_export", "serve", *map(str, bundles), "--target", target]
-    process = subprocess.Popen([*command, "--port", str(port), *options])
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, "the server has ended"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
@@ -244,7 +216,7 @@ def main(
         print(f"First token of a new prompt: alone {apart} ms, while {min(still)} to {max(still)} decode {late} ms.")
     limit = pace or 1.1 * next((row[6] for row in rows if row[1] == 4), rows[-1][6])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
-    with server([bundle], target) as fixed, server([bundle], target, *kept) as paced:
+    with serving([bundle], target) as (fixed, _), serving([bundle], target, *kept) as (paced, _):
         for count in counts:
             for name, address in (("fixed", fixed), ("paced", paced)):
                 together(address, texts[0][:count], {})

@@ -135,7 +135,6 @@ _PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
     return sorted(path.stem for path in resource_folder("engines").glob("*.toml"))
 
 

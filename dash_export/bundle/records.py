@@ -45,7 +45,6 @@ class Manifest:
 
     @property
     def measure(self) -> Measure:
-        """Subject of its decisions, and the meaning of divergence from dense."""
         return MEASURES[self.model.takes]
 
     @property
@@ -145,7 +144,6 @@ class Build:
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """Return the manifest with the hash of its contents."""
     contents = asdict(replace(manifest, sha256=""))
     return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 

@@ -121,34 +121,17 @@ class Measure:
         return f"{self.item} at {context} cached tokens" if context else self.item
 
 
+def _of_inputs(item: str, example: str, pipeline: str) -> Measure:
+    loss = f"0.01 of the cosine on held-out {item}s"
+    return Measure(item, "1 - cosine", lambda point: point.kl, 0.01, loss, example, pipeline)
+
+
+_LOST = "2% of perplexity on the calibration text"
+_ASKED = '"Why is the sky blue?"'
 MEASURES = {
-    "prompt": Measure(
-        "token",
-        "KL, nats",
-        lambda point: point.perplexity - 1,
-        0.02,
-        "2% of perplexity on the calibration text",
-        '"Why is the sky blue?"',
-        "text-generation",
-    ),
-    "pictures": Measure(
-        "picture",
-        "1 - cosine",
-        lambda point: point.kl,
-        0.01,
-        "0.01 of the cosine on held-out pictures",
-        "photo.jpg",
-        "image-feature-extraction",
-    ),
-    "texts": Measure(
-        "text",
-        "1 - cosine",
-        lambda point: point.kl,
-        0.01,
-        "0.01 of the cosine on held-out texts",
-        '"a text"',
-        "sentence-similarity",
-    ),
+    "prompt": Measure("token", "KL, nats", lambda at: at.perplexity - 1, 0.02, _LOST, _ASKED, "text-generation"),
+    "pictures": _of_inputs("picture", "photo.jpg", "image-feature-extraction"),
+    "texts": _of_inputs("text", '"a text"', "sentence-similarity"),
 }
 """By what a model takes (`ModelFacts.takes`)."""
 
@@ -167,12 +150,9 @@ def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | N
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
 
 
-def trade_off_for(
-    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
-) -> float:
-    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
-    (one is given), interpolated geometrically. Raises PolicyError without a table, or for an amount beyond what the
-    policy reaches.
+def trade_off_for(dial: Sequence[DialPoint], **asked: float) -> float:
+    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`,
+    whichever is given, interpolated geometrically. Raises PolicyError without a table, or for an amount out of reach.
     """
     if not dial:
         raise PolicyError(
@@ -180,16 +160,16 @@ def trade_off_for(
             "`dash-export build` on the device; or give the trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
-    if budget is not None:
-        wanted, amounts = 1 - budget, [1 - point.time for point in points]
-    elif skipped is not None:
-        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
+    ((name, wanted),) = asked.items()
+    if name == "budget":
+        wanted, amounts = 1 - wanted, [1 - point.time for point in points]
+    elif name == "skipped":
+        amounts = [points[0].layers - point.layers for point in points]
     else:
-        assert max_kl is not None
-        wanted, amounts = max_kl, [point.kl for point in points]
+        amounts = [point.kl for point in points]
     after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
     if after is None:
-        raise out_of_reach(max(amounts), budget=budget, skipped=skipped, max_kl=max_kl)
+        raise out_of_reach(max(amounts), **asked)
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
@@ -231,20 +211,15 @@ def binomial(count: int, trials: int, share: float) -> float:
     return float(min(1.0, np.exp(terms).sum()))
 
 
-def out_of_reach(
-    most: float, *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
-) -> PolicyError:
+def out_of_reach(most: float, **asked: float) -> PolicyError:
     """Return the error for an amount beyond `most`. The limit that it tells is rounded so that it may be asked for."""
-    if budget is not None:
-        asked, limit, end = f"A budget of {budget:g} is below", 1 - _floor(most, 3), "least"
-    elif skipped is not None:
-        asked, limit, end = f"Skipping {skipped:g} layers of a token is above", _floor(most, 2), "most"
-    else:
-        asked, limit, end = f"A KL of {max_kl:g} nats is above", _floor(most, 4), "most"
-    return PolicyError(
-        f"{asked} the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
-    )
-
-
-def _floor(amount: float, digits: int) -> float:
-    return floor(round(10.0**digits * amount, 6)) / 10.0**digits
+    ((name, amount),) = asked.items()
+    said, digits = {
+        "budget": ("A budget of {:g} is below", 3),
+        "skipped": ("Skipping {:g} layers of a token is above", 2),
+        "max_kl": ("A KL of {:g} nats is above", 4),
+    }[name]
+    limit = floor(round(10.0**digits * most, 6)) / 10.0**digits
+    limit, end = (1 - limit, "least") if name == "budget" else (limit, "most")
+    reached = f"the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
+    return PolicyError(f"{said.format(amount)} {reached}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -95,12 +95,6 @@ class ImageProcessor:
         """The (height, width) of what comes out."""
         height, width = self.crop or self.resize
         return height, width
-
-    def sized(self, size: int) -> ImageProcessor:
-        """Return the processor that gives pictures of `size` x `size`, with as large a part of the picture in them."""
-        resize = tuple(round(edge * size / min(self.size)) for edge in self.resize)
-        square = (size, size)
-        return replace(self, resize=resize, crop=square) if self.crop else replace(self, resize=square)
 
     def __call__(self, image: Source, name: str = "") -> Pixels:
         """Return a picture as [3, height, width]. Raises RequestError as `read_image`, or if too thin."""

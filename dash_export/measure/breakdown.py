@@ -71,7 +71,6 @@ def shares(lane: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
-    """Return PARTS -> nanoseconds of every token, [tokens]."""
     took = lane.took
     segments, deciding, sampling = took[:, :DECISION], took[:, DECISION], took[:, SAMPLING]
     bypass = (segments * lane.bypassed).sum(axis=1)
@@ -115,26 +114,20 @@ def device_times(lane: Lane) -> list[dict[str, Any]]:
         return []
     ends = np.hstack([lane.stamps[:, :1, 0], lane.stamps[:, : len(lane.segments) - 1, 1]])
     gaps, launched = lane.stamps[:, : len(lane.segments), 0] - ends, lane.launches[..., 1] - lane.launches[..., 0]
+
+    def row(name: str, *times: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return {"name": name} | dict(
+            zip(("device", "host", "gap"), (spread(each, 1e-3) for each in times), strict=True)
+        )
+
     rows = [
-        {
-            "name": segment.name,
-            "device": spread(lane.took[:, place], 1e-3),
-            "host": spread(launched[:, place], 1e-3),
-            "gap": spread(gaps[:, place], 1e-3),
-        }
+        row(segment.name, lane.took[:, place], launched[:, place], gaps[:, place])
         for place, segment in enumerate(lane.segments)
     ]
     if (asked := lane.policy[:, 0] > 0).any():
-        took = (lane.policy[:, 1] - lane.policy[:, 0])[asked]
-        begun = (lane.policy[:, 0] - ends[:, np.argmax(lane.gated) - 1])[asked]
-        rows.append(
-            {
-                "name": POLICY,
-                "device": spread(took, 1e-3),
-                "host": spread(launched[asked, -1], 1e-3),
-                "gap": spread(begun, 1e-3),
-            }
-        )
+        begun = lane.policy[:, 0] - ends[:, np.argmax(lane.gated) - 1]
+        took = lane.policy[:, 1] - lane.policy[:, 0]
+        rows.append(row(POLICY, took[asked], launched[asked, -1], begun[asked]))
     return rows
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from dash_export.backends.base import Launch, backend_errors
 from dash_export.bundle.records import POLICY
 from dash_export.files.artifacts import Progress, no_progress
@@ -31,8 +29,7 @@ def image_profile(runtime: DashRuntime, rounds: int, progress: Progress = no_pro
     encoder, machine, batches = runtime.encoder(), this_machine(), list[dict[str, Any]]()
     for size in BATCHES:
         _, bound, _ = encoder.engines.timed(0, size)
-        shape = (size, 3, *encoder.engines.model.image_size)
-        pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        pixels = encoder.engines.model.example(size)
         whole, run = list[float](), {name: list[float]() for name, _, _ in bound}
         exits = {name: list[float]() for name, _, bypass in bound if bypass is not None}
         for number in range(WARM_UP + rounds):

@@ -36,7 +36,6 @@ class Result:
     figures: Figures
 
     def record(self) -> dict[str, Any]:
-        """Return the result as it is written to JSON."""
         found = asdict(self)
         figures: dict[str, Any] = found.pop("figures")
         return found | {"setting": setting_record(self.setting)} | figures

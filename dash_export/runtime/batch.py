@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dash_export.core.sampling import Prompt, Sampling, TokenIds
@@ -68,15 +69,11 @@ class Batch:
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
         self.rows.clear()
-        return self._stream(this, iter(prompts), max_tokens, sampling or Sampling(), continues)
+        admit = partial(self._admit, max_tokens=max_tokens, sampling=sampling or Sampling(), continues=continues)
+        return self._stream(this, iter(prompts), admit)
 
     def _stream(
-        self,
-        this: object,
-        prompts: Iterator[Prompt | None],
-        max_tokens: int | None,
-        sampling: Sampling,
-        continues: bool,
+        self, this: object, prompts: Iterator[Prompt | None], admit: Callable[[int, Prompt], Response]
     ) -> Iterator[tuple[int, Response]]:
         rows, index, more = self.rows, 0, True
         while more or rows:
@@ -88,7 +85,7 @@ class Batch:
                     break
                 if prompt is not None:
                     self._check_newest(this)  # the generator of prompts may itself have begun another stream
-                    yield index, self._admit(index, prompt, max_tokens, sampling, continues)
+                    yield index, admit(index, prompt)
                     index += 1
                 elif rows:
                     break

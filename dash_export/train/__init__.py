@@ -53,7 +53,6 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, effort: str) -> TrainingSettings:
-        """Return the settings of one of EFFORTS."""
         return replace(cls(), **EFFORTS[effort])
 
     def shortened(self) -> TrainingSettings:

@@ -29,7 +29,6 @@ class Sums:
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Run one dense pass over the batch and add its sums."""
         model, counted = self._model, batch.counted
         entered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """First layer of a unit -> X and the unit's input."""

@@ -46,7 +46,6 @@ class Corpus:
     sources: dict[str, list[Passage]] = field(default_factory=dict)
 
     def tokens(self) -> dict[str, int]:
-        """Return the number of tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
     def parts(self) -> dict[str, "Corpus"]:

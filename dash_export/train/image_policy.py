@@ -33,15 +33,7 @@ from dash_export.files.outputs import locked, output_path, remove_own, work_fold
 from dash_export.images.processor import ImageProcessor
 from dash_export.models import EncoderCheckpoint, open_model
 from dash_export.models.spec import FINAL_NORM
-from dash_export.train.image_exits import (
-    answered,
-    distances,
-    exit_read,
-    fitted_exit,
-    fitted_guard,
-    fitted_scores,
-    guard_read,
-)
+from dash_export.train import image_exits
 from dash_export.train.image_passes import Floats, ImageModel, divergence
 
 SLACK = 1.1
@@ -99,7 +91,7 @@ def train_on_images(
     with locked(output, "train"), tempfile.TemporaryDirectory() as graphs:
         work = _Work(work_folder(output, "train"), key)
         processor = ImageProcessor.parse(opened.assets[PREPROCESSOR], PREPROCESSOR)
-        run = _Run(ImageModel(opened, Path(graphs)), processor, _split(files, settings), settings, work, progress)
+        run = _Run(ImageModel(opened, Path(graphs)), processor, *_split(files, settings), settings, work, progress)
         policy, figures = run.policy(chosen)
         opened.check_same()
         made = f"trained by dash-export (seed {settings.seed}, key {key[:8]})"
@@ -144,7 +136,6 @@ class _Work:
         self.folder, self._key = folder, key
 
     def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the saved result of a stage; make and save it where there is none."""
         path = self.folder / f"{stage}.npz"
         try:
             with np.load(path, allow_pickle=False) as known:
@@ -158,50 +149,43 @@ class _Work:
         return made
 
 
+@dataclass
 class _Run:
-    """One training."""
-
-    def __init__(
-        self,
-        model: ImageModel,
-        processor: ImageProcessor,
-        split: tuple[list[Path], list[Path]],
-        settings: ImageSettings,
-        work: _Work,
-        progress: Progress,
-    ) -> None:
-        self.model, self.spec, self._processor = model, model.spec, processor
-        self.learnt, self.held = split
-        self.settings, self.work, self._progress = settings, work, progress
+    model: ImageModel
+    processor: ImageProcessor
+    learnt: list[Path]
+    held: list[Path]
+    settings: ImageSettings
+    work: _Work
+    progress: Progress
 
     def policy(self, units: tuple[Unit, ...]) -> tuple[SkipPolicy, dict[str, Any]]:
-        """Run all stages. Return the policy and figures of the held-out pictures."""
-        read, hidden, layers = units[0].first - 1, self.spec.hidden_size, self.spec.num_layers
+        read, hidden, layers = units[0].first - 1, self.model.spec.hidden_size, self.model.spec.num_layers
         learnt, held = (
             self._pooled(files, name, units) for name, files in (("learnt", self.learnt), ("held", self.held))
         )
         dense = learnt["ends"][:, :hidden]
-        self._progress("fitting exits", 0, 1 + len(units))
-        early, unseen = fitted_exit(learnt[f"read-{read}"], dense, hidden)
+        self.progress("fitting exits", 0, 1 + len(units))
+        early, unseen = image_exits.fitted_exit(learnt[f"read-{read}"], dense, hidden)
         bypasses, answers = list[Weights](), [unseen]
         for place, unit in enumerate(units, 1):
-            self._progress("fitting exits", place, 1 + len(units))
-            bypass, unseen = fitted_exit(learnt[f"read-{unit.first}"], learnt["ends"], hidden)
+            self.progress("fitting exits", place, 1 + len(units))
+            bypass, unseen = image_exits.fitted_exit(learnt[f"read-{unit.first}"], learnt["ends"], hidden)
             bypasses.append(bypass)
             answers.append(unseen)
         centre = dense.mean(axis=0)
-        weight, bias = fitted_scores(answers, dense, centre)
+        weight, bias = image_exits.fitted_scores(answers, dense, centre)
         network = {f"early.{name}": half(array) for name, array in early.items()}
         network |= {"centre": centre, "weight": weight, "bias": bias}
-        guard = fitted_guard(learnt["guard"], self.settings.components)
-        distance = distances(guard, held["guard"])
-        own = np.concatenate([distance, distances(guard, learnt["guard"])])
+        guard = image_exits.fitted_guard(learnt["guard"], self.settings.components)
+        distance = image_exits.distances(guard, held["guard"])
+        own = np.concatenate([distance, image_exits.distances(guard, learnt["guard"])])
         guard["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
         guarded = np.atleast_1d((distance > guard["limit"]).any(axis=1))
         reads = {unit.first: held[f"read-{unit.first}"] for unit in units}
-        damage, found = answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
+        damage, found = image_exits.answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
         lost = np.stack([divergence(held["ends"][:, :hidden], each[:, :hidden]) for each in found], axis=1)
-        classes = [each[:, hidden:].argmax(axis=1) for each in (held["ends"], *found)] if self.spec.labels else []
+        classes = [each[:, hidden:].argmax(axis=1) for each in (held["ends"], *found)] if self.model.spec.labels else []
         pictures = [
             Picture(
                 tuple(float(f"{one:.5g}") for one in damage[:, place]),
@@ -236,14 +220,14 @@ class _Run:
 
     def _chunk(self, files: Sequence[Path], done: int, total: int, units: Sequence[Unit]) -> dict[str, Floats]:
         found: dict[str, list[Floats]] = defaultdict(list)
-        given, read, size = (self.spec.special, self.spec.norm_eps), units[0].first - 1, self.settings.batch
+        given, read, size = (self.model.spec.special, self.model.spec.norm_eps), units[0].first - 1, self.settings.batch
         for start in range(0, len(files), size):
-            for layer, state in enumerate(self.model.states(self._processor.batch(files[start : start + size]))):
+            for layer, state in enumerate(self.model.states(self.processor.batch(files[start : start + size]))):
                 if layer == read or any(unit.first == layer for unit in units):
-                    found[f"read-{layer}"].append(exit_read(state, *given))
+                    found[f"read-{layer}"].append(image_exits.exit_read(state, *given))
                 if layer == read:
-                    found["guard"].append(guard_read(state, *given))
+                    found["guard"].append(image_exits.guard_read(state, *given))
             head = self.model.head(state)
             found["ends"].append(np.concatenate([head[name] for name in ("pooled", "logits") if name in head], axis=1))
-            self._progress("the dense pass", done + min(len(files), start + size), total)
+            self.progress("the dense pass", done + min(len(files), start + size), total)
         return {name: np.concatenate(parts) for name, parts in found.items()}

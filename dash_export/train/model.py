@@ -70,7 +70,6 @@ class SkipModules(nn.Module):
         return torch.tensor(own, device=next(self.parameters()).device)
 
     def to_policy(self) -> SkipPolicy:
-        """Return the policy with these weights as numpy arrays (copies)."""
         bypasses = tuple(map(_arrays, self.bypasses))
         return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
@@ -260,5 +259,4 @@ def activations(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
 
 
 def layer_size(spec: DecoderSpec) -> int:
-    """Return the number of weights of a layer."""
     return sum(prod(shape) for name, shape in spec.weight_shapes().items() if name.startswith(layer_weight(0)))

@@ -42,7 +42,6 @@ class Processes:
             parameter.grad = gradient
 
     def wait(self) -> None:
-        """Wait until all processes have come here. Raises as `add_up`."""
         if self.count > 1:
             with _said():
                 distributed.barrier()

@@ -25,22 +25,11 @@ from dash_export.core.policy import SkipPolicy, Weights, narrowed
 from dash_export.core.units import Unit
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress
-from dash_export.train import TrainingSettings
+from dash_export.train import TrainingSettings, partition
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
 from dash_export.train.model import GatedModel, SkipModules, always, initial_network, rows_at_once, saved
-from dash_export.train.partition import (
-    Candidate,
-    best_partition,
-    candidate_groups,
-    greedy_order,
-    mean_gain,
-    ruled_units,
-    static_damage,
-    units_that_pay,
-    with_dense,
-)
 from dash_export.train.processes import Processes
 from dash_export.train.work import Work
 
@@ -83,11 +72,11 @@ class Run:
 
 def trained_policy(
     run: Run, kind: str, units: tuple[Unit, ...] | None, start: SkipPolicy | None
-) -> tuple[SkipPolicy, tuple[Candidate, ...]]:
+) -> tuple[SkipPolicy, tuple[partition.Candidate, ...]]:
     """Train a policy for these units, or those of a search, whose candidates are returned. `start`: it goes on."""
     model, settings = run.model, run.settings
     given, chosen = units is not None, search_units(run) if units is None and settings.search_steps else ()
-    units = units or tuple(candidate.unit for candidate in chosen) or ruled_units(model.spec.num_layers)
+    units = units or tuple(candidate.unit for candidate in chosen) or partition.ruled_units(model.spec.num_layers)
     policy = start or SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
     if kind == "static":
         policy = replace(policy, network=None)
@@ -119,13 +108,13 @@ def trained_policy(
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
 
 
-def search_units(run: Run) -> tuple[Candidate, ...]:
+def search_units(run: Run) -> tuple[partition.Candidate, ...]:
     """Return the units that gain most, each tried with a bypass in closed form. Raises PolicyError where none pays."""
     model, settings = run.model, run.settings
-    windows = with_dense(model, [run.batch("trials", 0)[0]])
-    groups = candidate_groups(model.spec.num_layers, settings.search_every)
+    windows = partition.with_dense(model, [run.batch("trials", 0)[0]])
+    groups = partition.candidate_groups(model.spec.num_layers, settings.search_every)
     whole = sum(settings.search_steps + TRIAL * len(group) for group in groups)
-    tried: list[Candidate] = []
+    tried: list[partition.Candidate] = []
     for number, group in enumerate(groups, 1):
         stage, begun = f"candidates-{number}", (number - 1) * settings.search_steps + TRIAL * len(tried)
 
@@ -140,7 +129,7 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
                 if place not in known:
                     unit = group[place]
                     modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),)))
-                    known[place] = static_damage(model, modules.to(model.device), (0,), windows).cpu()
+                    known[place] = partition.static_damage(model, modules.to(model.device), (0,), windows).cpu()
                     run.work.save_if_due(f"{stage}-trials", lambda: known)
                 found[place] = known[place]
                 told(stage, settings.search_steps + TRIAL * (place + 1), whole)
@@ -149,9 +138,9 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
 
         for unit, damage in zip(group, run.work.once(stage, damages), strict=True):
             share = saved(model.spec, len(unit.layers))
-            gain = mean_gain(damage.numpy(), share, settings.trade_offs)
-            tried.append(Candidate(unit, float(damage.mean()), share, gain))
-    best = best_partition(tried, model.spec.num_layers)
+            gain = partition.mean_gain(damage.numpy(), share, settings.trade_offs)
+            tried.append(partition.Candidate(unit, float(damage.mean()), share, gain))
+    best = partition.best_partition(tried, model.spec.num_layers)
     if not best:
         raise PolicyError(
             "Skipping any unit of this model costs more than it saves over these trade-offs: give higher ones "
@@ -170,8 +159,8 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
         found.append(modules.damage(state)[counted])
     damages = torch.cat(found).cpu().numpy().T
     saved = modules.cost(model.spec).tolist()
-    gains = [mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
-    kept = units_that_pay(modules.units, gains)
+    gains = [partition.mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
+    kept = partition.units_that_pay(modules.units, gains)
     return narrowed(modules.to_policy(), (layer for place in kept for layer in modules.units[place].layers))
 
 
@@ -200,16 +189,16 @@ def _summed(run: Run, units: Sequence[Unit], steps: int, stage: str, told: Progr
 
 def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     def order() -> list[int]:
-        windows = with_dense(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
+        windows = partition.with_dense(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
         known: dict[tuple[int, ...], float] = run.work.kept("ranking-trials") or {}
 
         def damage(places: tuple[int, ...]) -> float:
             if places not in known:
-                known[places] = float(static_damage(run.model, modules, places, windows).mean())
+                known[places] = float(partition.static_damage(run.model, modules, places, windows).mean())
                 run.work.save_if_due("ranking-trials", lambda: known)
             return known[places]
 
-        return [*greedy_order([len(unit.layers) for unit in modules.units], damage, run.progress)]
+        return [*partition.greedy_order([len(unit.layers) for unit in modules.units], damage, run.progress)]
 
     return tuple(run.work.once("ranking", order))
 

@@ -49,7 +49,6 @@ class Work:
         return due
 
     def kept(self, stage: str) -> Any:
-        """Return what a stage has saved, or None."""
         try:
             with open_regular(self._path(stage)) as file:
                 stored = file.read()

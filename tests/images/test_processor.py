@@ -166,17 +166,6 @@ def test_a_batch_is_its_pictures() -> None:
     assert processor.batch([]).shape == (0, 3, 224, 224)
 
 
-def test_another_size_shows_as_much_of_the_picture() -> None:
-    dinov2 = ImageProcessor.parse(json.dumps(DINOV2))
-    assert dinov2.sized(224) == dinov2
-    assert (dinov2.sized(112).resize, dinov2.sized(112).size) == ((128,), (112, 112))
-    dinov3 = ImageProcessor.parse(json.dumps(DINOV3))
-    assert (dinov3.sized(448).resize, dinov3.sized(448).crop) == ((448, 448), ())
-    small = dinov2.sized(112)(picture((400, 300)))
-    compare(DINOV2 | {"size": {"shortest_edge": 128}, "crop_size": 112}, picture((400, 300)))
-    assert small.shape == (3, 112, 112)
-
-
 def test_a_picture_too_thin_to_resize() -> None:
     processor = ImageProcessor.parse(json.dumps(DINOV2))
     processor(picture((250, 1)))

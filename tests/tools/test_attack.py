@@ -71,25 +71,17 @@ def test_what_an_attack_would_find(stage: Path, tmp_path: Path) -> None:
     assert "a bundle that is damaged" in scene.survived(folder)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("soak", ["--minutes", "0.05", "--threads", "3", "--tasks", "20"]),
-        ("streams", ["--minutes", "0.05"]),
-        ("bodies", ["--target", "cpu-fp32", "--bodies", "60"]),
-    ],
-)
-def test_attacks_of_readers(name: str, options: list[str], tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They find nothing, and have tried something. Whether memory stays flat is not seen in three seconds."""
-    monkeypatch.setattr(importlib.import_module(name), "FLAT", 0.5, raising=False)
-    result = CliRunner().invoke(importlib.import_module(name).main, [str(tiny_root), *options], catch_exceptions=False)
+def test_streams(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds nothing, and has tried something. Whether memory stays flat is not seen in three seconds."""
+    streams = importlib.import_module("streams")
+    monkeypatch.setattr(streams, "FLAT", 0.5)
+    result = CliRunner().invoke(streams.main, [str(tiny_root), "--minutes", "0.05"], catch_exceptions=False)
     line = json.loads(result.stdout.splitlines()[-1])
     assert (result.exit_code, line["faults"]) == (0, 0), result.stdout
-    assert line["done"].keys() & {"answered", "200", "batch"}
+    assert line["done"]["answered"]
 
 
-@pytest.mark.parametrize("order", ["in order", "by folder"])
-def test_a_crash_loses_what_was_not_synced(order: str, power: ModuleType, tmp_path: Path) -> None:
+def test_a_crash_loses_what_was_not_synced(power: ModuleType, tmp_path: Path) -> None:
     """A file that was synced, and its name, survive; what was not is there, in part or in whole, or not."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -110,7 +102,7 @@ def test_a_crash_loses_what_was_not_synced(order: str, power: ModuleType, tmp_pa
         disk._copy(inode, power.LAST)
     seen = set()
     for seed in range(60):
-        power.crashed(tmp_path / "store", tmp_path / "after", order, Random(seed))
+        power.crashed(tmp_path / "store", tmp_path / "after", Random(seed))
         after = {path.name: path.read_bytes() for path in (tmp_path / "after").iterdir()}
         shutil.rmtree(tmp_path / "after")
         assert after["synced"] == b"synced content"

@@ -1,11 +1,9 @@
-"""A server before which 10,000 connections crowd: some send nothing, some their headers a letter at a time, some as
-much as they can, of headers, small chunks or a body. All come back when they are closed, the greedy ones after a while.
-None has the key. Meanwhile `/health` is asked, whose answers must not take longer than half a second.
+"""A server before which 10,000 connections crowd: silent, slow or greedy ones (headers, small chunks, a body), none
+with the key. All come back when they are closed. Meanwhile `/health` must answer within half a second.
 
     python tools/attack/crowd.py my.dash --connections 10000 --seconds 60
 
-The crowd is a process of its own; it shares the machine's processors with the server. Both need a file for each
-connection (`ulimit -n`).
+The crowd is a process of its own. Both need a file for each connection (`ulimit -n`).
 """
 
 from __future__ import annotations

@@ -1,18 +1,13 @@
-"""Kills and loss of power at random moments of export and build: after it what a manifest or a build record says is
-whole is whole, or it says that it is unfinished; the next run completes it.
+"""Kills and loss of power at random moments of export and build: after it what a record says is whole is whole, or it
+says that it is unfinished; the next run completes it.
 
     python tools/attack/power.py --trials 50
 
 The victim kills itself before an operation that changes what lies in the folder (an audit hook sees them), or when it
-is done. That is a `kill -9`: everything that was written is there. Loss of power is simulated: before each operation
-all names are read and their changes noted; each file is kept open, so that an unlinked one can come back; at each fsync
-the file's content is copied, as what is durable of it. Of that several disks are made that the crash may have left, by
-no more than POSIX says: what was written after a file's last fsync is there, cut somewhere, zero in some pages, or not
-at all; a change of a folder is certain once that folder was synced afterwards, each other one is there or not, by
-itself. A rename is whole or not at all, and certain when either folder was synced.
-
-Not simulated: torn directories and metadata, a device that lies about its flushes, an fsync that fails or that native
-code makes. Kills come before operations, never within a write; the loss of content stands for that.
+is done: everything that was written is there. Loss of power is simulated: before each operation all names are noted, at
+each fsync the file's content is copied. Of that several disks are made that the crash may have left, by no more than
+POSIX says: what was written after a file's last fsync is there, cut, zero in some pages, or not at all; a change of a
+folder is certain once that folder was synced afterwards, each other one is there or not, by itself.
 """
 
 from __future__ import annotations
@@ -44,9 +39,7 @@ Names = dict[int, dict[str, int]]
 
 
 class Disk:
-    """Notes of a victim about `folder` in `store`. Inodes stand for files and folders: none is used twice, for each is
-    kept open.
-    """
+    """Notes of a victim about `folder` in `store`. Each file is kept open, so that no inode is used twice."""
 
     def __init__(self, folder: Path, store: Path) -> None:
         store.mkdir()
@@ -64,7 +57,6 @@ class Disk:
         os.write(self._notes, (json.dumps(what) + "\n").encode())
 
     def _found(self) -> tuple[Names, dict[int, Path]]:
-        """All names there, and where each inode is."""
         names: Names = {}
         paths: dict[int, Path] = {}
         folders = [(self._folder.stat().st_ino, self._folder)]
@@ -120,16 +112,13 @@ class Disk:
             self._note(synced=inode, copy=self._copies[inode])
 
     def crash(self) -> None:
-        """Copy the last contents and end."""
         for inode in self._held:
             self._copy(inode, LAST)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def powered(command: str, stage: Path, folder: Path, moment: int, pipe: Connection) -> None:
-    """A victim: notes what it does, and kills itself before operation number `moment`, or when it is done; where
-    `moment` is 0 it lives, and tells how many it made.
-    """
+    """A victim: it dies before operation `moment`, or at the end; with 0 it lives, and tells their number."""
     count, within, lock = 0, threading.local(), threading.Lock()
     disk = Disk(folder, folder.with_name("store"))
 
@@ -210,7 +199,6 @@ def _content(kept: Path, synced: Path, random: Random) -> bytes:
 
 
 def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None = None) -> list[str]:
-    """Kill the command once, and look at what a kill leaves and at `disks` that a loss of power may have left."""
     random = Random(f"{name} {number}")
     root = scene.stage / "crash"
     root.mkdir()

@@ -16,14 +16,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def resident(process: int | str = "self") -> float:
-    """MB of a process in memory."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def growth(sizes: Sequence[float], flat: float, faults: list[str]) -> dict[str, list[float]]:
-    """Memory (MB) after the warm-up and at the end: medians of the first and the last third of what was seen after a
-    fifth of the time. Growth by more than the share `flat` is one of the `faults`.
-    """
+    """Memory (MB) after the warm-up and at the end; growth by more than the share `flat` is one of the `faults`."""
     warm = sizes[len(sizes) // 5 :]
     third = max(1, len(warm) // 3)
     first, last = median(warm[:third]), median(warm[-third:])

@@ -1,11 +1,9 @@
 """A server under 64 streams for ten minutes: clients of all kinds, some of which leave in the middle; each answer is
-the one that it gave when nothing else ran, memory stays flat, and SIGTERM in the middle ends all of them honestly.
+the one that it gave when nothing else ran, memory stays flat, and SIGTERM ends all of them honestly.
 
-    dash-export build MODEL -o my.dash --weights fp32
+    dash-export build MODEL -o my.dash --weights fp32    # what decodes together changes no token
+
     python tools/attack/streams.py my.dash --minutes 10 --streams 64
-
-fp32, where what decodes together changes no token. More streams than rows and queue: the others are told 429, and ask
-again. What a client that has left got so far is the beginning of the answer.
 """
 
 from __future__ import annotations
@@ -36,8 +34,6 @@ _GONE = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
 
 @dataclass
 class Load:
-    """State that the clients share."""
-
     client: httpx.AsyncClient
     bodies: list[tuple[str, dict[str, Any]]]
     expected: list[str]
@@ -90,11 +86,10 @@ class Load:
         return text, "cut"
 
     def told(self, status: int, found: object) -> str:
-        if status == 429 and not self.closing:
-            return "told to wait"
-        if not self.closing:
-            self.faults.append(f"{status}: {found}")
-        return "told that it closes"
+        if self.closing:
+            return "told that it closes"
+        self.faults += [] if status == 429 else [f"{status}: {found}"]
+        return "told to wait"
 
 
 def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[str, dict[str, Any]]]:

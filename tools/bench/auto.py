@@ -1,9 +1,7 @@
-"""Requests that come bit by bit, for one bundle, for another, and for `auto`: which bundle answers, and how fast.
+"""Requests that come bit by bit, at the same moments, for one bundle, for another, and for `auto`: who answers, how
+fast.
 
     python tools/bench/auto.py BEST FASTEST [--every 3] [--pace 50]
-
-The same prompts come at the same moments (gaps drawn from an exponential distribution) to three servers, one after the
-other. Each is a process of its own, its clients threads of this one.
 """
 
 from __future__ import annotations

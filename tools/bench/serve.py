@@ -49,9 +49,7 @@ DENSE = {"dash": {"policy": "dense"}}
 
 @dataclass
 class Stream:
-    """One answer: seconds from asking to its first token, then from token to token, its time of dense, and the model
-    that gave it.
-    """
+    """One answer: seconds to its first token, from token to token, its time of dense, and the model that gave it."""
 
     first: float
     steps: list[float]
@@ -76,8 +74,8 @@ def server_here(scheduler: Scheduler) -> Iterator[str]:
 
 
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
-    """Ask, and read with as little work as can be, because this client's processors are the server's. Tokens
-    that come together share the time since the last ones. Raises OSError, and RuntimeError for an error's answer.
+    """Ask, and read with little work: this client's processors are the server's. Tokens that come together share the
+    time.
     """
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
     asked |= {"stream_options": {"include_usage": True}}
@@ -105,7 +103,6 @@ Round = tuple[float, list[Stream]]
 
 
 def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> Round:
-    """Seconds of all, and each."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
         streams = list(pool.map(lambda prompt: stream(address, prompt, body), prompts))

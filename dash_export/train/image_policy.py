@@ -88,10 +88,12 @@ def train_on_images(
     check_exits(chosen, spec.num_layers)
     began, seen = time.perf_counter(), [(path.name, *identity(path)) for path in files]
     key = content_key(asdict(settings), opened.fingerprint, units_text(chosen), seen, __version__)
+    order = [files[place] for place in np.random.default_rng(settings.seed).permutation(len(files))]
+    held = round(settings.held_out * len(files))
     with locked(output, "train"), tempfile.TemporaryDirectory() as graphs:
         work = _Work(work_folder(output, "train"), key)
         processor = ImageProcessor.parse(opened.assets[PREPROCESSOR], PREPROCESSOR)
-        run = _Run(ImageModel(opened, Path(graphs)), processor, *_split(files, settings), settings, work, progress)
+        run = _Run(ImageModel(opened, Path(graphs)), processor, order[held:], order[:held], settings, work, progress)
         policy, figures = run.policy(chosen)
         opened.check_same()
         made = f"trained by dash-export (seed {settings.seed}, key {key[:8]})"
@@ -114,12 +116,6 @@ def train_on_images(
         save_policy(output, policy, spec, card)
         remove_own(work.folder)
         return policy
-
-
-def _split(files: Sequence[Path], settings: ImageSettings) -> tuple[list[Path], list[Path]]:
-    order = np.random.default_rng(settings.seed).permutation(len(files))
-    held = round(settings.held_out * len(files))
-    return [files[place] for place in order[held:]], [files[place] for place in order[:held]]
 
 
 def exit_units(num_layers: int, before: float, most: int) -> tuple[Unit, ...]:

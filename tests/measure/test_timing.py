@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,22 +120,6 @@ def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monke
     assert orders == [False, False, True, True, False, False], "which is loaded first changes from round to round"
     assert len(decode_times(candidates[:1], [random_ids(4)], 2)) == 1
     assert ran[-1] is candidates[0]
-
-
-@pytest.mark.parametrize(("last", "target"), [(False, "cpu-fp32"), (True, "portable")])
-def test_which_build_is_loaded_first(
-    last: bool, target: str, runtime: DashRuntime, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process, load = mock.Mock(side_effect=BackendError("stop")), mock.Mock(side_effect=BackendError("enough"))
-    first = Candidate(DashRuntime.load(tiny_root, "portable"), SETTINGS[0])
-    monkeypatch.setattr(subprocess, "run", process)
-    with pytest.raises(BackendError, match="stop"):
-        run_alone(Candidate(runtime, SETTINGS[0]), [1, 2, 3], 2, first, last)
-    monkeypatch.setattr(DashRuntime, "load", load)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(process.call_args.kwargs["input"]))
-    with pytest.raises(BackendError, match="enough"):
-        main()
-    assert load.call_args.args[1] == target
 
 
 def test_what_of_a_process_is_timed() -> None:

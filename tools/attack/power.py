@@ -198,7 +198,9 @@ def _content(kept: Path, synced: Path, random: Random) -> bytes:
     return random.choice((durable, last, last[: random.randint(0, len(last))], zeroed))
 
 
-def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None = None) -> list[str]:
+def attempt(
+    name: str, scene: Scene, number: int, disks: int, moment: int | None = None, rebuild: bool = True
+) -> list[str]:
     random = Random(f"{name} {number}")
     root = scene.stage / "crash"
     root.mkdir()
@@ -221,7 +223,7 @@ def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None
         if moment == AFTER and not wrong and not scene.state(after):
             wrong = ["reported as done, then lost"]
         told = f"{name} {number}, {'loss of power' if lost else 'kill'}, before operation {moment}"
-        faults += [f"{told}: {each}" for each in (*wrong, *scene.completed(after))]
+        faults += [f"{told}: {each}" for each in (*wrong, *scene.completed(after, rebuild))]
         shutil.rmtree(after)
     shutil.rmtree(root)
     return faults

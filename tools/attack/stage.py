@@ -93,7 +93,6 @@ def exported(stage: Path, folder: Path) -> str:
 
 
 def built(stage: Path, folder: Path) -> str:
-    """The policy of a bundle with engines as they should be; nothing where they are stale or unfinished."""
     from dash_export import DashRuntime
     from dash_export.errors import BundleError, StaleBuildError
 
@@ -159,11 +158,13 @@ class Scene:
             return [traceback.format_exc()]
         return []
 
-    def completed(self, folder: Path) -> list[str]:
+    def completed(self, folder: Path, rebuild: bool) -> list[str]:
         try:
             perform(self.command, self.stage, folder)
             faults = self.finished(folder)
-            if "build" in self.before and self.command != "build" and not faults:  # the engines are not lost for good
+            if (
+                rebuild and "build" in self.before and self.command != "build" and not faults
+            ):  # the engines are not lost for good
                 perform("build", self.stage, folder)
                 faults = [] if built(self.stage, folder) else ["the next build is not whole"]
         except Exception:

@@ -98,7 +98,6 @@ def size(folder: Path) -> float:
 
 
 def random_model(name: str, path: Path) -> Path:
-    """Weights are of about the size that keeps states as they are, so that nothing overflows."""
     hidden, inner, layers, heads, kv_heads, tied = SHAPES[name]
     writer = gguf.GGUFWriter(path, "llama")
     sizes = {"block_count": layers, "context_length": 8192, "embedding_length": hidden, "feed_forward_length": inner}

@@ -201,13 +201,15 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it."""
-    from dash_export.building import dial_table
+    from dash_export.building import build, dial_table
     from tests.tiny import tiny_bundle
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # a dial of more points, which `portable` would take long for
         patch.setattr(dial_table, "WINDOWS", 8)
         patch.setattr(dial_table, "TOKENS", 128)
-        return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
+        root = tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", form="linear")
+    build(root, "portable")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
     pip install nvidia-cuda-nvrtc-cu12==12.0.76 && python tools/compile_kernels.py
 
-Of this version because a driver takes PTX of its own age or older: what the first NVRTC of CUDA 12 writes is loaded by
-every driver of CUDA 12 and 13. It needs no GPU.
+What the first NVRTC of CUDA 12 writes is loaded by every driver of CUDA 12 and 13. It needs no GPU.
 """
 
 import ctypes

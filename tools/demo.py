@@ -72,8 +72,6 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Mode:
-    """One row of the table."""
-
     name: str
     answers: tuple[Generation, ...]
     point: Point

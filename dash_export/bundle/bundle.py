@@ -12,23 +12,7 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import TypeVar
 
-from dash_export.bundle.layout import (
-    ANSWERS,
-    BUILD,
-    DEFAULT_TARGET,
-    EXPORT,
-    EXPORTED,
-    LOWERED,
-    MANIFEST,
-    PREPROCESSOR,
-    ROUNDINGS,
-    SIGNATURE,
-    TEXT_FILES,
-    TIMING_CACHE,
-    is_bundle,
-    is_hub_id,
-    safe_path,
-)
+from dash_export.bundle import layout
 from dash_export.bundle.recipe import Recipe, load_recipe
 from dash_export.bundle.records import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
 from dash_export.errors import BundleError, NewerBundleError, RecipeError, StaleBuildError
@@ -47,7 +31,14 @@ from dash_export.files.typed_json import WrongFieldError, typed
 
 LARGEST_RECORD = 4 << 20
 """Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
-_UNREAD = (BUILD, f"{TEMPORARY}{BUILD}", JOURNAL, f"{TEMPORARY}{JOURNAL}", ROUNDINGS, TIMING_CACHE)
+_UNREAD = (
+    layout.BUILD,
+    f"{TEMPORARY}{layout.BUILD}",
+    JOURNAL,
+    f"{TEMPORARY}{JOURNAL}",
+    layout.ROUNDINGS,
+    layout.TIMING_CACHE,
+)
 """Files in `engines/<target>/` that no engine is read from; the second and fourth are of a writer that died."""
 Seal = dict[str, tuple[int, ...]]
 """Files that `Bundle.verify` has checked: name -> `identity`."""
@@ -73,19 +64,19 @@ class Bundle:
         """Read and check `manifest.json`. Raises BundleError for one that is missing, damaged, unsafe or newer."""
         root = Path(root)
         root = root.resolve() if root.name in ("", "..") else root  # messages and servers use its name
-        contents = _contents(root, MANIFEST)
-        if any(root.glob("*.safetensors*")) and not is_bundle(root):  # a model beside another program's manifest
+        contents = _contents(root, layout.MANIFEST)
+        if any(root.glob("*.safetensors*")) and not layout.is_bundle(root):  # a model beside another program's manifest
             raise BundleError(_no_bundle(root))
-        manifest = parsed(Manifest, contents, root, MANIFEST)
+        manifest = parsed(Manifest, contents, root, layout.MANIFEST)
         for fault in manifest_faults(manifest):
-            raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
+            raise BundleError(f"{root.name}/{layout.MANIFEST}: {fault} {DAMAGED}")
         records = (*manifest.files, *chain(*manifest.builds.values()))
         for file in {*manifest.graphs.values(), *(record.name for record in records)}:
-            safe_path(root, file)
+            layout.safe_path(root, file)
         return cls(root, manifest, name)
 
     def path(self, relative: str) -> Path:
-        return safe_path(self.root, relative)
+        return layout.safe_path(self.root, relative)
 
     def graph(self, name: str) -> Path:
         return self.path(self.manifest.graphs[name])
@@ -93,15 +84,14 @@ class Bundle:
     def targets(self) -> list[str]:
         """Return the targets that this bundle has finished builds for."""
         builds = self.manifest.builds
-        return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
+        return sorted(target for target in builds if self.path(f"engines/{target}/{layout.BUILD}").is_file())
 
     def recipe(self, target: str, **changes: str | None) -> Recipe:
         """Return a target's recipe: a shipped one, a file, or that of a build in this bundle, which counts where there
-        are no graphs to follow another. `changes` as of `load_recipe`. Raises RecipeError, and BundleError where the
-        build is damaged.
+        are no graphs to follow another. `changes` as of `load_recipe`. Raises RecipeError and BundleError.
         """
-        target = target.removesuffix(LOWERED)
-        known = {target, f"{target}{LOWERED}"} & {*self.targets()} if not any(changes.values()) else set()
+        target = target.removesuffix(layout.LOWERED)
+        known = {target, f"{target}{layout.LOWERED}"} & {*self.targets()} if not any(changes.values()) else set()
         try:
             if self.has_graphs or not known:
                 return load_recipe(target, **changes)
@@ -111,24 +101,20 @@ class Bundle:
         return replace(self.load_build(max(known)).recipe, name=target)
 
     def resolve_target(self, target: str | None) -> str:
-        """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
-        targets, where several are built and none is `cpu`.
-        """
+        """Return `target` if given, else `cpu`, else the only target built. Raises BundleError, which lists several."""
         if target is not None:
             return target
-        built = [name for name in self.targets() if not name.endswith(LOWERED)]
-        if len(built) > 1 and DEFAULT_TARGET not in built:
+        built = [name for name in self.targets() if not name.endswith(layout.LOWERED)]
+        if len(built) > 1 and layout.DEFAULT_TARGET not in built:
             raise BundleError(
-                f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target (--target), one of "
-                f"{', '.join(built)}."
+                f"{self.root} has several builds and none is {layout.DEFAULT_TARGET!r}: give the target (--target), "
+                f"one of {', '.join(built)}."
             )
-        return built[0] if len(built) == 1 else DEFAULT_TARGET
+        return built[0] if len(built) == 1 else layout.DEFAULT_TARGET
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError when there is none or the manifest does not list it,
-        StaleBuildError when it is of an earlier export.
-        """
-        name = f"engines/{target}/{BUILD}"
+        """Read `build.json` of a target. Raises BundleError, StaleBuildError when it is of an earlier export."""
+        name = f"engines/{target}/{layout.BUILD}"
         contents = self._listed(target, name)
         if contents is None:  # a build may have finished since this bundle was opened
             self.manifest = Bundle.open(self.root).manifest
@@ -155,8 +141,8 @@ class Bundle:
 
     def _no_build(self, target: str) -> BundleError:
         if target in self.targets():
-            return self._changed(f"engines/{target}/{BUILD}")
-        if f"{target}{LOWERED}" in self.targets():
+            return self._changed(f"engines/{target}/{layout.BUILD}")
+        if f"{target}{layout.LOWERED}" in self.targets():
             return self.not_compiled(target)
         named = target not in ("", ".", "..") and "/" not in target
         state = "is unfinished" if named and self.path(f"engines/{target}").is_dir() else "does not exist"
@@ -164,14 +150,14 @@ class Bundle:
         begun = sorted({path.name for path in found if path.is_dir()} - {*self.targets(), target})
         built = ", ".join(self.targets()) or "none yet"
         built += f"; unfinished: {', '.join(begun)}" if begun else ""
-        only = target == DEFAULT_TARGET and state == "does not exist"  # which nobody may have asked for
-        wanted = begun[0] if begun and only else target if named else DEFAULT_TARGET
+        only = target == layout.DEFAULT_TARGET and state == "does not exist"  # which nobody may have asked for
+        wanted = begun[0] if begun and only else target if named else layout.DEFAULT_TARGET
         run = self.build_command(wanted)
         return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def not_compiled(self, target: str) -> BundleError:
         """Return the error of who would run a build whose graphs are lowered only."""
-        wanted = target.removesuffix(LOWERED)
+        wanted = target.removesuffix(layout.LOWERED)
         return BundleError(
             f"{self.root}: the graphs for {wanted!r} are lowered, not compiled. Run on the device that they are for: "
             f"{self.build_command(wanted)}"
@@ -179,28 +165,28 @@ class Bundle:
 
     def save_build(self, build: Build) -> None:
         """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a
-        kill at any moment the manifest lists the one on disk. Then write it without the old one, which a signature must
-        not vouch for. The caller holds the lock of the target; other targets may be built at the same time.
+        kill the manifest lists the one on disk. Then write it without the old one, which a signature must not vouch
+        for. The caller holds the lock of the target; other targets may be built at the same time.
         """
-        name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
+        name, contents = f"engines/{build.target}/{layout.BUILD}", to_json(build).encode()
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
         with folder_locked(self.root / "engines", [], shared=False, wait=True):
             known = Bundle.open(self.root).manifest
             builds = {
                 target: records
                 for target, records in known.builds.items()
-                if self.path(f"engines/{target}/{BUILD}").is_file()
+                if self.path(f"engines/{target}/{layout.BUILD}").is_file()
             }
             old = sha256_file(self.path(name)) if build.target in builds else ""
             before = [item for item in builds.get(build.target, ()) if item.sha256 == old != record.sha256]
             manifest = sealed(replace(known, builds={**builds, build.target: (record, *before)}))
             if manifest != known:
-                write_atomic(self.root / MANIFEST, to_json(manifest))
-                self.path(SIGNATURE).unlink(missing_ok=True)  # it signed the old manifest
+                write_atomic(self.root / layout.MANIFEST, to_json(manifest))
+                self.path(layout.SIGNATURE).unlink(missing_ok=True)  # it signed the old manifest
             write_atomic(self.path(name), contents)
             self.manifest = sealed(replace(manifest, builds={**builds, build.target: (record,)}))
             if before:
-                write_atomic(self.root / MANIFEST, to_json(self.manifest))
+                write_atomic(self.root / layout.MANIFEST, to_json(self.manifest))
 
     @property
     def has_graphs(self) -> bool:
@@ -225,9 +211,7 @@ class Bundle:
         return f"dash-export build {quote(str(self.root))} --target {quote(target)}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
-        """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a
-        later `check_same`. Raises BundleError, which names the first wrong file.
-        """
+        """Check files' size and, with `hashes`, SHA-256; return their identities. Raises BundleError."""
         seal: Seal = {}
         for record in records:
             path = self.path(record.name)
@@ -253,7 +237,9 @@ class Bundle:
         folder = f"engines/{build.target}" if build is not None and files else "onnx"
         beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
         added = [
-            name for name in (*TEXT_FILES, PREPROCESSOR, ANSWERS) if name not in listed and self.path(name).exists()
+            name
+            for name in (*layout.TEXT_FILES, layout.PREPROCESSOR, layout.ANSWERS)
+            if name not in listed and self.path(name).exists()
         ]
         added += [name for name in beside if name not in listed and PurePosixPath(name).name not in _UNREAD]
         if added:
@@ -298,10 +284,10 @@ def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
     half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
-    if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
+    if root.suffix == ".gguf" or layout.is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         hub = ""
-        if is_hub_id(root):
+        if layout.is_hub_id(root):
             hub = ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
         command = f"dash-export build {quote(str(root))} --target cpu -o {quote(made)}"
         return f"{root} is a model{hub}. Make a bundle of it: {command}"
@@ -309,10 +295,10 @@ def _no_bundle(root: Path) -> str:
         return f"There is no bundle at {root}. Make one: {_make(root, 'build')}"
     if half:
         again = f"Run the export again to complete it: {_make(root, 'export')}"
-        return f"{root} is not a finished bundle: it has no {MANIFEST}. {again}"
+        return f"{root} is not a finished bundle: it has no {layout.MANIFEST}. {again}"
     there: list[str] = []
     with suppress(OSError):  # a file, or a folder that may not be read
-        there = sorted(path.name for path in root.iterdir() if is_bundle(path))
+        there = sorted(path.name for path in root.iterdir() if layout.is_bundle(path))
     if there:
         return f"{root} is no bundle. In it are {', '.join(there)}: give one of them."
     kind = "a folder" if root.is_dir() else "a file"
@@ -320,11 +306,11 @@ def _no_bundle(root: Path) -> str:
 
 
 def _contents(root: Path, name: str) -> bytes:
-    path = safe_path(root, name)
+    path = layout.safe_path(root, name)
     try:
         return read_bounded(path, LARGEST_RECORD)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if recover_missing(root, EXPORTED, EXPORT):
+        if recover_missing(root, layout.EXPORTED, layout.EXPORT):
             return _contents(root, name)
         raise BundleError(_no_bundle(root)) from error
     except OSError as error:

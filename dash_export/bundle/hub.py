@@ -16,17 +16,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dash_export import __version__
+from dash_export.bundle import layout
 from dash_export.bundle.bundle import LARGEST_RECORD, Bundle, parsed
-from dash_export.bundle.layout import (
-    ANSWERS,
-    BUILD,
-    MANIFEST,
-    NO_HUB_ID,
-    PREPROCESSOR,
-    SIGNATURE,
-    TEXT_FILES,
-    cache_folder,
-)
 from dash_export.bundle.records import Manifest
 from dash_export.core.dial import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
@@ -35,7 +26,14 @@ from dash_export.files.outputs import folder_locked, lock_while_alive, remove
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-_FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, PREPROCESSOR, ANSWERS, f"engines/*/{BUILD}"]
+_FIRST = [
+    layout.MANIFEST,
+    layout.SIGNATURE,
+    *layout.TEXT_FILES,
+    layout.PREPROCESSOR,
+    layout.ANSWERS,
+    f"engines/*/{layout.BUILD}",
+]
 """Files to fetch first: they tell which other files a run needs."""
 _SECONDS = 10
 
@@ -50,14 +48,12 @@ def download(name: str, error: type[DashError], **wanted: Any) -> Path:
 
 
 def load_from_hub(name: str, target: str | None, trusted: _Trusted, load: Callable[[Bundle], _T]) -> _T:
-    """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. The version is
-    the hub's current one. Where the hub cannot be reached, or that version is damaged or not trusted, the version that
-    was loaded last is taken, with a warning.
-
-    Without `trusted` the engines of a GPU, which are code, are refused. Other processes that want the same name wait.
-    Raises BundleError.
+    """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. Where the hub
+    cannot be reached, or its version is damaged or not trusted, the version that was loaded last is taken, with a
+    warning. Without `trusted` the engines of a GPU, which are code, are refused. Other processes wait. Raises
+    BundleError.
     """
-    base = cache_folder() / "hub" / name
+    base = layout.cache_folder() / "hub" / name
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -89,7 +85,7 @@ def load_from_hub(name: str, target: str | None, trusted: _Trusted, load: Callab
 
 def cached() -> dict[str, int]:
     """Return the bundles of the hub that are in the cache, org/name, and the bytes that each takes."""
-    base = cache_folder() / "hub"
+    base = layout.cache_folder() / "hub"
     return {
         folder.relative_to(base).as_posix(): sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
         for folder in sorted(base.glob("*/*"))
@@ -98,12 +94,10 @@ def cached() -> dict[str, int]:
 
 
 def remove_cached(name: str) -> None:
-    """Remove the bundle `org/name` from the cache. Raises BundleError where it is not there, BusyError where a process
-    runs or fetches it.
-    """
+    """Remove the bundle `org/name` from the cache. Raises BundleError, BusyError where it is in use."""
     if name not in (known := cached()):
         raise BundleError(f"{name} is not in the cache. What is there: {', '.join(known) or 'nothing'}.")
-    base = cache_folder() / "hub" / name
+    base = layout.cache_folder() / "hub" / name
     try:
         with ExitStack() as held:
             for folder in (base, *filter(Path.is_dir, base.iterdir())):
@@ -131,7 +125,7 @@ def _load_version(name: str, root: Path, target: str | None, trusted: _Trusted, 
     for again in (False, True):
         wanted = {"revision": root.name, "local_dir": root}
         download(name, BundleError, **wanted, allow_patterns=_FIRST)
-        if not (root / MANIFEST).is_file():
+        if not (root / layout.MANIFEST).is_file():
             raise BundleError(f"{name} on the hub is no bundle. Make one of the model: dash-export build {name}")
         try:
             bundle = Bundle.open(root)
@@ -155,7 +149,6 @@ def _load_version(name: str, root: Path, target: str | None, trusted: _Trusted, 
 
 
 def _forget_damaged(root: Path, target: str | None) -> None:
-    """Remove a target's damaged files, and the manifest, its signature and the build records, to fetch them anew."""
     with suppress(BundleError):
         bundle = Bundle.open(root)
         build = bundle.load_build(bundle.resolve_target(target))
@@ -163,18 +156,16 @@ def _forget_damaged(root: Path, target: str | None) -> None:
             path = bundle.path(record.name)
             if path.is_dir() or (path.is_file() and not record.matches(path, True)):
                 remove(path)
-    for path in (root / MANIFEST, root / SIGNATURE, *root.glob(f"engines/*/{BUILD}")):
+    for path in (root / layout.MANIFEST, root / layout.SIGNATURE, *root.glob(f"engines/*/{layout.BUILD}")):
         remove(path)
 
 
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
     """Publish a bundle with its builds as `org/name`, in one commit, and return the address. A repository that has no
-    card gets one.
-
-    Files of an earlier bundle that this one lacks are deleted; all other files in the repository stay. Raises
-    BundleError for a damaged bundle, a repository that holds something but no bundle, and when the hub refuses.
+    card gets one. Files of an earlier bundle that this one lacks are deleted. Raises BundleError for a damaged bundle,
+    a repository that holds something else, and when the hub refuses.
     """
-    if len(Path(name).parts) != 2 or Path(name).suffix in NO_HUB_ID:
+    if len(Path(name).parts) != 2 or Path(name).suffix in layout.NO_HUB_ID:
         raise BundleError(f"{name!r} is no name for the hub: expected org/name, and no file's ending.")
     builds = []
     for target in bundle.targets():
@@ -184,8 +175,12 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
     seal = bundle.verify(records)
     for build in (None, *builds):
         bundle.check_listed(build)
-    names = [MANIFEST, *(record.name for record in records), *(f"engines/{build.target}/{BUILD}" for build in builds)]
-    names += [SIGNATURE] if bundle.path(SIGNATURE).is_file() else []
+    names = [
+        layout.MANIFEST,
+        *(record.name for record in records),
+        *(f"engines/{build.target}/{layout.BUILD}" for build in builds),
+    ]
+    names += [layout.SIGNATURE] if bundle.path(layout.SIGNATURE).is_file() else []
     seal |= {item: identity(bundle.path(item)) for item in names if item not in seal}
 
     def publish(hub: Any) -> str:
@@ -193,7 +188,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
         api.create_repo(name, private=private, exist_ok=True)
         there = set(api.list_repo_files(name))
         old = _pushed(name, there, lambda file: Path(hub.hf_hub_download(name, file)))
-        if SIGNATURE in there - set(names):
+        if layout.SIGNATURE in there - set(names):
             logger.warning("%s was signed, and this bundle is not: sign it, and push again.", name)
         done = api.upload_folder(
             repo_id=name, folder_path=bundle.root, allow_patterns=list(map(escape, names)), delete_patterns=old,
@@ -220,19 +215,17 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
 
 
 def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> list[str]:
-    """Return patterns of the bundle's files in a repository with the files `there`; `read` downloads one of them.
-    Raises BundleError where the repository holds something, but no bundle.
-    """
+    """Return patterns of the bundle's files in a repository; `read` downloads one. Raises BundleError for no bundle."""
     if not there - {CARD, ".gitattributes"}:
         return []
     try:
-        if MANIFEST not in there:
-            raise BundleError(f"there is no {MANIFEST}")
-        old = parsed(Manifest, read_bounded(read(MANIFEST), LARGEST_RECORD), Path(name), MANIFEST)
+        if layout.MANIFEST not in there:
+            raise BundleError(f"there is no {layout.MANIFEST}")
+        old = parsed(Manifest, read_bounded(read(layout.MANIFEST), LARGEST_RECORD), Path(name), layout.MANIFEST)
     except BundleError as error:
         other = f"{name} on the hub holds something else than a bundle of this version: push to a name of its own."
         raise BundleError(other) from error
-    listed = map(escape, (MANIFEST, SIGNATURE, *(record.name for record in old.files)))
+    listed = map(escape, (layout.MANIFEST, layout.SIGNATURE, *(record.name for record in old.files)))
     return [*listed, *(f"engines/{escape(target)}/*" for target in old.builds)]  # folders wholly of the bundle
 
 
@@ -275,7 +268,7 @@ Not built yet.
 def _call_hub(
     name: str, error: type[DashError], ask: Callable[[Any], Any], failed: str = "cannot be downloaded", advice: str = ""
 ) -> Any:
-    """Return `ask(huggingface_hub)`. Raises `error` where the package is missing, and in place of what `ask` raises."""
+    """Return `ask(huggingface_hub)`. Raises `error` in place of what `ask` raises."""
     try:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError as missing:

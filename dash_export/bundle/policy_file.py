@@ -67,9 +67,7 @@ def policy_path(given: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise PolicyError for a name that is not NAME.safetensors, and where `save_policy` would write over something
-    that is no policy and no card; OutputError for a link or a mount point, and inside bundles.
-    """
+    """Raise PolicyError or OutputError where a policy may not be written: another's file, a link, a bundle."""
     if path.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
     check_outside_bundles(path)
@@ -93,8 +91,7 @@ def check_replaceable(path: Path) -> None:
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Mapping[str, Any]) -> None:
     """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
-    PolicyError for a policy that does not fit `spec`, a name that is not `.safetensors`, and where something that is no
-    policy lies there; OutputError for a link and inside bundles.
+    PolicyError for a policy that does not fit `spec`, and as `check_replaceable`.
     """
     import safetensors.numpy
 
@@ -113,16 +110,13 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
 
 
 def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
-    """Return the array in float16 where that holds all of its numbers exactly, else in float32."""
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(array, np.float16)
     return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
 def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
-    """Load the policy in `path` (or of that name, `policy_path`) for the model that `spec` describes. Raises
-    PolicyError when there is no such file, when it is damaged or no policy, or when it is for another model.
-    """
+    """Load the policy in `path` (or of that name) for the model that `spec` describes. Raises PolicyError."""
     path = policy_path(path)
     try:
         metadata, tensors = _opened(path)
@@ -151,7 +145,7 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
 
 
 def _opened(path: Path) -> tuple[dict[str, str], dict[str, Float32Array]]:
-    """Return the metadata and the tensors, as float32, of a policy file. Raises PolicyError."""
+    """Return the metadata and the tensors, as float32. Raises PolicyError."""
     import safetensors
 
     try:

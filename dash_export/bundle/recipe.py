@@ -135,14 +135,11 @@ _PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
     return sorted(path.stem for path in resource_folder("engines").glob("*.toml"))
 
 
 def load_recipe(target: str, **changes: str | None) -> Recipe:
-    """Read a recipe by the path of a .toml file, by its name, or by the name of a build: `cpu-int8` is `cpu` with int8
-    weights. `changes`: what else `with_weights` changes. Raises RecipeError.
-    """
+    """Read a recipe by the path of a .toml file, by its name, or by a build's: `cpu-int8`. Raises RecipeError."""
     given = {option: value for option, value in changes.items() if value is not None}
     if Path(target).suffix == ".toml":
         return with_weights(_read(Path(target)), **given)
@@ -200,12 +197,11 @@ def with_weights(
     embedding: str | None = None,
     rounding: str | None = None,
 ) -> Recipe:
-    """Return the recipe with precisions and rounding changed by `build`'s options of these names. The new recipe's name
-    tells the change, so that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
+    """Return the recipe with precisions and rounding changed by `build`'s options of these names, and named after the
+    change: `cpu` at fp32 is `cpu-fp32`. Raises RecipeError.
 
     Another precision `weights` for the layers moves all other parts that are not given, except a GPU's embedding, which
     has no quantised form, and with fp8 also its head (with an fp8 head SmolLM2's logits are off by 21 % instead of 16).
-    Raises RecipeError.
     """
     moved = () if weights in (None, recipe.weights.layers) else _PARTS
     left = () if not recipe.on_device else ("embedding", "head") if weights == "fp8" else ("embedding",)

@@ -1,6 +1,4 @@
-"""The records of a bundle, with checks of their contents: `manifest.json` (the model, its graphs, its policy, the
-SHA-256 of every file) and `build.json` (the engines for a target and how long each takes there).
-"""
+"""The records of a bundle, with checks: `manifest.json` (what was exported), `build.json` (engines)."""
 
 import hashlib
 import json
@@ -30,9 +28,9 @@ POLICY = "policy"
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `graphs`: graph name -> .onnx file; `files`: every exported file with its hash; `builds`: for
-    each target its `build.json`, which lists the engines, in the version last written and the one before; `key` changes
-    with everything an engine is made from; `sha256`: hash of all other fields (`sealed`).
+    """`manifest.json`. `graphs`: name -> .onnx file; `files`: every exported file with its hash; `builds`: for each
+    target its `build.json`, the version last written and the one before; `key` changes with everything an engine is
+    made from; `sha256`: hash of all other fields (`sealed`).
     """
 
     schema: int
@@ -47,7 +45,6 @@ class Manifest:
 
     @property
     def measure(self) -> Measure:
-        """Subject of its decisions, and the meaning of divergence from dense."""
         return MEASURES[self.model.takes]
 
     @property
@@ -67,9 +64,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine; a unit if `gated`. `embed`: the embedding is in it; `head`: the head
-    is. An empty range (first = last + 1) is the embedding or the head alone.
-    """
+    """Layers [first, last] compiled as one engine, none of them if first = last + 1; a unit if `gated`."""
 
     first: int
     last: int
@@ -100,9 +95,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled engine. `file`: relative to the bundle; `bytes`: size of all that the engine maps (weights that are
-    also stored packed count once); `key`: hash of its inputs; `seconds`: how long it took to make.
-    """
+    """One compiled engine. `file`: relative to the bundle; `bytes`: of all that it maps; `key`: hash of its inputs."""
 
     file: str
     bytes: Bytes
@@ -112,9 +105,7 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """Agreement of engines with their portable graphs. `engines`: engine -> kind of output -> relative root mean square
-    error; `compared` says what was compared, and where.
-    """
+    """Agreement of engines with graphs: engine -> kind of output -> relative RMS error; `compared`: what, and where."""
 
     compared: str
     engines: dict[str, dict[str, NotNegative]]
@@ -122,8 +113,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class Build:
-    """`engines/<target>/build.json`. `dial`: the token policy's calibrated table; `measuring`: revision of the method
-    by which costs and dial were measured; `details`: what only this kind of backend has to say (compiler flags).
+    """`engines/<target>/build.json`. `dial`: the token policy's calibrated table; `measuring`: revision of the method;
+    `details`: what only this kind of backend has to say (compiler flags).
     """
 
     schema: int
@@ -153,7 +144,6 @@ class Build:
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """Return the manifest with the hash of its contents."""
     contents = asdict(replace(manifest, sha256=""))
     return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 

@@ -20,10 +20,9 @@ _LARGEST = 1 << 20
 
 
 def sign(bundle: Bundle, private_key: Path) -> Path:
-    """Write the signature of a bundle and its builds, as they are now, and return its file.
-
-    `private_key`: of an elliptic curve, in PEM, without a password. Raises BundleError for any other key, for a damaged
-    bundle and for one that changes meanwhile; OutputError where a link lies in the signature's place.
+    """Write the signature of a bundle and its builds, as they are now, and return its file. `private_key`: of an
+    elliptic curve, in PEM, without a password. Raises BundleError for any other key, and for a damaged bundle;
+    OutputError where a link lies in the signature's place.
     """
     signing, place = _library("signing"), bundle.path(SIGNATURE)
     check_writable(bundle.root)

@@ -6,8 +6,7 @@ from dash_export.bundle.records import Manifest
 _FEW_BITS = 8
 """Bits per weight, on average, below which a model is stored in blocks of 4 to 6 bits: Q8_0 has 8.5."""
 _CALIBRATION = (1.54e9, 35, 1.4)
-"""Weights, the minutes that calibrating their int4 takes on 2 cores, and the power of the weights by which these grow:
-to factor a matrix's moments takes the cube of its inputs.
+"""Weights, the minutes that calibrating their int4 takes on 2 cores, and the power of the weights by which these grow.
 """
 
 

@@ -49,7 +49,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--units", type=UNITS, metavar="UNITS",
     help="What is skipped as one, like 5-7,8-10,13; by default the units that gain most, which are looked for first "
-    "(minutes), with --from those of the policy: some of them, or several side by side made one.",
+    "(minutes), with --from some of those of the policy.",
 )  # fmt: skip
 @click.option(
     "--from", "start", type=_POLICY, metavar="NAME|FILE.safetensors",

@@ -53,18 +53,14 @@ def check_exits(units: Sequence[Unit], num_layers: int) -> None:
 
 
 def moves(answer: Floats, before: Sequence[Floats], centre: Floats) -> Floats:
-    """Return the moves [n, MOVES] of an answer [n, hidden]. `before`: the answers of the exits before, last one first;
-    0 for those that there are not.
-    """
+    """Return the moves [n, MOVES] of an answer [n, hidden]. `before`: answers of the exits before, last one first."""
     gaps = [np.log(gap(answer, other) + LEAST) for other in (centre[None], *before[:BEFORE])]
     gaps += [np.zeros(len(answer))] * (1 + BEFORE - len(gaps))
     return np.stack([*gaps, *(each * each for each in gaps)], axis=1)
 
 
 def gap(left: Floats, right: Floats) -> Floats:
-    """Return 1 - cosine of the rows of two arrays [n, hidden]: half the square of the distance of unit vectors, which
-    is exact for small ones.
-    """
+    """Return 1 - cosine of rows [n, hidden]: half the square of unit vectors' distance, exact for small ones."""
     apart = _unit(left) - _unit(right)
     found: Floats = 0.5 * (apart * apart).sum(axis=1)
     return found
@@ -77,7 +73,7 @@ def _unit(vectors: Floats) -> Floats:
 
 def per_layer(place: int, units: Sequence[Unit], num_layers: int) -> npt.NDArray[np.float32]:
     """Return the matrix [later, later] that makes differences, per layer saved and times the unit's layers, of the
-    damages of leaving at unit `place` and at each one behind it: the last column compares with the end of the model.
+    damages of leaving at unit `place` and at each one behind it, the end of the model last.
     """
     firsts = [*(unit.first for unit in units[place:]), num_layers]
     own = len(units[place].layers) / (np.array(firsts[1:]) - firsts[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +59,7 @@ class HeldOut:
 
 def held_out_text(pictures: Sequence[Picture]) -> str:
     """Write the table as JSON lines, for `SkipPolicy.answers`."""
-    lines = (
-        {"damage": one.damage, "divergence": one.divergence, "guarded": one.guarded, "changed": one.changed}
-        for one in pictures
-    )
-    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    return "".join(json.dumps(asdict(one), separators=(",", ":")) + "\n" for one in pictures)
 
 
 def held_out(text: str, units: int) -> HeldOut:

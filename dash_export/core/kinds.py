@@ -144,8 +144,8 @@ class Token:
         if setting.at_most is not None:
             trade_off = trade_off_at_most(served.dial, setting.at_most, setting.confidence)
         elif trade_off is None and setting.given != ("max_layers",):
-            wanted = {name: getattr(setting, name) for name in ("budget", "skipped", "max_kl")}
-            trade_off = trade_off_for(served.dial, **wanted)
+            name = next(name for name in setting.given if name != "max_layers")
+            trade_off = trade_off_for(served.dial, **{name: getattr(setting, name)})
         rule = decision_rule(units, served.cost.cost, trade_off or 0.0, setting.max_layers, served.model.num_layers)
         return SessionRules(rule, served.cost, setting.budget if setting.hold else None)
 
@@ -240,9 +240,7 @@ def kinds_of(policy: PolicyFacts) -> tuple[str, ...]:
 
 
 def session_rules(setting: Setting, served: Served) -> SessionRules:
-    """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for more than the
-    policy can give.
-    """
+    """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for too much."""
     model, policy = served.model, served.policy
     if setting.kind == "token" and not policy.has_network:
         raise PolicyError(f"The policy 'token' needs a bundle with a policy network. {policy_command(model)}")

@@ -1,9 +1,8 @@
 """The rule that decides about units, shared by the runtime, the oracle, training and measuring (numpy only).
 
 A gated unit is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
-process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus trade_off times
-the time it costs). All units are decided at once, from one state. `max_layers` bounds the layers one token may run.
-Dense and static are the same rule with limits of 0 and infinity. Nothing here is random.
+process (DASH, arXiv 2505.17420, with a differential reward). All units are decided at once, from one state.
+`max_layers` bounds the layers one token may run. Dense and static are the same rule with limits of 0 and infinity.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from dash_export.errors import PolicyError
 
 @dataclass(frozen=True)
 class State:
-    """Tokens of a step, with what is known when their units are decided. The arrays are the runtime's own memory: read
-    them, and copy what you keep.
+    """Tokens of a step, when their units are decided. The arrays are the runtime's own memory: copy what you keep.
 
-    `hidden` float32 [tokens, hidden]: the state that enters the first unit. `damage` float32 [units, tokens], nats: the
-    output of the bundle's network, zeros where it has none. `positions`, `tokens` int64 [tokens].
+    `hidden` float32 [tokens, hidden]: enters the first unit. `damage` float32 [units, tokens], nats: of the bundle's
+    network, zeros without one. `positions`, `tokens` int64 [tokens].
     """
 
     hidden: npt.NDArray[np.float32]
@@ -40,9 +38,7 @@ class State:
 
 
 class Rule(Protocol):
-    """Rule that decides which units are skipped. `asks`: whether it uses damage; if not, a device need not run the
-    policy.
-    """
+    """Rule that decides which units are skipped. `asks`: whether it uses damage; if not, a device runs no policy."""
 
     @property
     def asks(self) -> bool: ...
@@ -54,9 +50,9 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """Rule that skips a unit where damage is below the unit's limit (trade_off * cost, nats); damage is never negative,
-    so a limit of 0 never skips, and one of infinity always does. Units after the last limit are never skipped. `sizes`:
-    layers of each unit; `fewest`: layers that every token skips at least; `asks` as in `Rule`.
+    """Rule that skips a unit where damage is below its limit (trade_off * cost, nats): 0 never skips, infinity always.
+    Units after the last limit never are. `sizes`: layers of each unit; `fewest`: layers that every token skips at
+    least.
     """
 
     limits: tuple[float, ...] = ()
@@ -73,9 +69,7 @@ class DecisionRule:
         return (*self.limits, *(0.0,) * (units - len(self.limits)))
 
     def skips(self, damage: Damages) -> Skips:
-        """Return skipped [units, tokens] for damage [units, tokens]. Where `fewest` asks a token to skip more than the
-        limits do, it also skips the units that do least damage per layer.
-        """
+        """Return skipped [units, tokens]. For `fewest` it also skips the units that do least damage per layer."""
         exact = damage.astype(np.float64)
         below: Skips = exact < np.array(self.limits_of(len(damage)))[:, None]
         if not self.fewest:
@@ -88,9 +82,7 @@ class DecisionRule:
         return below | forced
 
     def leaves(self, place: int, damage: Damages) -> npt.NDArray[np.bool_]:
-        """Return which pictures leave at unit `place` of an encoder, for its damage [n]. All do where leaving at the
-        next one would skip less than `fewest`.
-        """
+        """Return which pictures leave at unit `place`, for damage [n]: all, if the next one skips under `fewest`."""
         found: npt.NDArray[np.bool_] = damage.astype(np.float64) < self.limits_of(place + 1)[place]
         return found | (sum(self.sizes[place + 1 :]) < self.fewest)
 
@@ -100,7 +92,7 @@ def decision_rule(
 ) -> DecisionRule:
     """Build the rule for one model. `cost`: what skipping each unit saves, as a fraction of the dense time of one
     token; `trade_off` in nats per dense token time; `max_layers`: of `num_layers`, the most that a token runs. Raises
-    PolicyError for a trade-off or a bound out of range.
+    PolicyError.
     """
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
@@ -145,8 +137,6 @@ class ForcedRule:
 
 
 def skips_for(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
-    """Return the skips [units, tokens] of some tokens of a step. A rule with `decide` sees the whole state, others only
-    damage.
-    """
+    """Return the skips [units, tokens] of some tokens. A rule with `decide` sees the whole state, others damage."""
     decide = getattr(rule, "decide", None)
     return rule.skips(state.damage[:, tokens]) if decide is None else decide(state.of(tokens))

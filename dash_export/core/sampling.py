@@ -1,6 +1,4 @@
-"""From logits to a token, in numpy: repetition penalty, temperature, top-k, top-p, min-p, in the order Hugging Face
-applies them.
-"""
+"""From logits to a token, in numpy: penalty, temperature, top-k, top-p, min-p, in Hugging Face's order."""
 
 import math
 from collections.abc import Sequence
@@ -77,8 +75,8 @@ class Sampling:
 
 
 class Draw(NamedTuple):
-    """How the next token will be drawn, for a device that draws it ahead: `sharpness` 1 / temperature, 0 for the
-    likeliest token; `lowest` -log(min_p); `share` of the mass, in [0, 1), at which the draw lands.
+    """How a device draws the next token ahead: `sharpness` 1 / temperature, 0 for the likeliest token; `lowest`
+    -log(min_p); `share` of the mass, in [0, 1), at which the draw lands.
     """
 
     sharpness: float
@@ -108,9 +106,7 @@ class Sampler:
         return Draw(sharpness, s.top_k, s.top_p, lowest, self._share)
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
-        """Return a token id, given logits [vocab] float32, which stay unchanged, and the tokens so far. Raises
-        BackendError where the logits are not numbers.
-        """
+        """Return a token id, given logits [vocab] float32 (unchanged) and the tokens so far. Raises BackendError."""
         s = self._sampling
         if self._begins is None:
             self._begins = len(context)
@@ -132,9 +128,7 @@ class Sampler:
 
 
 def with_repetition_penalty(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
-    """Return logits with those of tokens in `context` divided by `penalty` where positive, multiplied where negative
-    (CTRL, arXiv 1909.05858).
-    """
+    """Return logits of tokens in `context` divided by `penalty` if positive, else times it (CTRL, arXiv 1909.05858)."""
     logits = logits.copy()
     seen = np.asarray(context)
     seen = seen[seen >= 0]  # embeddings have no token id; a token that occurs twice is penalised once
@@ -176,8 +170,8 @@ Weights = npt.NDArray[np.floating[Any]]
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64] | None, Weights]:
     """Return the candidates left by top-k, top-p and min-p (None: all tokens), in order, and their weights:
-    probabilities, times a number. They are float32 (after top-k float64), as a draw over a vocabulary takes ten times
-    as long in float64. Raises BackendError where logits are not numbers.
+    probabilities, times a number, in float32 (after top-k float64), which is ten times as fast. Raises BackendError
+    where logits are not numbers.
     """
     candidates, scores = None, logits
     if 0 < s.top_k < logits.size:
@@ -196,8 +190,8 @@ def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64] | N
 
 
 def _nucleus(weights: Weights, wanted: float) -> npt.NDArray[np.int64]:
-    """Return the places of the largest weights, sorted. One stays while the sum before it is below `wanted`, so the
-    first always stays. Sorting a vocabulary takes as long as a small model, so small weights are sorted only if needed.
+    """Return the places of the largest weights, sorted; one stays while the sum before it is below `wanted`. Sorting a
+    vocabulary takes as long as a small model, so small weights are sorted only if needed.
     """
     for least in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 0.0):
         places = np.flatnonzero(weights >= least)
@@ -211,9 +205,7 @@ BLOCK = 512
 
 
 def drawn(weights: Weights, share: float) -> int:
-    """Return the place at which the running sum of the weights passes `share`, in [0, 1), of all: first among sums of
-    BLOCK weights, as a running sum over a vocabulary takes twice as long as all else here.
-    """
+    """Return the place at which the running sum of weights passes `share` of all: by blocks, twice as fast."""
     block, left = _passed(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)), share)
     place, _ = _passed(weights[block * BLOCK : (block + 1) * BLOCK], left)
     return block * BLOCK + place

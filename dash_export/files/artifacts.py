@@ -99,9 +99,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file by an atomic rename: after a kill or a loss of power it has either the old or the new content.
-    Text is written as UTF-8. Raises OutputError for a link, which may lead anywhere.
-    """
+    """Replace a file atomically: old or new content after a kill or loss of power. Raises OutputError for a link."""
     if path.is_symlink():
         raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
@@ -137,9 +135,8 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make, a `file` that goes with engines, or files that engines are made from and nobody else reads
-    (`aside`). `write(temporary folder)` returns the files it wrote, the engine's own first. `extends`: engines whose
-    weights this one maps too.
+    """One engine to make, a `file` beside engines, or files that engines are made from (`aside`). `write(temporary
+    folder)` returns the files it wrote, the engine's own first. `extends`: engines whose weights this one maps too.
     """
 
     name: str
@@ -181,8 +178,8 @@ class ArtifactStore:
     def make(
         self, name: str, key: str, write: Callable[[Path], list[Path]], check: Callable[[], None] = lambda: None
     ) -> list[FileRecord]:
-        """Call `write(temporary folder)`, hash the files that it returns, rename them into place, note them in the
-        journal and return their records. `check` runs right after `write`: it raises where the inputs have changed.
+        """Call `write(temporary folder)`, rename the files it returns into place, note them in the journal and return
+        their records. `check` runs right after `write`: it raises where the inputs have changed.
         """
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{name}"
         shutil.rmtree(temporary, ignore_errors=True)

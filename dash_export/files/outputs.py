@@ -1,7 +1,7 @@
 """Outputs while they are written: who may write one (file locks), where it lies until it is whole (a work folder).
 
-Locks are advisory (`flock`): the death of a writer releases them. A lock file says who holds it, for the error message
-that others get. A folder is emptied or replaced only where it bears this program's mark.
+Locks are advisory (`flock`): the death of a writer releases them. A folder is emptied or replaced only where it bears
+this program's mark.
 """
 
 import errno
@@ -39,9 +39,8 @@ def lock_file(output: Path) -> Path:
 
 @contextmanager
 def locked(output: Path, command: str) -> Iterator[None]:
-    """Hold the lock of `output` for `command` until the end of the block or of the process. Raises BusyError, which
-    names the holder, where another process or thread holds it, OutputError where the lock's name is taken by something
-    else.
+    """Hold the lock of `output` for `command` until the end of the block or process. Raises BusyError, which names the
+    holder, OutputError where the lock's name is taken by something else.
     """
     path = lock_file(output)
     new = [folder for folder in path.parents if not folder.exists()]
@@ -67,9 +66,7 @@ def locked(output: Path, command: str) -> Iterator[None]:
 
 @contextmanager
 def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: bool = False) -> Iterator[None]:
-    """Lock the folder itself, alone or `shared` with others. Raises BusyError, with what the lock files `holders` say,
-    where it is locked; or, with `wait`, waits until it is free.
-    """
+    """Lock the folder itself, alone or `shared`. Raises BusyError, with what the files `holders` say, or `wait`s."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:  # it existed: another is just taking its place
@@ -90,7 +87,7 @@ def lock_while_alive(folder: Path, owner: object) -> None:
 
 
 def _acquired(path: Path, output: Path) -> int | None:
-    """Open and lock the lock file and return its descriptor; None where no file may be written, and so none locked."""
+    """Open and lock the lock file and return its descriptor; None where no file may be written."""
     while True:
         descriptor = _opened(path, output)
         if descriptor is None:
@@ -136,7 +133,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _flock(descriptor: int, operation: int, wait: bool = False) -> bool:
-    """Try to lock, and return whether the lock is held. On a file system without locks: True, with a warning."""
+    """Return whether the lock is held. On a file system without locks: True, with a warning."""
     for trial in range(_TRIALS):
         try:
             fcntl.flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB))
@@ -193,9 +190,8 @@ def own_secret() -> bytes:
 
 
 def output_path(output: str | Path) -> Path:
-    """Return the path to write, resolved so that it has a name (lock and work folder are named after it): the target of
-    a link, the current folder for `.`. Raises OutputError for `/`, a link that points nowhere and a name that is not
-    UTF-8.
+    """Return the path to write, resolved so that it has a name: the target of a link, the current folder for `.`.
+    Raises OutputError for `/`, a link that points nowhere and a name that is not UTF-8.
     """
     path = Path(output)
     try:
@@ -244,9 +240,7 @@ def work_of(output: Path) -> Path:
 
 
 def work_folder(output: Path, command: str) -> Path:
-    """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run of `command` left
-    the folder. Raises OutputError for a folder that is not this program's, or that is another command's.
-    """
+    """Return `<output>.unfinished`, new or as a killed run of `command` left it. Raises OutputError for any other."""
     folder = own_folder(work_of(output))
     _check_ours(folder)
     with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
@@ -287,9 +281,7 @@ def _check_ours(folder: Path) -> None:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove a folder that bears the mark, the mark last: after a kill the next run may then remove the rest. Raises
-    OutputError for a folder without the mark that is not empty.
-    """
+    """Remove a marked folder, the mark last, so that another run can finish. Raises OutputError for another's."""
     _check_ours(folder)
     for path in folder.iterdir():
         if path.name != MARK:
@@ -309,9 +301,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it already: the next run finishes
-    the replacement, as it does after a kill.
-    """
+    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it: the next run finishes that."""
     try:
         yield
     except BaseException:

@@ -1,6 +1,4 @@
-"""JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named.
-The fields of a dataclass that a caller made are checked in the same way (`check_fields`).
-"""
+"""JSON and TOML -> frozen dataclasses, checked field by field; `check_fields` does so for a dataclass a caller made."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -53,9 +51,7 @@ def typed(kind: type[_T], data: Any, where: str) -> _T:
 
 
 def check_fields(item: Any, error: type[Exception]) -> None:
-    """Convert the fields of a dataclass to their type hints, in place, or raise `error`. numpy's numbers and arrays
-    count as Python's.
-    """
+    """Convert the fields of a dataclass to their type hints, in place, numpy's too, or raise `error`."""
     for name, hint in _hints(type(item)).items():
         try:
             vars(item)[name] = _convert(hint, _plain(vars(item)[name]), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -66,9 +66,8 @@ class _Config:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Steps of preparing a picture, in this order. `resize`: (height, width), (shorter edge,) or (); `crop`:
-    (height, width) of the middle, black where the picture is smaller, or (); then (pixel * scale - mean) / std.
-    `exact`: resized in floating point.
+    """Steps of preparing a picture. `resize`: (height, width), (shorter edge,) or (); `crop`: (height, width) of the
+    middle, black outside, or (); then (pixel * scale - mean) / std. `exact`: resized in floating point.
     """
 
     resize: tuple[int, ...]
@@ -81,9 +80,7 @@ class ImageProcessor:
 
     @classmethod
     def parse(cls, text: str, name: str = "preprocessor_config.json") -> ImageProcessor:
-        """Read the JSON of a `preprocessor_config.json` or `processor_config.json`. Raises CheckpointError, which says
-        what is wrong in `name`, or what of it is not supported.
-        """
+        """Read the JSON of a `preprocessor_config.json` or `processor_config.json`. Raises CheckpointError."""
         try:
             data = json.loads(text)
             data = data.get("image_processor", data)
@@ -99,16 +96,8 @@ class ImageProcessor:
         height, width = self.crop or self.resize
         return height, width
 
-    def sized(self, size: int) -> ImageProcessor:
-        """Return the processor that gives pictures of `size` x `size`, with as large a part of the picture in them."""
-        resize = tuple(round(edge * size / min(self.size)) for edge in self.resize)
-        square = (size, size)
-        return replace(self, resize=resize, crop=square) if self.crop else replace(self, resize=square)
-
     def __call__(self, image: Source, name: str = "") -> Pixels:
-        """Return a picture as [3, height, width]. Raises RequestError as `read_image` does, and for a picture too long
-        and thin to be resized.
-        """
+        """Return a picture as [3, height, width]. Raises RequestError as `read_image`, or if too thin."""
         name = name or name_of(image)
         picture = read_image(image, name)
         parts = picture.split() if self.exact else [picture]
@@ -129,7 +118,6 @@ class ImageProcessor:
         return [(np.arange(len(images)), self.batch(images))]
 
     def _cut(self, picture: Image.Image, name: str) -> Image.Image:
-        """Resize and crop."""
         if self.exact:
             picture = picture.convert("F")
         if self.resize:
@@ -157,7 +145,6 @@ def _edges(key: str, value: Any, square: bool) -> tuple[int, ...]:
 
 
 def _checked(data: dict[str, Any]) -> ImageProcessor:
-    """Read the keys of a file. Raises WrongFieldError."""
     given = data.get("image_processor_type") or data.get("feature_extractor_type")
     kind = str(given).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if kind not in _KINDS:

@@ -68,9 +68,7 @@ def read_image(source: Source, name: str = "", most_pixels: int = MOST_PIXELS) -
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the pictures in a folder and in the folders within, sorted. Hidden ones are left out; links to folders
-    are not followed. Raises RequestError where there is none.
-    """
+    """Return the pictures in a folder, at any depth, sorted, without hidden ones. Raises RequestError for none."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     shown_ones = [path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if files := [path for path in shown_ones if path.is_file()]:
@@ -86,7 +84,6 @@ def name_of(source: Source) -> str:
 
 
 def _opened(source: Any, name: str) -> BinaryIO:
-    """Open a path, a data URL or bytes. Raises RequestError where that cannot be done."""
     if isinstance(source, bytes):
         return BytesIO(source)
     if isinstance(source, str) and source[:5].lower() == "data:":

@@ -1,7 +1,4 @@
-"""Breakdown of a token's time: figures of lanes, whose tokens have timestamps (`probe.py`).
-
-All timestamps of a token cost about a microsecond, 0.02 % of a token that takes 5 ms.
-"""
+"""Breakdown of a token's time: figures of lanes, whose tokens have timestamps (`probe.py`)."""
 
 import os
 import platform
@@ -32,8 +29,8 @@ PARTS = {
     "sampling": "sampling and text",
     "host": "other host gaps",
 }
-"""Parts of a token's time; of engines on a device by its clock. On a CPU damage is an output of the segment before the
-first unit: its time is part of that one's."""
+"""Parts of a token's time. On a CPU damage is an output of the segment before the first unit: its time is that one's.
+"""
 BUSY = 0.5
 """Load per core before the profile, above which other work disturbs the timings."""
 Spread = dict[str, float]
@@ -47,9 +44,9 @@ def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
 
 
 def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> dict[str, Any]:
-    """Return the figures of one lane for JSON; `dense` is the lane that its bypasses are compared with. `ratio`: its
-    time as a fraction of the first lane's, over rounds; `layers`: layers run per token; `parts`: microseconds per
-    token, whose means add up to the whole; `peak_memory`: bytes, of a device what is in use after all lanes.
+    """Return the figures of one lane for JSON; `dense`: the lane that its bypasses are compared with. `ratio`: its time
+    over the first lane's; `layers` run per token; `parts`: microseconds per token, which add up to the whole;
+    `peak_memory`: bytes, of a device what is in use after all lanes.
     """
     candidate = lane.candidate
     return {
@@ -74,7 +71,6 @@ def shares(lane: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
-    """Return PARTS -> nanoseconds of every token, [tokens]."""
     took = lane.took
     segments, deciding, sampling = took[:, :DECISION], took[:, DECISION], took[:, SAMPLING]
     bypass = (segments * lane.bypassed).sum(axis=1)
@@ -85,9 +81,9 @@ def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
-    """Return a row per segment. `unit`: the unit's name, empty for a segment that always runs; `run` and `bypass`:
-    times in microseconds, or None; `skipped`: share of tokens that skipped the segment; `owed`: what a skip still
-    takes, as the bypass's median time over the run's in the lane `dense`; None if that is another build.
+    """Return a row per segment. `unit`: its name, empty for a segment that always runs; `run` and `bypass`:
+    microseconds, or None; `skipped`: share of tokens; `owed`: what a skip still takes, as the bypass's median over the
+    run's in the lane `dense`; None for another build.
     """
 
     def times(lane: Lane, segment: int, bypassed: bool) -> Spread | None:
@@ -111,40 +107,32 @@ def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
 
 
 def device_times(lane: Lane) -> list[dict[str, Any]]:
-    """Return a row per segment, and one for the policy where it was asked; none for a CPU. In microseconds, `device`:
-    its own time; `host`: of the call that launched it; `gap`: from the end of what it waits for, the segment before.
+    """Return a row per segment, and one for the policy; none for a CPU. In microseconds, `device`: its own time;
+    `host`: of the launch; `gap`: from the end of what it waits for, the segment before.
     """
     if lane.launches is None or lane.policy is None:
         return []
     ends = np.hstack([lane.stamps[:, :1, 0], lane.stamps[:, : len(lane.segments) - 1, 1]])
     gaps, launched = lane.stamps[:, : len(lane.segments), 0] - ends, lane.launches[..., 1] - lane.launches[..., 0]
+
+    def row(name: str, *times: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return {"name": name} | dict(
+            zip(("device", "host", "gap"), (spread(each, 1e-3) for each in times), strict=True)
+        )
+
     rows = [
-        {
-            "name": segment.name,
-            "device": spread(lane.took[:, place], 1e-3),
-            "host": spread(launched[:, place], 1e-3),
-            "gap": spread(gaps[:, place], 1e-3),
-        }
+        row(segment.name, lane.took[:, place], launched[:, place], gaps[:, place])
         for place, segment in enumerate(lane.segments)
     ]
     if (asked := lane.policy[:, 0] > 0).any():
-        took = (lane.policy[:, 1] - lane.policy[:, 0])[asked]
-        begun = (lane.policy[:, 0] - ends[:, np.argmax(lane.gated) - 1])[asked]
-        rows.append(
-            {
-                "name": POLICY,
-                "device": spread(took, 1e-3),
-                "host": spread(launched[asked, -1], 1e-3),
-                "gap": spread(begun, 1e-3),
-            }
-        )
+        begun = lane.policy[:, 0] - ends[:, np.argmax(lane.gated) - 1]
+        took = lane.policy[:, 1] - lane.policy[:, 0]
+        rows.append(row(POLICY, took[asked], launched[asked, -1], begun[asked]))
     return rows
 
 
 def conditions(found: dict[str, Any]) -> list[str]:
-    """Return lines about a profile: its model, targets and machine; the load before it; what was decoded; and a warning
-    if other work disturbed it.
-    """
+    """Return lines about a profile: model, targets, machine, course; a warning if other work disturbed it."""
     machine = found["machine"]
     targets = ", ".join(dict.fromkeys(lane["target"] for lane in found["lanes"]))
     lines = [
@@ -168,9 +156,8 @@ def profile(
     progress: Progress = no_progress,
 ) -> tuple[dict[str, Any], list[Lane]]:
     """Profile the candidates in turn, the first of which is dense, over windows of `text`, called `name`: `context`
-    cached tokens (None: as many as in the build's cost table), then `tokens` timed ones in each of `rounds` rounds.
-    Return the figures for JSON, and the lanes, one per candidate. Raises RequestError for a text or context that does
-    not fit.
+    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each round. Return the figures
+    for JSON, and a lane per candidate. Raises RequestError for a text or context that does not fit.
     """
     first = candidates[0].runtime
     context = fitting_context(candidates, context, FOUND + tokens)

@@ -17,8 +17,8 @@ from dash_export.measure.timing import SETTLE, Timing, decode_times, fitting_con
 
 @dataclass(frozen=True)
 class Point:
-    """Point of the frontier: a setting, or another build. `timing` is None where only the cost tables were asked for.
-    Times, KL and perplexities are relative to the dense mode of the first build; `dense` is this build's dense time.
+    """Point of the frontier: a setting, or another build. `timing` None: only predicted. Times, KL and perplexities are
+    relative to the dense mode of the first build; `dense` is this build's dense time.
     """
 
     quality: Result
@@ -42,10 +42,8 @@ class Point:
     @property
     def exchange_rate(self) -> Interval | None:
         """Per cent of perplexity paid per per cent of decode time saved, both measured; of a slower build, what the
-        first one's dense mode pays and saves beside it. Its bounds are the rates at the
-        bounds of the two, which are independent: their distances are added as squares (the method of variance
-        estimates recovery). None where the interval of the time does not tell whether any was saved or lost; without
-        bounds where the time has none.
+        first one's dense mode pays and saves beside it. Distances of the two's bounds are added as squares (method of
+        variance estimates recovery). None where the time may be as before; without bounds where the time has none.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
@@ -77,11 +75,9 @@ def frontier(
     tokens: int = TOKENS,
     progress: Progress = no_progress,
 ) -> list[Point]:
-    """One point per candidate; the first is dense, and everything is compared with it.
-
-    Quality is measured on the items of `text` (`score`); time over `rounds` blocks of `tokens`
-    decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: time is predicted only.
-    Raises RequestError where a text or context does not fit.
+    """Return one point per candidate; the first is dense, and everything is compared with it. Quality is that of
+    `score`; time is over `rounds` blocks of `tokens` decoded tokens, after as much context as the cost table has.
+    `rounds` 0: time is predicted only. Raises RequestError where a text or context does not fit.
     """
     if not rounds:
         dense = [one.runtime.cost.dense_us for one in candidates]
@@ -97,9 +93,8 @@ def frontier(
 
 
 def token_kl_share(points: Sequence[Point]) -> list[float | None]:
-    """Return for each point: the token policy's KL at the point's time, as a share of the point's KL. The curve of the
-    token policy consists of straight lines that begin at dense. None for dense and the token policy itself, and where
-    the curve does not reach.
+    """Return for each point the token policy's KL at the point's time (straight lines from dense on), as a share of its
+    KL. None for dense and the token policy, and where the curve does not reach.
     """
     curve = sorted(
         (1 - point.time, point.kl.value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from dash_export.backends.base import Launch, backend_errors
 from dash_export.bundle.records import POLICY
 from dash_export.files.artifacts import Progress, no_progress
@@ -26,13 +24,12 @@ def _timed(launch: Launch) -> float:
 
 def image_profile(runtime: DashRuntime, rounds: int, progress: Progress = no_progress) -> dict[str, Any]:
     """Return for JSON, for 1 and 8 pictures together: milliseconds a picture of dense passes, microseconds a picture of
-    each segment and of the exit before it, and of the policy; and of dense, what all segments take together.
+    each segment, exit and the policy; and of dense, what all segments take together.
     """
     encoder, machine, batches = runtime.encoder(), this_machine(), list[dict[str, Any]]()
     for size in BATCHES:
         _, bound, _ = encoder.engines.timed(0, size)
-        shape = (size, 3, *encoder.engines.model.image_size)
-        pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        pixels = encoder.engines.model.example(size)
         whole, run = list[float](), {name: list[float]() for name, _, _ in bound}
         exits = {name: list[float]() for name, _, bypass in bound if bypass is not None}
         for number in range(WARM_UP + rounds):

@@ -1,26 +1,27 @@
 """Cost of skipping for an image encoder, and the time it saves on the clock, on a folder of pictures.
 
-Settings run in turns on each picture, so that other load on the machine falls on all of them. Where the folder has a
-folder for each class, a linear classifier and the nearest neighbours are fitted on dense vectors of one half of the
-pictures and judged on the other.
+Settings run in turns on each picture. Where there is a folder for each class, a linear classifier and the nearest
+neighbours are fitted on dense vectors of one half of the pictures and judged on the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.exits import gap
 from dash_export.core.kinds import Setting
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.images.sources import image_files
 from dash_export.measure.candidates import Candidate
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.encoder import Encoded
 
 Floats = npt.NDArray[np.float32]
 NEIGHBOURS = 5
@@ -32,10 +33,10 @@ WARM_UP = 3
 @dataclass(frozen=True)
 class ImageQuality:
     """Figures of one setting over so many `pictures`, against dense. `time`: of dense, on the clock, and as `predicted`
-    by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share of
-    pictures that the guard held back. With classes, on every other picture: `agreement` of the linear classifier with
-    itself on dense vectors, the `accuracy` of both it and the `neighbours`, and its flips: the share that it `lost`
-    (right on dense vectors, wrong on these) and `won` (the reverse); with the model's own classifier, `same_class`.
+    by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share held
+    back. With classes, on every other picture: `agreement` of the linear classifier with itself on dense vectors,
+    `accuracy` of it and of the `neighbours`, the shares that it `lost` (right on dense vectors, wrong on these) and
+    `won`; with the model's own classifier, `same_class`.
     """
 
     setting: Setting
@@ -54,7 +55,6 @@ class ImageQuality:
     neighbours: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return the figures for a JSON report."""
         given = {name: getattr(self.setting, name) for name in self.setting.given}
         own = {name: value for name, value in vars(self).items() if name != "setting" and value is not None}
         return {"policy": self.setting.kind, **given} | {name: round(value, 6) for name, value in own.items()}
@@ -68,9 +68,9 @@ def image_quality(
     progress: Progress = no_progress,
     labelled: bool = False,
 ) -> list[ImageQuality]:
-    """Measure dense and the `settings` on the pictures in `folder`, or on `limit` of them drawn by a seed. Raises
-    RequestError where there is no picture, or, if `labelled`, where they are not in a folder for each of several
-    classes; PolicyError for a setting that the policy cannot give.
+    """Measure dense and the `settings` on the pictures in `folder`, or on `limit` drawn ones. Raises RequestError where
+    there is none, or, if `labelled`, no folder for each of several classes; PolicyError for a setting that cannot be
+    given.
     """
     if runtime.bundle.manifest.model.takes != "pictures":
         raise RequestError(f"{runtime.bundle.name} takes no pictures: give the bundle of an encoder that does.")
@@ -82,10 +82,7 @@ def image_quality(
         _check_classes(folder, classes)
     given = [Setting("dense"), *settings]
     encoders = [runtime.encoder_with(setting) for setting in given]
-    pooled: list[list[Floats]] = [[] for _ in given]
-    likeliest: list[list[int]] = [[] for _ in given]
-    seconds = np.zeros((len(given), len(files)))
-    guarded, actions = np.zeros(seconds.shape), [list[npt.NDArray[np.int8]]() for _ in given]
+    found: list[list[Encoded]] = [[] for _ in given]
     for place, path in enumerate(files):
         pixels = encoders[0].processor.batch([path])
         for _ in range(WARM_UP if place == 0 else 0):
@@ -93,40 +90,29 @@ def image_quality(
                 encoder.encode(pixels)
         turn = place % len(given)
         for at in (*range(turn, len(given)), *range(turn)):
-            found = encoders[at].encode(pixels)
-            pooled[at].append(found.pooled[0])
-            seconds[at, place], guarded[at, place] = found.seconds, found.guarded[0]
-            actions[at].append(found.actions[0])
-            if found.probabilities is not None:
-                likeliest[at].append(int(found.probabilities.argmax()))
+            found[at].append(replace(encoders[at].encode(pixels), states=None))
         progress("encoding", place + 1, len(files))
-    vectors = [np.array(each, np.float64) for each in pooled]
-    judge = _Judge(vectors[0], classes) if len(set(classes)) > 1 else None
-    rows = []
+
+    def joined(at: int, name: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(one, name) for one in found[at]])
+
+    seconds = [sum(one.seconds for one in each) for each in found]
+    vectors = [joined(at, "pooled").astype(np.float64) for at in range(len(given))]
+    judge, rows = _Judge(vectors[0], classes) if len(set(classes)) > 1 else None, list[ImageQuality]()
     for at, setting in enumerate(given):
-        cosines = _cosines(vectors[0], vectors[at])
-        same = np.mean(np.array(likeliest[at]) == np.array(likeliest[0])) if likeliest[0] else None
+        cosines, same = 1 - gap(vectors[0], vectors[at]), None
+        if found[0][0].probabilities is not None:
+            likeliest, dense = (joined(each, "probabilities").argmax(axis=1) for each in (at, 0))
+            same = float((likeliest == dense).mean())
+        pictures, layers, predicted = Candidate(runtime, setting).taken(joined(at, "actions"))
+        figures = (seconds[at] / seconds[0], predicted, layers, float(cosines.mean()), float(cosines.min()))
+        guarded = float(joined(at, "guarded").mean())
         own = judge.figures(vectors[at]) if judge is not None else {}
-        pictures, layers, predicted = Candidate(runtime, setting).taken(np.array(actions[at]))
-        rows.append(
-            ImageQuality(
-                setting,
-                pictures,
-                float(seconds[at].sum() / seconds[0].sum()),
-                predicted,
-                layers,
-                float(cosines.mean()),
-                float(cosines.min()),
-                float(guarded[at].mean()),
-                None if same is None else float(same),
-                **own,
-            )
-        )
+        rows.append(ImageQuality(setting, pictures, *figures, guarded, same, **own))
     return rows
 
 
 def image_report(runtime: DashRuntime, folder: Path, limit: int, rows: Sequence[ImageQuality]) -> dict[str, Any]:
-    """Return what was measured for JSON."""
     return {
         "bundle": runtime.bundle.name,
         "model": runtime.bundle.manifest.model.name,
@@ -139,7 +125,6 @@ def image_report(runtime: DashRuntime, folder: Path, limit: int, rows: Sequence[
 
 
 def _check_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Raise RequestError where pictures are in no folder of a class, or all in one."""
     expected = "Give a folder that holds one for each class, at least two, with the pictures of the class in it."
     if "" in classes:
         raise RequestError(f"{classes.count('')} pictures lie in {folder} itself, in no class. {expected}")
@@ -147,17 +132,8 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
         raise RequestError(f"The {len(classes)} pictures in {folder} are all of one class, {classes[0]}. {expected}")
 
 
-def _cosines(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    found: npt.NDArray[np.float64] = (one * other).sum(1) / (
-        np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    )
-    return found
-
-
 class _Judge:
-    """A linear classifier (ridge regression on classes) and the nearest neighbours, of dense vectors of every other
-    picture; judged on the others.
-    """
+    """A linear classifier (ridge) and the nearest neighbours, of every other picture; judged on the others."""
 
     def __init__(self, dense: npt.NDArray[np.float64], classes: Sequence[str]) -> None:
         names = sorted(set(classes))
@@ -178,7 +154,6 @@ class _Judge:
         return found
 
     def figures(self, vectors: npt.NDArray[np.float64]) -> dict[str, float]:
-        """Return the figures of `ImageQuality` that need classes, on the judged half."""
         judged, truth = vectors[~self._learnt], self._classes[~self._learnt]
         found = self._linear(judged)
         near = np.argsort(-(judged @ self._known.T), axis=1)[:, :NEIGHBOURS]

@@ -1,6 +1,5 @@
-"""Estimates with 95 % confidence intervals, all by one method: the percentile bootstrap of scipy (extra `profile`).
-
-Whole windows, prompts, items or rounds are resampled, because the tokens of one window depend on each other.
+"""Estimates with 95 % confidence intervals, all by the percentile bootstrap of scipy (extra `profile`). Whole windows,
+items or rounds are resampled, because the tokens of one window depend on each other.
 """
 
 from collections.abc import Callable
@@ -31,9 +30,7 @@ class Interval:
 def interval(
     sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
 ) -> Interval:
-    """Return the ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean);
-    `transform` is a function of the ratio, like `np.exp` for perplexity.
-    """
+    """Return the ratio sum(sums) / sum(counts) over items, `transform`ed; `counts` is one per item by default."""
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
 
@@ -50,10 +47,8 @@ def over_rounds(statistic: Callable[..., Any], values: Floats) -> Interval:
 
 
 def median_ratios(seconds: Floats) -> list[Interval]:
-    """Return each variant's time as a ratio to the first one's, over rounds, of seconds [variants, rounds].
-
-    A slow machine slows a whole round: the median over all variants is divided out of each round. With fewer rounds
-    than `FEWEST` there is no width.
+    """Return each variant's time over the first one's, of seconds [variants, rounds]. The median over all variants is
+    divided out of each round: a slow machine slows a whole round. With fewer rounds than `FEWEST` there is no width.
     """
     logs = np.log(seconds)
     logs -= np.median(logs, axis=0)

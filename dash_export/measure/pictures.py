@@ -1,7 +1,4 @@
-"""Pictures of a frontier, a skip map and a profile (matplotlib, extra `profile`).
-
-White paper, Okabe-Ito colours, readable without colour, no pyplot state.
-"""
+"""Pictures of a frontier, a skip map and a profile (matplotlib, extra `profile`), readable without colour."""
 
 from __future__ import annotations
 
@@ -67,7 +64,6 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return colour and marker of each policy kind and each other build."""
     others = dict.fromkeys(name for name in names if name not in LOOKS)
     return LOOKS | {name: OTHER_LOOKS[at % len(OTHER_LOOKS)] for at, name in enumerate(others)}
 
@@ -136,9 +132,7 @@ def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], measure: s
 
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
 def skip_map_figure(tokens: Sequence[str], actions: Actions, units: Sequence[Unit], title: str) -> Figure:
-    """Draw a skip map, actions [tokens, layers]: tokens down with their text, layers across. On top is the share of
-    tokens that skip each layer, at the side the number of layers that each token runs.
-    """
+    """Draw a skip map, actions [tokens, layers]: tokens down with their text, layers across."""
     count, layers = actions.shape
     colours = {"run": RUN, "skip": SKIP, "always runs": ALWAYS}
     gated = [layer for unit in units for layer in unit.layers]

@@ -1,6 +1,5 @@
-"""Timestamps around every engine and decision of a decoded token. Candidates decode the same known tokens in turn.
-
-A round is one window of text: prefill to the context, some tokens to settle, then the timed ones.
+"""Timestamps around every engine and decision of a decoded token. Candidates decode the same known tokens in turn. A
+round is one window of text: prefill to the context, some tokens to settle, then the timed ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +29,7 @@ DECISION, SAMPLING, WHOLE = -3, -2, -1
 
 
 class Probe:
-    """Timer of a decode step on a CPU: it wraps the step's launches, and replaces the session's rule to time decisions.
-    The decode loop itself is unchanged: the wrapped launches run the same engines on the same memory.
-    """
+    """Timer of a decode step on a CPU: it wraps the step's launches, and as a rule it times decisions."""
 
     def __init__(self, step: BoundStep, session: Session) -> None:
         self.step = step
@@ -92,14 +89,12 @@ class DeviceProbe:
 
 @dataclass
 class Lane:
-    """A candidate and the stamps of its tokens.
+    """A candidate and the stamps of its timed tokens of all `rounds`.
 
-    Of the timed tokens of all `rounds`: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin
-    and end in nanoseconds of `time.perf_counter_ns`: of the engine that ran or bypassed each segment, of the decision,
-    of sampling, and of the whole token; `skipped` bool and `damage` float32 [tokens, units].
-
-    On a device the engines' stamps are of its own clock. `launches` [tokens, segments + 1, 2]: when the host launched
-    each, the policy last (0 where it did not); `policy` [tokens, 2]: when that ran.
+    `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin and end (ns): of the engine that ran
+    or bypassed each segment, of the decision, of sampling, and of the whole token; `skipped` bool and `damage` float32
+    [tokens, units]. On a device the engines' stamps are of its own clock; `launches` [tokens, segments + 1, 2]: when
+    the host launched each, the policy last (0 where it did not); `policy` [tokens, 2]: when that ran.
     """
 
     candidate: Candidate
@@ -134,7 +129,7 @@ def measure(
     progress: Progress = no_progress,
 ) -> list[Lane]:
     """Return a lane per candidate. `parts`: windows of equal length: a context, FOUND tokens, then the `tokens` timed
-    ones. The first round warms up engines and bindings, and is dropped. On a device tokens are launched piece by piece.
+    ones. The first round is warm-up, and dropped. On a device tokens are launched piece by piece.
     """
     on_device = [engines for one in candidates if isinstance(engines := one.runtime.engines, DeviceEngines)]
     for engines in on_device:

@@ -22,9 +22,9 @@ _Dense = tuple[DenseRows, TokenIds]
 
 @dataclass(frozen=True)
 class Result:
-    """Measurement of one candidate over one text or task. `layers`: mean layers run; `time`: decode time as a fraction
-    of the build's own dense time, predicted from its cost table; both over the `tokens` at which skipping was allowed.
-    `items`: number of windows, prompts or questions; `figures`: results by name.
+    """Measurement of one candidate over one text or task. `layers` run and `time` (predicted, of the build's own dense
+    time): means over the `tokens` at which skipping was allowed. `items`: windows, prompts or questions; `figures` by
+    name.
     """
 
     build: str
@@ -36,7 +36,6 @@ class Result:
     figures: Figures
 
     def record(self) -> dict[str, Any]:
-        """Return the result as it is written to JSON."""
         found = asdict(self)
         figures: dict[str, Any] = found.pop("figures")
         return found | {"setting": setting_record(self.setting)} | figures
@@ -49,10 +48,8 @@ def score(
     name: str = "text",
 ) -> list[Result]:
     """Return one result per candidate, teacher-forced. `kl`: KL(dense || candidate), nats per token; `perplexity`, and
-    its ratio to dense's, item by item; `top1`: share of tokens after which candidate and dense predict the same token.
-
-    Positions from the item's prefix on are counted: their layers may be skipped, and what they predict is scored.
-    `name`: the text's, for the progress.
+    its ratio to dense's; `top1`: share of tokens after which both predict the same token. Positions from the item's
+    prefix on are counted. `name`: the text's, for the progress.
     """
     rows: list[list[tuple[float, float, float]]] = [[] for _ in candidates]
     actions: list[list[Actions]] = [[] for _ in candidates]

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval (extra `eval`), run under every candidate; a candidate as lm-eval's model.
 
-lm-eval reads the task, builds the requests and scores the answers. What is made here of its samples: intervals, and
-which items dense answers right and a candidate wrong, or the reverse (flips, arXiv 2407.09141).
+lm-eval reads the task, builds the requests and scores the answers. Made here of its samples: intervals, and flips
+(items that dense answers right and a candidate wrong, or the reverse; arXiv 2407.09141).
 """
 
 import os
@@ -35,9 +35,7 @@ _OPTIONS = {"max_gen_toks", "temperature", "top_k", "top_p", "until", "do_sample
 
 
 class DashLM(TemplateLM):  # type: ignore[misc]
-    """A candidate as lm-eval's model. Contexts are dense, like prompts; what follows is under the setting. `actions`
-    collects the skip maps of the tokens that might skip.
-    """
+    """A candidate as lm-eval's model. Contexts are dense. `actions`: skip maps of tokens that might skip."""
 
     def __init__(self, candidate: Candidate, progress: Progress = no_progress) -> None:
         super().__init__()
@@ -115,8 +113,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
 
 def load_tasks(names: Iterable[str], include_path: Path | None, limit: int) -> dict[str, Any]:
     """Return lm-eval's tasks by name; a group or tag is all of its tasks. `include_path`: a folder of YAML files beside
-    lm-eval's own. The requests of the first `limit` items are built once, so that a fault of a task or its data is told
-    before anything is measured. Raises RequestError for it, and for an unknown name.
+    lm-eval's own. Requests are built once, so that a fault is told before anything is measured. Raises RequestError.
     """
     names = list(names)
     manager = TaskManager(include_path=include_path, include_defaults=False)
@@ -150,7 +147,7 @@ def run_task(
 ) -> list[Result]:
     """Return one result per candidate, the first of which is dense, over the first `limit` items. Figures: lm-eval's
     metrics, first those that are means over items, with an interval. Of the last of these that is right or wrong per
-    item also `lost`, the share of items that dense has right and the candidate wrong, and `won`, the reverse.
+    item also `lost` (dense right, candidate wrong) and `won`, the reverse.
     """
     results, dense, count = list[Result](), None, len(candidates)
     for index, candidate in enumerate(candidates):
@@ -178,9 +175,7 @@ def run_task(
 
 
 def _figures(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> tuple[Figures, Floats | None]:
-    """Return the figures of lm-eval's metrics (`acc,none`: metric and filter), and the items' values of the last one
-    that is 0 or 1 for each.
-    """
+    """Return the figures of lm-eval's metrics, and the items' values of the last one that is 0 or 1 for each."""
     means, others, right = Figures(), Figures(), None
     for key, value in metrics.items():
         metric, _, chosen = key.partition(",")

@@ -27,9 +27,7 @@ class JudgedText(NamedTuple):
     items: list[Continuation]
 
     def stretches(self, count: int, length: int) -> list[TokenIds]:
-        """Return `count` times `length` tokens, spread over all items one after the other, which are repeated where
-        they are too short: to be decoded for their time.
-        """
+        """Return `count` times `length` tokens, spread over all items, which are repeated where they are too short."""
         ids = np.concatenate([item.ids for item in self.items])
         ids = np.tile(ids, -(-length // len(ids)))
         return [ids[start : start + length] for start in np.linspace(0, len(ids) - length, count).astype(int)]
@@ -44,9 +42,9 @@ def judged_text(
     progress: Progress = no_progress,
 ) -> JudgedText:
     """Return up to `limit` items of the file: windows of `window` tokens of a plain text, the first `prefix` dense, or
-    the chats of a .jsonl file, with answers of up to `window` tokens, which the dense mode writes where the file has
-    none. Without a path: the bundle's held-out answers, or else the calibration text. Raises RequestError for a file
-    that cannot be used.
+    the chats of a .jsonl file, with answers of up to `window` tokens, which dense writes where there are none. Without
+    a path: the bundle's held-out answers, or else the calibration text. Raises RequestError for a file that cannot be
+    used.
     """
     own = runtime.bundle.root / ANSWERS
     path = path or (own if own.is_file() else resource_folder("calibration") / "prose.txt")
@@ -79,11 +77,7 @@ def _written(runtime: DashRuntime, chat: Chat, tokens: int) -> Continuation | No
 def windows(
     runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
 ) -> list[TokenIds]:
-    """Return up to `count` windows of `window` tokens of a text, by `Text.windows`.
-
-    Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
-    that has fewer than 2 tokens after its dense prefix.
-    """
+    """Return up to `count` windows of `window` tokens. Raises RequestError where they do not fit text or context."""
     longest = runtime.engines.model.max_positions
     if window < prefix + 2:
         raise RequestError(f"A window must be longer than its dense prefix of {prefix} tokens by two or more.")

@@ -1,9 +1,8 @@
 """Measured time: variants take turns, round by round, each in a process of its own where weights matter.
 
-An application has a process of its own, too: no other weights are in the CPU's caches, and its memory is its own. But
-where weights lie in memory is worth some per cent, and so is what other guests of the machine do at that time. So each
-process also decodes with the first candidate, which is dense, in turns of a few tokens. `main` is what such a process
-runs.
+An application has a process of its own, too. Where weights lie in memory is worth some per cent, and so is what other
+guests of the machine do. So each process also decodes with the first candidate, which is dense, in turns of a few
+tokens. `main` is what such a process runs.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name:
 
 
 def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
-    """Return the number of cached tokens before `decoded` ones: `context`, or with None that of the build's cost table.
-    Raises RequestError where context and decoded tokens do not fit.
-    """
+    """Return the cached tokens before `decoded` ones: `context`, or the cost table's. Raises RequestError."""
     longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
     if context is None:
         context = max(DENSE_POSITIONS, min(candidates[0].runtime.cost.context, longest - decoded))
@@ -69,10 +66,9 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
 
 @dataclass(frozen=True)
 class Timing:
-    """Mean decode time of a candidate. `ratio`: its time as a fraction of the first candidate's build run densely;
-    `low` and `high`: bounds of the ratio over rounds (both equal to it where there are too few); `milliseconds`: per
-    token; `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens;
-    `prompt_ms`: to compute the whole prompt.
+    """Mean decode time of a candidate. `ratio`: its time over the first candidate's build run densely; `low` and
+    `high`: its bounds over rounds (equal to it where there are too few); `milliseconds` per token; `predicted`: by the
+    cost table, of its dense time, for the same tokens; `prompt_ms`: of the whole prompt.
     """
 
     ratio: float
@@ -83,10 +79,7 @@ class Timing:
     prompt_ms: float
 
     def at(self, predicted: float) -> Timing:
-        """Return this timing moved to other tokens, for which the cost table predicts `predicted`. A policy skips more
-        on some texts than on others, and more tokens are scored than timed. Where hardly anything was skipped, the
-        timing stays as it is.
-        """
+        """Return this timing moved to other tokens, of which `predicted` is predicted, if anything was skipped."""
         if 1 - self.predicted < 0.02:
             return self
         scale = (1 - predicted) / (1 - self.predicted)
@@ -100,11 +93,11 @@ def decode_times(
     candidates: Sequence[Candidate], parts: Sequence[TokenIds], context: int, progress: Progress = no_progress
 ) -> list[Timing]:
     """Time each candidate in a process of its own, one round per part: the part's first `context` tokens are a prompt,
-    the others are decoded, the same known text for all. Times are fractions of those of the first candidate, which is
-    dense and runs in the processes of the others. Raises BackendError like `run_alone`.
+    the others are decoded. Times are fractions of the first candidate's, which is dense and runs in the processes of
+    the others. Raises BackendError like `run_alone`.
 
-    A ratio is the mean that the cost table predicts for the tokens, plus the trimmed mean of the difference from it
-    (`trimmed`): a median of ratios would leave out what makes the mean, for skips come in clusters.
+    A ratio is the mean that the cost table predicts, plus the trimmed mean of the difference from it: a median of
+    ratios would leave out what makes the mean, for skips come in clusters.
     """
     from dash_export.measure.intervals import over_rounds  # here: a process that only decodes needs no scipy
 
@@ -127,11 +120,10 @@ def decode_times(
 
 @dataclass(frozen=True)
 class ProcessFigures:
-    """Figures of one process, without its first `SETTLE` tokens where there are more. `first_seconds`: per token of the
-    first candidate, the median of its turns; `predicted`: what the cost table predicts for the tokens, as a fraction of
-    dense; `ratio`: that, plus how much longer the turns took (`trimmed`), each as a fraction of the first candidate's
-    turn beside it; `peak_memory`: most resident bytes; `prompt_seconds`: of the whole prompt, by the candidate and by
-    the first one.
+    """Figures of one process, after its first `SETTLE` tokens. `first_seconds`: per token of the first candidate,
+    median of turns; `predicted`: by the cost table, of dense; `ratio`: that, plus how much longer the turns took
+    (`trimmed`), each over the first candidate's turn beside it; `peak_memory`: bytes; `prompt_seconds`: by the
+    candidate and the first one.
     """
 
     first_seconds: float
@@ -146,7 +138,7 @@ def run_alone(
 ) -> ProcessFigures:
     """Run one candidate over known tokens in a new process, in turns with `first`: the first `context` tokens are a
     prompt, the others are decoded one by one. `loaded_last`: `first` is loaded before the candidate. Raises
-    BackendError where the process fails or is killed (for lack of memory, perhaps).
+    BackendError where the process fails or is killed.
     """
     orders = [
         [str(one.runtime.bundle.root), one.runtime.build.target, content_key(asdict(one.runtime.build)),
@@ -203,17 +195,14 @@ def main() -> None:
 
 def trimmed(values: npt.NDArray[np.floating[Any]], axis: int = -1) -> Any:
     """Return the mean without the smallest and the largest tenth: turns in which others had the machine. Where the
-    clock is not what the cost table says, a part of the largest differences is lost with them: at most a quarter of the
-    mean difference, by simulation.
+    clock differs from the cost table, at most a quarter of the mean difference is lost with them, by simulation.
     """
     cut = values.shape[axis] // 10
     return np.sort(values, axis).take(range(cut, values.shape[axis] - cut), axis).mean(axis)
 
 
 def _timed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return of values [tokens, ...] those of timed tokens [turns, tokens of a turn, ...]: of whole turns, after SETTLE
-    tokens; all values where there is no whole turn.
-    """
+    """Return the timed ones of values [tokens, ...], in whole turns after SETTLE tokens; all without a turn."""
     values = values[SETTLE if len(values) > SETTLE else 0 :]
     whole = len(values) // BLOCK * BLOCK
     return values[:whole].reshape(-1, BLOCK, *values.shape[1:])[:, FOUND:] if whole else values[None]

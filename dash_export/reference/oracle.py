@@ -23,9 +23,7 @@ from dash_export.models.torch_model import LayerInputs, embedded, instead, logit
 
 @dataclass(frozen=True)
 class Pass:
-    """Result of a pass: logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units]
-    (0 without a network).
-    """
+    """Logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units]."""
 
     logits: npt.NDArray[np.float32]
     actions: npt.NDArray[np.int8]
@@ -53,9 +51,7 @@ class Oracle:
         actions: npt.NDArray[np.int8] | None = None,
         prefix: int = DENSE_POSITIONS,
     ) -> Pass:
-        """Run one pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after
-        `prefix` dense tokens.
-        """
+        """Run one pass over ids [tokens]: dense, with forced `actions`, or by `rule` after `prefix` tokens."""
         decoder, units = self.model.model, self.policy.units
         hidden = embedded(self.model, torch.from_numpy(ids)[None])
         count, layers = len(ids), len(decoder.layers)
@@ -92,8 +88,8 @@ class Oracle:
         return torch.nn.functional.softplus(score).T.numpy()
 
     def bypass(self, hidden: torch.Tensor, place: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the bypass of unit `place` from the unit's input: hidden [..., hidden] -> its update [..., hidden],
-        and what replaces the outputs of the decoder's modules, by their names: K and V [..., kv] before norm and RoPE.
+        """Compute the bypass of unit `place` from its input [..., hidden]: its update, and what replaces the outputs of
+        the decoder's modules, by name: K and V [..., kv] before norm and RoPE.
         """
         unit, weight = self.policy.units[place], self.bypasses[place]
         x = hidden if self.spec.traits.norms_after else self.normed(hidden)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dash_export.core.sampling import Prompt, Sampling, TokenIds
@@ -25,8 +26,8 @@ PAUSE = 1e-3
 @dataclass
 class Batch:
     """At most `size` sequences that decode together, made by `DashRuntime.batch()`, for one thread and one stream at a
-    time. When a sequence ends, the next prompt takes its place. The session `prompts` prefills one prompt after another
-    and keeps the last one's KV cache: a prefix that the next prompt shares (a system prompt) is not computed again.
+    time. The session `prompts` prefills one prompt after another and keeps the last one's KV cache: a prefix that the
+    next prompt shares is not computed again.
     """
 
     engines: EngineSet | DeviceEngines
@@ -39,9 +40,7 @@ class Batch:
         self._stream_now: object = None
 
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
-        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError where the prompt and
-        `max_tokens` do not fit together.
-        """
+        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError with `max_tokens`."""
         ids = self.prompts.checked_ids(prompt, fresh=True)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids
@@ -70,15 +69,11 @@ class Batch:
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
         self.rows.clear()
-        return self._stream(this, iter(prompts), max_tokens, sampling or Sampling(), continues)
+        admit = partial(self._admit, max_tokens=max_tokens, sampling=sampling or Sampling(), continues=continues)
+        return self._stream(this, iter(prompts), admit)
 
     def _stream(
-        self,
-        this: object,
-        prompts: Iterator[Prompt | None],
-        max_tokens: int | None,
-        sampling: Sampling,
-        continues: bool,
+        self, this: object, prompts: Iterator[Prompt | None], admit: Callable[[int, Prompt], Response]
     ) -> Iterator[tuple[int, Response]]:
         rows, index, more = self.rows, 0, True
         while more or rows:
@@ -90,7 +85,7 @@ class Batch:
                     break
                 if prompt is not None:
                     self._check_newest(this)  # the generator of prompts may itself have begun another stream
-                    yield index, self._admit(index, prompt, max_tokens, sampling, continues)
+                    yield index, admit(index, prompt)
                     index += 1
                 elif rows:
                     break
@@ -107,7 +102,6 @@ class Batch:
     def _admit(
         self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling, continues: bool
     ) -> Response:
-        """Prefill a prompt and append it to the rows, unless its first token is also its last."""
         session = self.prompts
         try:
             ids = self.checked(prompt, max_tokens)

@@ -83,9 +83,8 @@ class Encoder:
         return tuple(str(names.get(str(place), place))[:MOST_LABEL] for place in range(count))
 
     def __call__(self, inputs: Any) -> Encoded:
-        """Encode a picture or a sequence of pictures as one batch: paths, bytes, `data:` URLs, arrays [height, width,
-        3], or PIL images; for a text encoder a text or a sequence of texts, those of one length together. Raises
-        RequestError for what is none.
+        """Encode a picture or a sequence of them as one batch: paths, bytes, `data:` URLs, arrays [height, width, 3],
+        or PIL images; for a text encoder a text or several. Raises RequestError for what is none.
         """
         many = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)) else [inputs]
         if not many:
@@ -96,9 +95,7 @@ class Encoder:
         return _in_order([places for places, _ in groups], [self.encode(array) for _, array in groups])
 
     def encode(self, array: npt.NDArray[Any]) -> Encoded:
-        """Encode prepared pictures, [n, 3, height, width] float32, or texts of one length, token ids [n, length].
-        Raises RequestError for another shape, for numbers that are not finite and ids that do not exist.
-        """
+        """Encode prepared pictures, float32 [n, 3, height, width], or token ids [n, length]. Raises RequestError."""
         if fault := self.engines.model.input_fault(array):
             raise RequestError(fault)
         began = time.perf_counter()
@@ -121,9 +118,7 @@ class Encoder:
         )
 
     def stream(self, inputs: Iterable[Any], size: int = 1) -> Iterator[Encoded]:
-        """Yield the results of pictures or texts as they come, `size` at a time. The next ones are read and prepared
-        while these are computed.
-        """
+        """Yield results as inputs come, `size` at a time. The next ones are read while these are computed."""
         if size < 1:
             raise RequestError(f"size, the inputs of a batch, must be at least 1, not {size}.")
         coming = iter(inputs)
@@ -144,9 +139,7 @@ class Encoder:
 
 
 def _in_order(places: Sequence[npt.NDArray[np.intp]], results: Sequence[Encoded]) -> Encoded:
-    """Return the results of groups of inputs as one, in the order of their places; states only where all are of one
-    group.
-    """
+    """Return the results of groups as one, in the order of their places; states only where all are of one group."""
     if len(results) == 1:
         return results[0]
     order = np.argsort(np.concatenate(places))

@@ -1,10 +1,9 @@
 """Sequences that decode together: a step reads the weights once for all of them. `Batch` and a server's scheduler
 decide which sequence joins when.
 
-A row has its own place in the cache, rules, sampling and end. On a CPU it gets what it would get alone (in fp32; else
-up to rounding). A unit runs when any row runs it. Each row then takes its own result on a CPU; on a device every row
-takes the result of the run. So skipping saves less the more sequences decode together: where each of n sequences skips
-a unit with probability p, p^n of its runs are saved.
+On a CPU a row gets what it would get alone (in fp32; else up to rounding). A unit runs when any row runs it. Each row
+then takes its own result on a CPU; on a device every row takes that of the run. Where each of n sequences skips a unit
+with probability p, p^n of its runs are saved.
 """
 
 from __future__ import annotations
@@ -66,9 +65,7 @@ class Rows:
     def begin(
         self, prompt: Session, logits: Logits, turn: Turn, rules: SessionRules, tag: Any, max_tokens: int
     ) -> Response:
-        """Add a row for what `prompt` has prefilled and return its first response. Add no row where this response is
-        also the last. Raises DashError.
-        """
+        """Add a row for what `prompt` has prefilled, unless its first response is also the last. Raises DashError."""
         slot = len(self.rows)
         self._reserve(len(prompt.tokens) + min(max_tokens, self._kv_step))
         self.cache.take(slot, prompt.cache)
@@ -85,8 +82,8 @@ class Rows:
 
     def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
         """Decode one token for every row; return (tag, response) of each. A row leaves after its last token, or when
-        its tag is in `cancelled`. Where there is no memory for rows that need more, only these are answered, with an
-        error, and leave. Raises BackendError where the step fails.
+        its tag is in `cancelled`. Without memory for rows that need more, only these are answered, with an error.
+        Raises BackendError.
         """
         rows = self.rows
         for row in rows:

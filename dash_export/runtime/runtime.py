@@ -73,15 +73,13 @@ class DashRuntime:
         trusted_key: str | Path | None = None,
     ) -> DashRuntime:
         """Load a build of a bundle: a folder, or `org/name` of the hub. `target` names the build; without it `cpu`, or
-        the only build there is.
+        the only one there is.
 
-        `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
-        same in one CUDA graph, decisions included) or `sync`; by default as the recipe says, or the one that `build`
-        found to be the fastest. `threads` overrides the
-        recipe's (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded, which a key does
-        too; that no file was replaced during the load is always checked. `trusted_key` (by default the environment's
-        DASH_EXPORT_TRUSTED_KEY): the public key that must have signed the bundle.
-        Raises BundleError, BackendError, PolicyError or RequestError.
+        `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (in
+        one CUDA graph, decisions included) or `sync`; by default as the recipe says, or what `build` found fastest.
+        `threads` overrides the recipe's (0: one per physical core). `verify` checks the SHA-256 of every file that is
+        loaded, which a key does too. `trusted_key` (by default the environment's DASH_EXPORT_TRUSTED_KEY): the public
+        key that must have signed the bundle. Raises BundleError, BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
@@ -123,9 +121,8 @@ class DashRuntime:
     @property
     def recommended(self) -> Setting:
         """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
-        perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that budget saves less
-        than 5 % of the time or times are of another dispatch. It is not held: the same trade-off skips less of a text
-        where skipping costs more.
+        perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that saves less than 5 %
+        or times are of another dispatch. It is not held.
         """
         measure = self.bundle.manifest.measure
         budget = recommended_budget(self.build.dial, measure) if self._times_hold else None
@@ -134,9 +131,8 @@ class DashRuntime:
     # --- sessions
 
     def session(self, policy: str | None = None, **amounts: Any) -> Session:
-        """Begin a new conversation. `policy`: `dense` (the kill switch), `static`, `token`, or `module:Class`, a policy
-        of your own; without it the amounts decide, and without amounts it is dense. `amounts`: the fields of `Setting`
-        that say how much is skipped. Raises PolicyError.
+        """Begin a new conversation. `policy`: `dense`, `static`, `token`, or `module:Class`, a policy of your own;
+        without it the `amounts` decide (fields of `Setting`), and without amounts it is dense. Raises PolicyError.
         """
         return self.session_with(Setting(policy, **amounts))
 
@@ -159,9 +155,7 @@ class DashRuntime:
         return not self.cost.segment_us or self.dispatch == self.cost.dispatch
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
-        """Begin a new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md).
-        Raises PolicyError for what is none, and for a policy of your own on a GPU target.
-        """
+        """Begin a new conversation under a rule, or a policy of your own (docs/own-policy.md). Raises PolicyError."""
         if isinstance(rule, Policy):
             rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
         elif not isinstance(rule, SessionRules) and not hasattr(rule, "asks"):
@@ -172,9 +166,7 @@ class DashRuntime:
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
-        """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for
-        an encoder decides for a picture, not for a token. Raises PolicyError, and BundleError for a causal LM.
-        """
+        """Return the encoder under a policy, as `session` takes it. Raises PolicyError and BundleError."""
         return self.encoder_with(Setting(policy, **amounts))
 
     def encoder_with(self, setting: Setting) -> Encoder:
@@ -184,7 +176,7 @@ class DashRuntime:
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """Make a batch: at most `size` sequences decoded together, each as in a `session`. Raises PolicyError, and
-        BackendError where the engines take fewer: those of a GPU take as many as the recipe's `sequences`.
+        BackendError where the engines take fewer (a GPU's: the recipe's `sequences`).
         """
         return self.batch_with(Setting(policy, **amounts), size)
 
@@ -229,9 +221,7 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """Generate an answer to each prompt, with up to `size` prompts decoded together. Raises what `Batch.checked`
-        raises before any answer begins, and the error of an answer that fails.
-        """
+        """Answer all prompts, up to `size` together. Raises as `Batch.checked`, then an answer's error."""
         refuse_one_text(prompts)
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]

@@ -70,9 +70,7 @@ class Session:
         return self.engines.model.max_positions - int(self.cache.length)
 
     def cancel(self) -> None:
-        """End the running stream with its next token; a prompt is computed to its end. Safe to call from another
-        thread or a signal handler.
-        """
+        """End the running stream with its next token. Safe to call from another thread or a signal handler."""
         self._cancelled = True
 
     def reset(self) -> None:
@@ -102,9 +100,7 @@ class Session:
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
-        """Answer messages {role, content}; yield one Response per token. Tokens that the cache already holds are not
-        computed again.
-        """
+        """Answer messages {role, content}; yield one Response per token. Cached tokens are not computed again."""
         self._cancelled = False
         ids = self.text.chat(messages, self.engines.model.max_positions)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refuse before the cache is rewound
@@ -147,7 +143,7 @@ class Session:
             logits, actions = self._advance(response.token, draw=turn.draw)
 
     def _check_newest(self, number: int) -> None:
-        """Raise RequestError where another stream, or a reset, has used this session since: it is one conversation."""
+        """Raise RequestError where another stream, or a reset, has used this session since."""
         if number != self._streams:
             raise RequestError(
                 "This answer was left for another one, or for a reset, of the same session: take it to its end first, "
@@ -157,9 +153,7 @@ class Session:
     # --- known tokens
 
     def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
-        """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely after the cached tokens.
-        Return the logits [vocab] after the last one.
-        """
+        """Run tokens or embeddings [n, hidden] densely after the cached ones. Return the last logits [vocab]."""
         if (ids is None) == (embeddings is None):
             raise RequestError("Give ids or embeddings, one of them.")
         pending = np.array(self._pending, np.int64)
@@ -187,9 +181,7 @@ class Session:
         return np.array(self._hidden)
 
     def restart(self, ids: Prompt) -> Logits:
-        """Return the logits [vocab] after `ids` as a conversation of its own. Cached tokens that `ids` begins with stay
-        as they are: those of an answer keep the K and V of their skips.
-        """
+        """Return the logits [vocab] after `ids` as a conversation of its own; cached tokens that begin it stay."""
         known = self.checked_ids(ids, fresh=True)
         check_room(len(known), 0, self.engines.model.max_positions)
         self.rewind_to(known)
@@ -207,12 +199,11 @@ class Session:
         return logits.copy(), actions
 
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
-        """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
-        differ (CPU), else token by token. This ends the conversation of the session.
+        """Score a text as decode under the policy would see it: in one pass (CPU), else token by token. It ends the
+        conversation.
 
-        The first `prefix` tokens, two at least, are dense, like a prompt. `actions` int8 [tokens, layers] forces every
-        action instead. A budget means its calibrated trade-off here: only decode adjusts the trade-off. Raises
-        PolicyError for actions of another shape.
+        The first `prefix` tokens, two at least, are dense. `actions` int8 [tokens, layers] forces every action instead.
+        A budget means its calibrated trade-off here. Raises PolicyError for actions of another shape.
         """
         return score(self, self.checked_ids(ids, fresh=True), prefix, actions, keep_logits)
 
@@ -232,8 +223,8 @@ class Session:
         return pass_length(left, self.chunk)
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep cached tokens that `ids` begins with, in whole TILEs, and forget the others. The last two of `ids` are
-        not kept: the last one's logits are wanted, and no pass may take it alone (`next_pass_length`).
+        """Keep cached tokens that `ids` begins with, in whole TILEs. The last two of `ids` are not kept: the last one's
+        logits are wanted, and no pass may take it alone (`next_pass_length`).
         """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
@@ -250,9 +241,7 @@ class Session:
     # --- steps
 
     def _prefill(self, given: TokenIds | Floats, headroom: int) -> Logits:
-        """Prefill densely, in chunks; return the logits [vocab] after the last token. Also when a step raises, `tokens`
-        are what the cache holds.
-        """
+        """Prefill in chunks; return the last logits. `tokens` are what the cache holds, whatever is raised."""
         self.reserve(len(given) + headroom)
         start = 0
         while True:
@@ -277,9 +266,7 @@ class Session:
         return last
 
     def _advance(self, token: int, rule: Rule | None = None, draw: Draw | None = None) -> tuple[Logits, Actions]:
-        """Decode one known token under the session's rule, or another. Return its logits [vocab], valid until the next
-        step, and its actions [layers]. `draw`: how the next one will be drawn.
-        """
+        """Decode one known token. Return its logits [vocab], valid until the next step, and actions [layers]."""
         self.reserve(1)
         step = self.bound(1)
         if self._first_decoded is None:
@@ -330,9 +317,7 @@ class Session:
         return checked_tokens(ids, self.engines.model.vocab_size)
 
     def _embeddings(self, given: Floats | None = None) -> Floats:
-        """Return given embeddings [n, hidden], checked, or none [0, hidden]. Raises RequestError, also where the build
-        takes no embeddings.
-        """
+        """Return given embeddings, checked, or none [0, hidden]. Raises RequestError, also where none are taken."""
         if not self.engines.takes_embeddings:
             raise RequestError(f"This build takes no embeddings. {_CPU_ONLY}")
         hidden = self.engines.model.hidden_size

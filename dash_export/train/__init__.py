@@ -23,14 +23,12 @@ PRECISIONS = ("bfloat16", "float32")
 class TrainingSettings:
     """Settings of a training. Steps are batches of `windows` windows of `window` tokens.
 
-    `search_steps`: steps that fit the bypasses of candidate units, whose first layers are `search_every` layers apart,
-    0 for units by a rule;
-    `fit_steps`: steps that fit those of the chosen units; `warm_up_steps`: first steps of the regression, which skip at
-    random only. `trade_offs`: the range of the dial that training covers, in nats per dense token time. `again`: factor
-    on the tuning's learning rates when it goes on from a trained policy. `own_prompts`: number of prompts that
-    the model answers, each turn in up to `own_tokens` tokens. `held_out`: share of every text that is only
-    evaluated on, by `judged_batches` batches of it. `precision` of the frozen model; None: bfloat16 where the device
-    has instructions for it, else float32.
+    `search_steps`: steps that fit the bypasses of candidate units, whose first layers are `search_every` layers apart;
+    0: units by a rule. `fit_steps`: of the chosen units; `warm_up_steps`: first steps of the regression, which skip at
+    random only. `trade_offs`: range of the dial, in nats per dense token time. `again`: factor on the tuning's learning
+    rates after a trained policy. `own_prompts`: prompts that the model answers, each turn in up to `own_tokens` tokens.
+    `held_out`: share of every text that is only judged on, by `judged_batches` batches. `precision` of the frozen
+    model; None: bfloat16 where the device is fast in it.
     """
 
     seed: int = 0
@@ -55,15 +53,10 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, effort: str) -> TrainingSettings:
-        """Return the settings of one of EFFORTS."""
         return replace(cls(), **EFFORTS[effort])
 
     def shortened(self) -> TrainingSettings:
-        """Return the settings of a training that is as short in its other stages as in the tuning, to try it out: no
-        stage takes more steps; candidates are as far apart as the search is shorter than by default; half as many
-        windows are in a step, and half as many batches are judged, as there are steps; four prompts a step are
-        continued, by 16 tokens a step.
-        """
+        """Return the settings of a training as short in its other stages as in the tuning, to try it out."""
         most, half = self.tuning_steps, (self.tuning_steps + 1) // 2
         stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
         return replace(

@@ -59,10 +59,9 @@ def policy_card(
 def held_out_figures(
     run: Run, modules: SkipModules, held: Corpus, order: Sequence[int]
 ) -> dict[str, dict[str, object]]:
-    """Return figures by part of the held-out text (the model's own answers; other texts), each with the tokens judged:
-    a row for dense, for the token policy at POINTS trade-offs of its dial, and for the first sets of the static `order`
-    with the same bypasses. Figures are means over the tokens past the prefix: layers skipped, KL from dense (nats),
-    top-1 agreement with dense, nll (nats). Each batch is saved.
+    """Return figures by part of the held-out text (own answers; other texts): a row for dense, for the token policy at
+    POINTS trade-offs, and for the first sets of the static `order`. Figures are means over the tokens past the prefix:
+    layers skipped, KL from dense (nats), top-1 agreement with dense, nll (nats). Each batch is saved.
     """
     settings, units = run.settings, modules.units
     runs: list[tuple[str, Decide]] = [("dense", always(len(units), ()))]
@@ -95,7 +94,6 @@ def held_out_figures(
 def _sums(
     run: Run, modules: SkipModules, batch: Batch, rules: Sequence[Decide], done: int, total: int
 ) -> list[list[float]]:
-    """Return, for each rule, sums over the judged tokens of a batch, and their number."""
     model, (ids, dense, counted) = run.model, batch
     sizes = torch.tensor([len(unit.layers) for unit in modules.units], dtype=torch.float32, device=model.device)
     judged = counted[:, :-1] & counted[:, 1:]  # a token counts where the one after it is text too

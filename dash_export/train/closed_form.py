@@ -1,8 +1,7 @@
 """Bypasses in closed form: ridge regression of a unit's outputs on the unit's input.
 
 X is what a bypass reads (`bypass_input`), and a column of ones; Y is the unit's update and the K and V of its other
-layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the text. Units
-that begin at the same layer share X'X and the sums of K and V.
+layers. Only sums over tokens are kept. Units that begin at the same layer share X'X and the sums of K and V.
 """
 
 from collections.abc import Iterable
@@ -20,9 +19,7 @@ RIDGE = 1e-6
 
 
 class Sums:
-    """X'X and X'Y (float64, on the CPU) of `units`, over the counted tokens: 10 MB for a unit of four layers of a 135M,
-    300 MB for one of an 8B.
-    """
+    """X'X and X'Y (float64, on the CPU) of `units`: 10 MB for a unit of four layers of a 135M, 300 of an 8B."""
 
     def __init__(self, model: GatedModel, units: Iterable[Unit]) -> None:
         self.units = tuple(units)
@@ -32,7 +29,6 @@ class Sums:
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Run one dense pass over the batch and add its sums."""
         model, counted = self._model, batch.counted
         entered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """First layer of a unit -> X and the unit's input."""

@@ -1,8 +1,7 @@
 """Text to learn from: windows of token ids, each with a dense prefix, as decode will see them.
 
-A policy acts after a prompt: the prompt is dense, and what follows may be skipped. So every window says how many of its
-first tokens are dense: the prompt of a chat, or a random number of tokens of a passage of text. Half of the windows are
-of the model's own answers (own_answers.py), which are what a deployed policy acts on.
+The prefix is the prompt of a chat, or a random number of tokens of a passage of text. Half of the windows are of the
+model's own answers (own_answers.py), which are what a deployed policy acts on.
 """
 
 from collections.abc import Sequence
@@ -25,9 +24,7 @@ OWN_SHARE = 0.5
 
 
 class Batch(NamedTuple):
-    """Windows of text. ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: tokens that run every layer,
-    and tokens whose divergence counts: those past the prefix that are text, not padding.
-    """
+    """Windows: ids int64, and `dense` (run every layer) and `counted` (text past the prefix) bool [batch, tokens]."""
 
     ids: torch.Tensor
     dense: torch.Tensor
@@ -35,9 +32,7 @@ class Batch(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """One piece of text as token ids int64 [tokens]. `prefix`: length of its prompt, None for prose without a prompt;
-    windows of prose begin with `beginning`.
-    """
+    """Token ids int64 [tokens]. `prefix`: the prompt's length, None for prose, which begins with `beginning`."""
 
     ids: torch.Tensor
     prefix: int | None = None
@@ -46,14 +41,11 @@ class Passage(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Passages by source. Own answers are OWN_SHARE of what is drawn; the other sources are drawn equally often,
-    whatever their size; within one, passages are drawn by length.
-    """
+    """Passages by source. OWN_SHARE of what is drawn is own answers; other sources are drawn equally often."""
 
     sources: dict[str, list[Passage]] = field(default_factory=dict)
 
     def tokens(self) -> dict[str, int]:
-        """Return the number of tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
     def parts(self) -> dict[str, "Corpus"]:
@@ -63,9 +55,7 @@ class Corpus:
         return {name: Corpus(part) for name, part in ((OWN, own), ("texts", texts)) if part}
 
     def frequent(self, vocab: int, most: int) -> torch.Tensor:
-        """Return `most` tokens of a vocabulary, in rising order: the corpus's most frequent ones and, where it has
-        fewer, those of the lowest ids, which are the earliest merges of a tokenizer.
-        """
+        """Return `most` tokens, in rising order: the most frequent ones, then those of the lowest ids."""
         counts = torch.zeros(vocab, dtype=torch.int64)
         for passages in self.sources.values():
             for passage in passages:
@@ -102,9 +92,7 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
 
 
 def kept_places(tokens: int, most: int) -> list[int]:
-    """Return the places of a prompt's tokens that are kept, at most `most`: a quarter from its beginning (a BOS, the
-    head of the chat template), the others from its end.
-    """
+    """Return at most `most` places of a prompt's tokens: a quarter from its beginning, the others from its end."""
     if tokens <= most:
         return [*range(tokens)]
     first = most // 4
@@ -112,9 +100,7 @@ def kept_places(tokens: int, most: int) -> list[int]:
 
 
 def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float) -> tuple[Corpus, Corpus]:
-    """Read plain text files as (training, held-out) corpora: the last `held_out` share of each file is held out. Raises
-    RequestError for a file that is missing, not text or too short.
-    """
+    """Read plain texts as (training, held-out) corpora; the end of each is held out. Raises RequestError."""
     beginning = tuple(text.beginning.tolist())
     if window < len(beginning) + DENSE_POSITIONS + 2:
         raise RequestError(

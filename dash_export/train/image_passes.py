@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
+from dash_export.core.exits import gap
 from dash_export.graphs.portable import encoder_graphs
 from dash_export.graphs.portable.writer import save_graph
 from dash_export.models.spec import EncoderCheckpoint, EncoderSpec
@@ -23,18 +24,13 @@ class ImageModel:
     def __init__(self, checkpoint: EncoderCheckpoint, folder: Path) -> None:
         self.spec: EncoderSpec = checkpoint.spec
         graphs = {
-            "embed": partial(encoder_graphs.embed_graph, checkpoint),
-            "head": partial(encoder_graphs.head_graph, checkpoint),
-            **{
-                f"layer_{layer:02d}": partial(encoder_graphs.layer_graph, checkpoint, layer)
-                for layer in range(self.spec.num_layers)
-            },
+            f"layer_{layer:02d}": partial(encoder_graphs.layer_graph, checkpoint, layer)
+            for layer in range(self.spec.num_layers)
         }
-        options = session_options()
-        self._engines = {}
+        graphs |= {name: partial(getattr(encoder_graphs, f"{name}_graph"), checkpoint) for name in ("embed", "head")}
+        options, self._engines = session_options(), dict[str, OrtEngine]()
         for name, make in graphs.items():
-            path = folder / f"{name}.onnx"
-            save_graph(make(), path)
+            save_graph(make(), path := folder / f"{name}.onnx")
             self._engines[name] = OrtEngine(path, options)
 
     def _run(self, name: str, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -67,7 +63,4 @@ def unit_normed(state: Floats, epsilon: float) -> Floats:
 
 def divergence(dense: Floats, other: Floats) -> npt.NDArray[np.float64]:
     """Return 1 - cosine of pooled vectors [n, hidden], row by row."""
-    left, right = dense.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    found: npt.NDArray[np.float64] = 1 - (left * right).sum(axis=1) / np.maximum(lengths, 1e-12)
-    return found
+    return gap(dense.astype(np.float64), other.astype(np.float64)).astype(np.float64)

@@ -1,8 +1,7 @@
 """A policy for an image encoder from unlabelled pictures, in minutes: exits, what predicts the damage of leaving at
 one, and a guard against foreign pictures (`core/exits.py` has the formulas).
 
-One dense pass over the pictures keeps a few pooled vectors of each layer. All else is ridge regression on these: no
-gradient is taken and no torch is needed. A share of the pictures is only judged on; the dial is made of these.
+One dense pass keeps a few pooled vectors of each layer. All else is ridge regression on these, without torch.
 """
 
 from __future__ import annotations
@@ -34,15 +33,7 @@ from dash_export.files.outputs import locked, output_path, remove_own, work_fold
 from dash_export.images.processor import ImageProcessor
 from dash_export.models import EncoderCheckpoint, open_model
 from dash_export.models.spec import FINAL_NORM
-from dash_export.train.image_exits import (
-    answered,
-    distances,
-    exit_read,
-    fitted_exit,
-    fitted_guard,
-    fitted_scores,
-    guard_read,
-)
+from dash_export.train import image_exits
 from dash_export.train.image_passes import Floats, ImageModel, divergence
 
 SLACK = 1.1
@@ -56,8 +47,8 @@ CHUNK = 50
 @dataclass(frozen=True)
 class ImageSettings:
     """Course of a training. `held_out`: share of the pictures that are only judged on. `before`: share of the layers
-    before the first exit; `most`: exits. `components` of the pooled state that the guard reads; `own`: share of the
-    model's own pictures that it lets through.
+    before the first exit; `most`: exits. `components` that the guard reads; `own`: share of own pictures that it lets
+    through.
     """
 
     seed: int = 0
@@ -78,9 +69,9 @@ def train_on_images(
     settings: ImageSettings | None = None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
-    """Train a policy for an image encoder on pictures and write it to `output` (`.safetensors`, and a JSON card beside
-    it). `units` follow each other up to the last layer: there is an exit before each. A training that was killed goes
-    on where it was. Raises CheckpointError, PolicyError and RequestError.
+    """Train a policy for an image encoder and write it to `output` (`.safetensors`, and a JSON card beside it). `units`
+    follow each other up to the last layer. A killed training goes on. Raises CheckpointError, PolicyError and
+    RequestError.
     """
     output, settings = output_path(output), settings or ImageSettings()
     check_replaceable(output)
@@ -97,10 +88,12 @@ def train_on_images(
     check_exits(chosen, spec.num_layers)
     began, seen = time.perf_counter(), [(path.name, *identity(path)) for path in files]
     key = content_key(asdict(settings), opened.fingerprint, units_text(chosen), seen, __version__)
+    order = [files[place] for place in np.random.default_rng(settings.seed).permutation(len(files))]
+    held = round(settings.held_out * len(files))
     with locked(output, "train"), tempfile.TemporaryDirectory() as graphs:
         work = _Work(work_folder(output, "train"), key)
         processor = ImageProcessor.parse(opened.assets[PREPROCESSOR], PREPROCESSOR)
-        run = _Run(ImageModel(opened, Path(graphs)), processor, _split(files, settings), settings, work, progress)
+        run = _Run(ImageModel(opened, Path(graphs)), processor, order[held:], order[:held], settings, work, progress)
         policy, figures = run.policy(chosen)
         opened.check_same()
         made = f"trained by dash-export (seed {settings.seed}, key {key[:8]})"
@@ -125,13 +118,6 @@ def train_on_images(
         return policy
 
 
-def _split(files: Sequence[Path], settings: ImageSettings) -> tuple[list[Path], list[Path]]:
-    """Return the pictures that are learnt from, and the held-out ones."""
-    order = np.random.default_rng(settings.seed).permutation(len(files))
-    held = round(settings.held_out * len(files))
-    return [files[place] for place in order[held:]], [files[place] for place in order[:held]]
-
-
 def exit_units(num_layers: int, before: float, most: int) -> tuple[Unit, ...]:
     """Return units, at most `most`, that follow each other up to the last layer; the last has two layers or more."""
     first = max(1, round(before * num_layers))
@@ -146,7 +132,6 @@ class _Work:
         self.folder, self._key = folder, key
 
     def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the saved result of a stage; make and save it where there is none."""
         path = self.folder / f"{stage}.npz"
         try:
             with np.load(path, allow_pickle=False) as known:
@@ -160,50 +145,43 @@ class _Work:
         return made
 
 
+@dataclass
 class _Run:
-    """One training."""
-
-    def __init__(
-        self,
-        model: ImageModel,
-        processor: ImageProcessor,
-        split: tuple[list[Path], list[Path]],
-        settings: ImageSettings,
-        work: _Work,
-        progress: Progress,
-    ) -> None:
-        self.model, self.spec, self._processor = model, model.spec, processor
-        self.learnt, self.held = split
-        self.settings, self.work, self._progress = settings, work, progress
+    model: ImageModel
+    processor: ImageProcessor
+    learnt: list[Path]
+    held: list[Path]
+    settings: ImageSettings
+    work: _Work
+    progress: Progress
 
     def policy(self, units: tuple[Unit, ...]) -> tuple[SkipPolicy, dict[str, Any]]:
-        """Run all stages. Return the policy and figures of the held-out pictures."""
-        read, hidden, layers = units[0].first - 1, self.spec.hidden_size, self.spec.num_layers
+        read, hidden, layers = units[0].first - 1, self.model.spec.hidden_size, self.model.spec.num_layers
         learnt, held = (
             self._pooled(files, name, units) for name, files in (("learnt", self.learnt), ("held", self.held))
         )
         dense = learnt["ends"][:, :hidden]
-        self._progress("fitting exits", 0, 1 + len(units))
-        early, unseen = fitted_exit(learnt[f"read-{read}"], dense, hidden)
+        self.progress("fitting exits", 0, 1 + len(units))
+        early, unseen = image_exits.fitted_exit(learnt[f"read-{read}"], dense, hidden)
         bypasses, answers = list[Weights](), [unseen]
         for place, unit in enumerate(units, 1):
-            self._progress("fitting exits", place, 1 + len(units))
-            bypass, unseen = fitted_exit(learnt[f"read-{unit.first}"], learnt["ends"], hidden)
+            self.progress("fitting exits", place, 1 + len(units))
+            bypass, unseen = image_exits.fitted_exit(learnt[f"read-{unit.first}"], learnt["ends"], hidden)
             bypasses.append(bypass)
             answers.append(unseen)
         centre = dense.mean(axis=0)
-        weight, bias = fitted_scores(answers, dense, centre)
+        weight, bias = image_exits.fitted_scores(answers, dense, centre)
         network = {f"early.{name}": half(array) for name, array in early.items()}
         network |= {"centre": centre, "weight": weight, "bias": bias}
-        guard = fitted_guard(learnt["guard"], self.settings.components)
-        distance = distances(guard, held["guard"])
-        own = np.concatenate([distance, distances(guard, learnt["guard"])])
+        guard = image_exits.fitted_guard(learnt["guard"], self.settings.components)
+        distance = image_exits.distances(guard, held["guard"])
+        own = np.concatenate([distance, image_exits.distances(guard, learnt["guard"])])
         guard["limit"] = (SLACK * np.quantile(own, self.settings.own, axis=0)).astype(np.float32)
         guarded = np.atleast_1d((distance > guard["limit"]).any(axis=1))
         reads = {unit.first: held[f"read-{unit.first}"] for unit in units}
-        damage, found = answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
+        damage, found = image_exits.answered(network, bypasses, reads, held[f"read-{read}"], units, layers)
         lost = np.stack([divergence(held["ends"][:, :hidden], each[:, :hidden]) for each in found], axis=1)
-        classes = [each[:, hidden:].argmax(axis=1) for each in (held["ends"], *found)] if self.spec.labels else []
+        classes = [each[:, hidden:].argmax(axis=1) for each in (held["ends"], *found)] if self.model.spec.labels else []
         pictures = [
             Picture(
                 tuple(float(f"{one:.5g}") for one in damage[:, place]),
@@ -226,9 +204,7 @@ class _Run:
         }  # fmt: skip
 
     def _pooled(self, files: Sequence[Path], name: str, units: Sequence[Unit]) -> dict[str, Floats]:
-        """Run pictures densely. Return what exits read before each unit and at the first answer (`read-LAYER`), what
-        the `guard` reads, and `ends`: the pooled vector and the class logits, of each picture [n, ...].
-        """
+        """Return what exits read (`read-LAYER`), what the `guard` reads, and the `ends`, each [n, ...]."""
         starts = range(0, len(files), CHUNK)
         parts = [
             self.work.once(
@@ -240,14 +216,14 @@ class _Run:
 
     def _chunk(self, files: Sequence[Path], done: int, total: int, units: Sequence[Unit]) -> dict[str, Floats]:
         found: dict[str, list[Floats]] = defaultdict(list)
-        given, read, size = (self.spec.special, self.spec.norm_eps), units[0].first - 1, self.settings.batch
+        given, read, size = (self.model.spec.special, self.model.spec.norm_eps), units[0].first - 1, self.settings.batch
         for start in range(0, len(files), size):
-            for layer, state in enumerate(self.model.states(self._processor.batch(files[start : start + size]))):
+            for layer, state in enumerate(self.model.states(self.processor.batch(files[start : start + size]))):
                 if layer == read or any(unit.first == layer for unit in units):
-                    found[f"read-{layer}"].append(exit_read(state, *given))
+                    found[f"read-{layer}"].append(image_exits.exit_read(state, *given))
                 if layer == read:
-                    found["guard"].append(guard_read(state, *given))
+                    found["guard"].append(image_exits.guard_read(state, *given))
             head = self.model.head(state)
             found["ends"].append(np.concatenate([head[name] for name in ("pooled", "logits") if name in head], axis=1))
-            self._progress("the dense pass", done + min(len(files), start + size), total)
+            self.progress("the dense pass", done + min(len(files), start + size), total)
         return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -1,9 +1,8 @@
 """The model that a policy is trained in, and the policy's trained tensors (torch).
 
-`GatedModel` is the transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass.
-It has the contract of the oracle (reference/oracle.py), over batches, in the training dtype and differentiable. Every
-layer sees every token. A token that skips a unit gives the unit's layers only the K and V of the bypass, and leaves the
-unit with the hidden state of the bypass. `SkipModules` are the damage network and the bypasses.
+`GatedModel` is the transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass,
+with the contract of the oracle (reference/oracle.py), in the training dtype and differentiable. Every layer sees every
+token; of one that skips a unit only the K and V of the bypass. `SkipModules` are the damage network and the bypasses.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,9 +44,7 @@ class Head(NamedTuple):
 
 
 class SkipModules(nn.Module):
-    """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
-    tokens [..., hidden]. Every bypass has weights.
-    """
+    """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions."""
 
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
@@ -63,9 +60,7 @@ class SkipModules(nn.Module):
         return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
-        """Return the columns [..., columns] of unit `place`'s bypass, in the order of `core/policy.py` and the dtype
-        of `state` (`bypass_input`).
-        """
+        """Return the columns [..., columns] of unit `place`'s bypass, in the dtype of `state` (`bypass_input`)."""
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
         return state @ weight + bias
 
@@ -75,7 +70,6 @@ class SkipModules(nn.Module):
         return torch.tensor(own, device=next(self.parameters()).device)
 
     def to_policy(self) -> SkipPolicy:
-        """Return the policy with these weights as numpy arrays (copies)."""
         bypasses = tuple(map(_arrays, self.bypasses))
         return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
@@ -95,9 +89,8 @@ def _arrays(part: nn.Module) -> dict[str, Float32Array]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Result of a pass. `final`: normed last hidden states [batch, tokens, hidden]; `state`: what the network read, in
-    the same shape. Per unit, [batch, tokens, units]: `skipped` bool; `taken` float32, the values of `skipped` with the
-    gradient of their softened form.
+    """Result of a pass. `final`: normed last states, and `state`: what the network read [batch, tokens, hidden].
+    `skipped` bool, and `taken` float32, the same with the gradient of their softened form [batch, tokens, units].
     """
 
     final: torch.Tensor
@@ -108,8 +101,7 @@ class Rollout:
 
 class GatedModel:
     """A frozen checkpoint on one device, in one dtype. `head` has all tokens, `common` those that losses compare.
-    `recomputes`: each layer keeps only its input for the backward
-    pass and is run again there (activation checkpointing), to fit in the memory of a GPU.
+    `recomputes`: layers are run again in the backward pass, to fit in the memory of a GPU.
     """
 
     def __init__(
@@ -149,10 +141,8 @@ class GatedModel:
     def rollout(
         self, ids: torch.Tensor, modules: SkipModules, decide: Decide, dense: torch.Tensor, soften: Soften | None = None
     ) -> Rollout:
-        """Run one pass over ids [batch, tokens]; tokens where `dense` [batch, tokens] is true run every layer.
-
-        Gradients flow as torch's mode says. With `soften`, decisions have the gradient of their softened form
-        (straight-through).
+        """Run one pass over ids [batch, tokens]; tokens where `dense` is true run every layer. With `soften`, decisions
+        have the gradient of their softened form (straight-through).
         """
         hidden, inputs = self._embedded(ids)
         hidden = self._layers(range(modules.read), hidden, inputs)
@@ -194,8 +184,8 @@ class GatedModel:
         skip: torch.Tensor,
         taken: torch.Tensor,
     ) -> torch.Tensor:
-        """Return a unit's output: from `columns` of its bypass [batch, tokens, columns] for the tokens that `skip` it,
-        from its layers for the others. The gradient of the decision flows through `taken` [batch, tokens].
+        """Return a unit's output: from `columns` of its bypass for the tokens that `skip` it, from its layers for the
+        others. The gradient of the decision flows through `taken` [batch, tokens].
         """
         others = len(unit.layers) - 1
         sizes = [self.spec.hidden_size, *[self.spec.key_value_size] * (2 * others)]
@@ -247,9 +237,8 @@ def always(units: int, places: Sequence[int]) -> Decide:
 
 
 def saved(spec: DecoderSpec, layers: int) -> float:
-    """Return the fraction of a token's time that skipping a unit of `layers` layers saves, as estimated before any
-    engine is built; below 0 where the bypass is larger. Decode is bound by memory traffic, so this is a fraction of
-    bytes: (layers * a layer's - the bypass's) / (all layers' + the head's). The cost table of a build measures it.
+    """Return the fraction of a token's time that skipping a unit of `layers` layers saves, estimated by bytes; below 0
+    where the bypass is larger. The cost table of a build measures it.
     """
     layer = layer_size(spec)
     bypass = spec.hidden_size * (spec.hidden_size + 2 * spec.key_value_size * layers)
@@ -270,5 +259,4 @@ def activations(spec: DecoderSpec, tokens: int, dtype: torch.dtype) -> float:
 
 
 def layer_size(spec: DecoderSpec) -> int:
-    """Return the number of weights of a layer."""
     return sum(prod(shape) for name, shape in spec.weight_shapes().items() if name.startswith(layer_weight(0)))

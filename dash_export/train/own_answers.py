@@ -1,8 +1,7 @@
 """The model's own answers to chat prompts: what a deployed policy decodes, so what it has to learn from.
 
-Half of the prompts are answered greedily, half at TEMPERATURE. Later turns of a prompt follow on the model's answers to
-the turns before. Answers are written in large batches, because a product with many rows costs little more than one
-with a few; rows whose answer has ended leave the batch.
+Half of the prompts are answered greedily, half at TEMPERATURE; later turns follow on the model's answers. Batches are
+large, because a product with many rows costs little more; rows whose answer has ended leave the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,9 +46,8 @@ class _Talk(NamedTuple):
 
 
 def own_answers(run: Run, text: Text, chats: Sequence[Chat]) -> tuple[list[Answer], list[Answer]]:
-    """Return the model's answers to `own_prompts` of the chats, as (training, held out). A `held_out` share of the
-    prompts is held out; which ones these are does not depend on the training's seed. Each batch is saved, and a resumed
-    training reads it.
+    """Return the model's answers to `own_prompts` of the chats, as (training, held out). Which prompts are held out
+    does not depend on the training's seed. Each batch is saved, and a resumed training reads it.
     """
     settings = run.settings
     order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
@@ -128,9 +126,7 @@ def answers(
     each: Callable[[int, list[list[int]]], None] = lambda *_: None,
 ) -> list[list[int]]:
     """Return up to `tokens` tokens after each prompt, with the token that ends the answer. `model` is of transformers.
-
-    `made` are the first tokens of the answers, of a call that was interrupted; `each` is called after every token with
-    the length of the longest answer and with the answers so far.
+    `made`: first tokens of the answers, of an interrupted call; `each(longest, answers)` is called after every token.
     """
     answers = [list(answer) for answer in made] or [list[int]() for _ in rows]
     live = [place for place, answer in enumerate(answers) if not _ended(answer, tokens, ends)]

@@ -21,9 +21,7 @@ OTHER = 1.5
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages with their steps and with the forward passes that they take, the time of a pass on this device (s), and
-    the memory that the training needs (bytes).
-    """
+    """Stages with their steps and forward passes, the time of a pass here (s), and the memory needed (bytes)."""
 
     steps: dict[str, int]
     passes: dict[str, float]
@@ -89,16 +87,14 @@ def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: to
 
 
 def _memory(spec: DecoderSpec, settings: TrainingSettings, dtype: torch.dtype, device: torch.device) -> float:
-    """Return about what a training needs: weights, activations of all layers for the backward pass, torch itself."""
+    """Return about what a training needs: weights, activations for the backward pass, torch itself."""
     weights = spec.num_layers * layer_size(spec) + spec.vocab_size * spec.hidden_size
     rows = min(settings.windows, rows_at_once(spec, settings.window, dtype, device))
     return weights * torch.finfo(dtype).bits / 8 + activations(spec, rows * settings.window, dtype) + 2**29
 
 
 def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:
-    """Return the progress callback of the stages. It tells `progress` the forward passes done of the whole training
-    (`passes`: those of each stage), so that the pace says how much time is left.
-    """
+    """Return the callback of the stages, which tells `progress` the forward passes done of the whole training."""
     total = round(sum(passes.values()))
 
     def told(name: str, done: int, steps: int) -> None:

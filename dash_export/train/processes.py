@@ -1,7 +1,7 @@
 """A training in several processes, which torchrun starts, on one machine or more.
 
-All draw the same batches. Each takes its share of a batch's windows, and sums and gradients are added up over all. They
-see one folder, where the first process alone writes.
+All draw the same batches, and each takes its share of the windows; sums and gradients are added up. They see one
+folder, where the first process alone writes.
 """
 
 import os
@@ -35,16 +35,13 @@ class Processes:
                     distributed.all_reduce(tensor)
 
     def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace gradients by their means over all processes: a bypass may be used in the windows of one alone, or of
-        none. Then its gradient is 0, for one process as for several: optimisers pass over what has none.
-        """
+        """Replace gradients by their means over all processes, 0 where none has one: optimisers pass over none."""
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad / self.count for each in parameters]
         self.add_up(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
     def wait(self) -> None:
-        """Wait until all processes have come here. Raises as `add_up`."""
         if self.count > 1:
             with _said():
                 distributed.barrier()
@@ -65,9 +62,7 @@ def local_rank() -> int:
 
 @contextmanager
 def joined(most: int) -> Iterator[Processes]:
-    """Join the processes that torchrun started; without it, be the only one. Raises RequestError for more than `most`,
-    and DashError where they do not find one another.
-    """
+    """Join the processes that torchrun started, `most` at most, or be the only one. Raises DashError."""
     count = _told("WORLD_SIZE", 1)
     if count == 1:
         yield ALONE

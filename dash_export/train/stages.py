@@ -3,7 +3,7 @@
 1. the model's own continuations of the prompts join the corpus (corpus.py)
 2. the units, where they are not given (partition.py), and their bypasses in closed form (closed_form.py)
 3. damage regression: the network, from forward passes
-   (a training that goes on from a policy takes the results of 2 and 3 from it, and may merge units: merging.py)
+   (a training that goes on from a policy takes the results of 2 and 3 from it)
 4. tuning: bypasses and network together, by KL (losses.py)
 5. units that turn out not to pay for their engine are left out, where they were not given (partition.py)
 6. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
@@ -14,7 +14,7 @@ Several processes (processes.py) share the passes of the candidates and of stage
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,23 +25,11 @@ from dash_export.core.policy import SkipPolicy, Weights, narrowed
 from dash_export.core.units import Unit
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import Progress, no_progress
-from dash_export.train import TrainingSettings
+from dash_export.train import TrainingSettings, partition
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import Batch, Corpus
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
-from dash_export.train.merging import merged
 from dash_export.train.model import GatedModel, SkipModules, always, initial_network, rows_at_once, saved
-from dash_export.train.partition import (
-    Candidate,
-    best_partition,
-    candidate_groups,
-    greedy_order,
-    mean_gain,
-    ruled_units,
-    static_damage,
-    units_that_pay,
-    with_dense,
-)
 from dash_export.train.processes import Processes
 from dash_export.train.work import Work
 
@@ -73,9 +61,7 @@ class Run:
         return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
 
     def share(self, stage: str, step: int) -> tuple[Batch, np.random.Generator, float]:
-        """Return this process's share of `batch`, a generator of its own, and the weight of the share's mean loss among
-        those of all processes: their tokens differ in number.
-        """
+        """Return this process's share of `batch`, a generator of its own, and the weight of its mean loss among all."""
         (batch, rng), processes = self.batch(stage, step), self.processes
         if processes.count == 1:
             return batch, rng, 1.0
@@ -86,17 +72,12 @@ class Run:
 
 def trained_policy(
     run: Run, kind: str, units: tuple[Unit, ...] | None, start: SkipPolicy | None
-) -> tuple[SkipPolicy, tuple[Candidate, ...]]:
-    """Train a policy of `kind`, for these units or for those that a search finds. Return it with the candidates that
-    the search chose. `start`: the trained policy that the training goes on from.
-    """
+) -> tuple[SkipPolicy, tuple[partition.Candidate, ...]]:
+    """Train a policy for these units, or those of a search, whose candidates are returned. `start`: it goes on."""
     model, settings = run.model, run.settings
     given, chosen = units is not None, search_units(run) if units is None and settings.search_steps else ()
-    units = units or tuple(candidate.unit for candidate in chosen) or ruled_units(model.spec.num_layers)
-    if start is None:
-        policy = SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
-    else:
-        policy = start if start.units == units else _merged(run, start, units)
+    units = units or tuple(candidate.unit for candidate in chosen) or partition.ruled_units(model.spec.num_layers)
+    policy = start or SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
     if kind == "static":
         policy = replace(policy, network=None)
     elif policy.read != (read := units[0].first - 1):  # the later the state, the more it says of a token's damage
@@ -127,15 +108,13 @@ def trained_policy(
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
 
 
-def search_units(run: Run) -> tuple[Candidate, ...]:
-    """Return the units to train, as candidates with their figures: each unit that is tried gets a bypass in closed form
-    and is skipped alone. Raises PolicyError where none pays.
-    """
+def search_units(run: Run) -> tuple[partition.Candidate, ...]:
+    """Return the units that gain most, each tried with a bypass in closed form. Raises PolicyError where none pays."""
     model, settings = run.model, run.settings
-    windows = with_dense(model, [run.batch("trials", 0)[0]])
-    groups = candidate_groups(model.spec.num_layers, settings.search_every)
+    windows = partition.with_dense(model, [run.batch("trials", 0)[0]])
+    groups = partition.candidate_groups(model.spec.num_layers, settings.search_every)
     whole = sum(settings.search_steps + TRIAL * len(group) for group in groups)
-    tried: list[Candidate] = []
+    tried: list[partition.Candidate] = []
     for number, group in enumerate(groups, 1):
         stage, begun = f"candidates-{number}", (number - 1) * settings.search_steps + TRIAL * len(tried)
 
@@ -150,7 +129,7 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
                 if place not in known:
                     unit = group[place]
                     modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),)))
-                    known[place] = static_damage(model, modules.to(model.device), (0,), windows).cpu()
+                    known[place] = partition.static_damage(model, modules.to(model.device), (0,), windows).cpu()
                     run.work.save_if_due(f"{stage}-trials", lambda: known)
                 found[place] = known[place]
                 told(stage, settings.search_steps + TRIAL * (place + 1), whole)
@@ -159,9 +138,9 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
 
         for unit, damage in zip(group, run.work.once(stage, damages), strict=True):
             share = saved(model.spec, len(unit.layers))
-            gain = mean_gain(damage.numpy(), share, settings.trade_offs)
-            tried.append(Candidate(unit, float(damage.mean()), share, gain))
-    best = best_partition(tried, model.spec.num_layers)
+            gain = partition.mean_gain(damage.numpy(), share, settings.trade_offs)
+            tried.append(partition.Candidate(unit, float(damage.mean()), share, gain))
+    best = partition.best_partition(tried, model.spec.num_layers)
     if not best:
         raise PolicyError(
             "Skipping any unit of this model costs more than it saves over these trade-offs: give higher ones "
@@ -180,34 +159,17 @@ def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
         found.append(modules.damage(state)[counted])
     damages = torch.cat(found).cpu().numpy().T
     saved = modules.cost(model.spec).tolist()
-    gains = [mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
-    kept = units_that_pay(modules.units, gains)
+    gains = [partition.mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
+    kept = partition.units_that_pay(modules.units, gains)
     return narrowed(modules.to_policy(), (layer for place in kept for layer in modules.units[place].layers))
 
 
 def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Weights, ...]:
-    def fit() -> tuple[Weights, ...]:
+    def fit() -> list[dict[str, torch.Tensor]]:
         sums = _summed(run, units, run.settings.fit_steps, CLOSED_FORM, run.progress)
-        return tuple(sums.fit(unit) for unit in units)
+        return [{name: torch.from_numpy(array) for name, array in sums.fit(unit).items()} for unit in units]
 
-    return _weights_once(run, fit)
-
-
-def _merged(run: Run, start: SkipPolicy, units: tuple[Unit, ...]) -> SkipPolicy:
-    def batches() -> Iterator[Batch]:
-        for step in range(run.settings.fit_steps):
-            yield run.batch("sums", step)[0]
-            run.progress(CLOSED_FORM, step + 1, run.settings.fit_steps)
-
-    network, *bypasses = _weights_once(run, lambda: merged(run.model, start, units, batches()))
-    return SkipPolicy(units, start.read, network or None, tuple(bypasses))
-
-
-def _weights_once(run: Run, fit: Callable[[], Sequence[Weights]]) -> tuple[Weights, ...]:
-    def packed() -> list[dict[str, torch.Tensor]]:
-        return [{name: torch.from_numpy(array) for name, array in weights.items()} for weights in fit()]
-
-    kept = run.work.once("fit", packed)
+    kept = run.work.once("fit", fit)
     return tuple({name: tensor.numpy() for name, tensor in weights.items()} for weights in kept)
 
 
@@ -227,16 +189,16 @@ def _summed(run: Run, units: Sequence[Unit], steps: int, stage: str, told: Progr
 
 def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     def order() -> list[int]:
-        windows = with_dense(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
+        windows = partition.with_dense(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
         known: dict[tuple[int, ...], float] = run.work.kept("ranking-trials") or {}
 
         def damage(places: tuple[int, ...]) -> float:
             if places not in known:
-                known[places] = float(static_damage(run.model, modules, places, windows).mean())
+                known[places] = float(partition.static_damage(run.model, modules, places, windows).mean())
                 run.work.save_if_due("ranking-trials", lambda: known)
             return known[places]
 
-        return [*greedy_order([len(unit.layers) for unit in modules.units], damage, run.progress)]
+        return [*partition.greedy_order([len(unit.layers) for unit in modules.units], damage, run.progress)]
 
     return tuple(run.work.once("ranking", order))
 
@@ -244,9 +206,7 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
 def _optimise(
     run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss, rows: int, drawn: str = ""
 ) -> None:
-    """Run AdamW, clipped per group: a short warm-up, a cosine to a twentieth. `rows` windows go through a backward pass
-    at once; `drawn` adds to what draws batches.
-    """
+    """Run AdamW, clipped per group. `rows` windows go through a backward pass at once; `drawn`: for batches."""
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]
@@ -286,9 +246,7 @@ def _optimise(
 
 
 def _backward(loss: Loss, batch: Batch, rng: np.random.Generator, step: int, weight: float, rows: int) -> torch.Tensor:
-    """Add the gradient of `weight` times the batch's mean loss, which is returned. It is made of `rows` windows at a
-    time: what a backward pass needs of all layers is most of a training's memory.
-    """
+    """Add the gradient of `weight` times the batch's mean loss, which is returned, made of `rows` windows at a time."""
     total, whole = torch.zeros((), device=batch.ids.device), batch.counted.sum()
     for start in range(0, len(batch.ids), rows):
         piece = Batch(*(part[start : start + rows] for part in batch))

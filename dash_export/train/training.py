@@ -57,20 +57,17 @@ def train(
     planned: Callable[[Plan], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
-    """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
-    card beside it).
+    """Train a policy of `kind` (`token` or `static`) and write it to `output` (`.safetensors`, and a JSON card beside
+    it).
 
-    Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
-    tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
-    beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
-    A network that did not read the layer before the first unit is learnt anew. Without prompts its held-out answers are
-    kept: a build sets its dial on what a model decodes.
+    Without `units`, a search finds those that gain most. `start`: a trained policy that training goes on from, for
+    other text, or for another model of the same shape; only the tuning is done, and `units` are some of its own. A
+    network that did not read the layer before the first unit is learnt anew.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model answers itself; without any, the
-    prompts that come with this package are answered (by a model without a chat template their texts are read). The
-    unfinished work lies in `<output>.unfinished`, where a killed training goes on. `planned` is told the plan before
-    the model is read; `progress(name, done, total)` counts forward passes over all stages. Raises CheckpointError,
-    PolicyError and RequestError.
+    prompts that come with this package are answered (by a model without a chat template their texts are read). A killed
+    training goes on in `<output>.unfinished`. `planned` is told the plan before the model is read; `progress(name,
+    done, total)` counts forward passes. Raises CheckpointError, PolicyError and RequestError.
 
     In processes that torchrun started this is one training: each takes its share, and the first one writes.
     """
@@ -89,9 +86,8 @@ def train(
     start = start and policy_path(start)
     before = None if start is None else _trained(start, spec, kind, units)
     if before is not None:
-        units = units or before.units
-        rereads = kind == "token" and before.read != units[0].first - 1
-        settings = _further(settings, merging=tuple(units) != before.units, rereads=rereads)
+        units = before.units
+        settings = _further(settings, rereads=kind == "token" and before.read != units[0].first - 1)
     given = None if units is None else _checked(units, spec)
     try:
         place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
@@ -150,7 +146,6 @@ def train(
 
 
 def _check(output: Path, kind: str, settings: TrainingSettings) -> None:
-    """Raise for arguments that are wrong whatever the files hold, before any file is read."""
     for name, value, known in (
         ("policy kind", kind, KINDS),
         ("precision", settings.precision or PRECISIONS[0], PRECISIONS),
@@ -176,19 +171,13 @@ def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
 
 
 def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | None) -> SkipPolicy:
-    """Load the policy that training goes on from, with `units` of its own only. Raises PolicyError where it cannot be
-    tuned further.
-    """
+    """Load the policy that training goes on from, with `units` of its own only. Raises PolicyError."""
     policy = load_policy(path, spec)
     if units is not None:
-        wanted = {layer for unit in units for layer in unit.layers}
-        whole = (own.layers for own in policy.units if any({*own.layers} <= {*unit.layers} for unit in units))
-        if wanted != {layer for layers in whole for layer in layers}:
-            raise PolicyError(
-                f"{path} has the units {units_text(policy.units)}: others are trained from nothing. Name some of them, "
-                "or several side by side as one."
-            )
-        policy = narrowed(policy, wanted)
+        if not {*units} <= {*policy.units}:
+            own = units_text(policy.units)
+            raise PolicyError(f"{path} has the units {own}: others are trained from nothing. Name some of them.")
+        policy = narrowed(policy, (layer for unit in units for layer in unit.layers))
     if not policy.units or not all(policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:
@@ -196,13 +185,11 @@ def _trained(path: Path, spec: DecoderSpec, kind: str, units: Sequence[Unit] | N
     return policy
 
 
-def _further(settings: TrainingSettings, merging: bool, rereads: bool) -> TrainingSettings:
-    """Return the settings for a trained policy: the tuning only, at lower rates. Where units merge there is a fit, and
-    where the network reads a later layer than it did, the regression.
-    """
+def _further(settings: TrainingSettings, rereads: bool) -> TrainingSettings:
+    """Return the settings for a trained policy: tuning at lower rates, and regression where the network `rereads`."""
     rates = ("bypass_rate", "refinement_rate")
     changed: dict[str, Any] = {name: getattr(settings, name) * settings.again for name in rates}
-    idle = ["search_steps", *["fit_steps"] * (not merging), *["warm_up_steps", "regression_steps"] * (not rereads)]
+    idle = ["search_steps", "fit_steps", *["warm_up_steps", "regression_steps"] * (not rereads)]
     return replace(settings, **changed | dict.fromkeys(idle, 0))
 
 
@@ -216,7 +203,6 @@ def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> N
 
 
 def _text(checkpoint: Checkpoint) -> Text:
-    """Return the model's tokenizer and chat template, as the runtime reads them from a bundle."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in checkpoint.assets.items():
             Path(folder, name).write_text(content, encoding="utf-8")
@@ -224,9 +210,7 @@ def _text(checkpoint: Checkpoint) -> Text:
 
 
 def _add_own(run: Run, held: Corpus, text: Text, chats: Sequence[Chat]) -> str:
-    """Add the model's answers to the chats to both corpora. Return the held-out ones, for the policy file: a build
-    calibrates its dial on them.
-    """
+    """Add the model's answers to both corpora. Return the held-out ones, on which a build's dial is set."""
     training, judged = own_answers(run, text, chats)
     for corpus, share in ((run.corpus, training), (held, judged)):
         if share:

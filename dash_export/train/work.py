@@ -24,9 +24,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Work:
-    """State that the stages save in `folder`: tensors and plain values. `key` changes with anything the training
-    depends on. State of another training is not used, nor is damaged state, which torch would not notice.
-    """
+    """State (tensors, plain values) that the stages save in `folder`, of the training `key` and undamaged."""
 
     folder: Path
     key: str
@@ -51,7 +49,6 @@ class Work:
         return due
 
     def kept(self, stage: str) -> Any:
-        """Return what a stage has saved, or None."""
         try:
             with open_regular(self._path(stage)) as file:
                 stored = file.read()
@@ -64,9 +61,7 @@ class Work:
         return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def once(self, stage: str, make: Callable[[], _T]) -> _T:
-        """Return the saved result of a stage; make and save it where there is none. Raises PolicyError where another
-        process saves elsewhere.
-        """
+        """Return the saved result of a stage, or make and save it. Raises PolicyError for a folder not shared."""
         made: _T | None = self.kept(stage)
         self.processes.wait()  # all know whether it was there
         if made is None:

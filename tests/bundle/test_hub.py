@@ -4,9 +4,10 @@ import gc
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -53,10 +54,19 @@ def publish(bundle: Path) -> None:
     hub.push(Bundle.open(bundle), NAME, private=False, base_model=None, license_id=None)
 
 
-def publish_another(bundle: Path, size: int = 80) -> None:
-    """In the place of `bundle`, and as a later version of it."""
-    shutil.rmtree(bundle)
-    publish(tiny_bundle(bundle.with_name(str(size)), "cpu", intermediate_size=size).rename(bundle))
+@pytest.fixture(scope="module")
+def publish_another(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """`publish_another(bundle, size=80)`: in the place of `bundle`, and as a later version of it."""
+
+    @lru_cache
+    def made(size: int) -> Path:
+        return tiny_bundle(tmp_path_factory.mktemp("other"), "cpu", intermediate_size=size)
+
+    def publish_another(bundle: Path, size: int = 80) -> None:
+        shutil.rmtree(bundle)
+        publish(Path(shutil.copytree(made(size), bundle)))
+
+    return publish_another
 
 
 def answer(bundle: str | Path, target: str = TARGET) -> tuple[int, ...]:
@@ -101,7 +111,11 @@ def cache(server: FakeHub) -> Path:
 
 
 def test_what_is_not_whole_takes_no_place(
-    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: FakeHub,
+    own_bundle: Path,
+    publish_another: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A version that breaks off, is damaged or not signed: the one before runs, also when the hub cannot be reached."""
     publish(own_bundle)
@@ -139,7 +153,7 @@ def test_what_is_not_whole_takes_no_place(
     assert not first.exists(), "nobody wants it any more"
 
 
-def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path) -> None:
+def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path, publish_another: Callable[..., None]) -> None:
     """Engines for several rows are loaded when they are first needed."""
     publish(own_bundle)
     runtime, versions = DashRuntime.load(NAME, TARGET), [cache(server)]
@@ -155,7 +169,7 @@ def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path) -> Non
 
 
 def test_the_last_signed_version_stays_for_who_has_the_key(
-    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    server: FakeHub, own_bundle: Path, publish_another: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(own_bundle)
     first = server.sha(NAME)

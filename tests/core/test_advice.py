@@ -24,6 +24,8 @@ from tests.models.helpers import tiny_model, write_gguf
     [(1, 1, 2), (134_515_008, 6, 2), (494_032_768, 20, 4), (1_543_714_304, 60, 4), (8_000_000_000, 312, 4)],
 )
 def test_minutes_are_in_proportion(parameters: int, minutes: int, saved: int) -> None:
+    """Those of int4's calibration grow faster: 35 for 1.5B, 351 for 8B."""
+    assert [calibration_minutes(each) for each in (134_515_008, 1_543_714_304, 8_000_000_000)] == [1, 35, 351]
     assert quick_training(parameters) == (
         minutes,
         f"about {saved} % of the decode time for 2 % of perplexity on its own answers",
@@ -38,12 +40,6 @@ def test_the_command_can_be_pasted(source: str, runtime: DashRuntime) -> None:
     assert words == ["dash-export", "train", source, "-o", f"{name}.safetensors", "--effort", "quick"]
 
 
-def test_where_the_model_is_not_known(runtime: DashRuntime) -> None:
-    told = policy_command(runtime.engines.model)
-    assert told.endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
-    assert told.startswith("Train one (about 1 minutes on 2 cores; trained at full length it saves about 2 % of ")
-
-
 def test_a_shipped_policy_is_better_than_training(runtime: DashRuntime) -> None:
     model = replace(runtime.engines.model, name="SmolLM2-135M-Instruct.Q4_1.gguf")
     told = policy_command(model, "my models/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -55,7 +51,9 @@ def test_a_shipped_policy_is_better_than_training(runtime: DashRuntime) -> None:
 def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
     manifest = runtime.bundle.manifest
     bare = replace(manifest.policy, has_network=False, static_order=())
-    assert if_without_policy(manifest.model, bare).startswith("No token policy: every token runs every layer")
+    told = if_without_policy(manifest.model, bare)
+    assert told.startswith("No token policy: every token runs every layer. Train one (about 1 minutes on 2 cores; ")
+    assert told.endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
     for policy in (
         manifest.policy,
         replace(bare, static_order=(1, 0)),  # trained, static
@@ -64,9 +62,7 @@ def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
         assert if_without_policy(manifest.model, policy) == ""
 
 
-@pytest.mark.parametrize(
-    ("kind", "target"), [("Q4_0", "cpu-gguf"), ("Q5_0", "cpu-gguf"), ("Q8_0", "cpu"), ("F16", "cpu")]
-)
+@pytest.mark.parametrize(("kind", "target"), [("Q5_0", "cpu-gguf"), ("Q8_0", "cpu")])
 def test_the_target_that_suits_a_file(kind: str, target: str, tmp_path: Path) -> None:
     """Which `train` tells without a bundle."""
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), quantize=kind)
@@ -96,9 +92,3 @@ def test_a_file_of_few_bits_is_built_as_it_is(tmp_path: Path) -> None:
     assert "Calibrating" not in again.stderr
     assert "/engines/cpu:" in done("build", bundle).stdout
     assert Bundle.open(bundle).targets() == ["cpu", "cpu-gguf"]
-
-
-@pytest.mark.parametrize(("parameters", "minutes"), [(134_515_008, 1), (1_543_714_304, 35), (8_000_000_000, 351)])
-def test_minutes_of_a_calibration(parameters: int, minutes: int) -> None:
-    """Of SmolLM2 it was a minute."""
-    assert calibration_minutes(parameters) == minutes

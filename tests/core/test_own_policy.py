@@ -181,18 +181,6 @@ def test_what_is_none(policy: str, wrong: str, own: str, runtime: DashRuntime) -
         runtime.session(policy.format(own=own)).generate(random_ids(4), 3)
 
 
-def test_a_conversation_that_goes_on_begins_once(runtime: DashRuntime, rule: DecisionRule) -> None:
-    """Though what is kept of it ends before the first answer, at a whole tile."""
-    policy, ids = Same(rule), random_ids(34)
-    session = runtime.session_under(policy)
-    said = [*ids, *session.generate(ids, 3).tokens]
-    begun = policy.begun
-    session.rewind_to([*said, 1, 2])
-    assert (len(session.tokens), policy.begun) == (32, begun)
-    session.rewind_to([*ids, 1, 2])
-    assert policy.begun == begun + 1
-
-
 @pytest.mark.parametrize("rule", ["token", None, object(), Same])
 def test_what_is_no_rule(rule: Any, runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match=r"is no policy: it needs|begin: TypeError"):

@@ -146,16 +146,6 @@ def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path)
         pass
 
 
-def test_the_mark_of_another_command_is_none(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    """What a killed training left is not an unfinished bundle: a rerun of the training goes on with it."""
-    work = work_folder(tmp_path / "q.safetensors", "train")
-    (work / "fit-state.pt").write_text("hours")
-    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
-        export(tiny_model, work)
-    assert (work / "fit-state.pt").read_text() == "hours"
-    assert work_folder(tmp_path / "q.safetensors", "train") == work
-
-
 def test_what_is_not_ours_is_kept(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """A link, a folder or another command's hours of work that happen to have the name of the work folder."""
     output = tmp_path / "a.safetensors"

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,7 +35,13 @@ from tests.measure.test_score import SETTINGS
 from tests.tiny import random_ids
 
 
-def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
+def test_a_process_takes_what_a_score_takes(
+    runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no module from the current folder."""
+    for name in ("dash_export.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('pwned')")
+    monkeypatch.chdir(tmp_path)
     ids = random_ids(60, seed=5)
     candidate = Candidate(runtime, SETTINGS[2])
     alone = run_alone(candidate, ids.tolist(), 20, Candidate(runtime, Setting("dense")))
@@ -117,22 +122,6 @@ def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monke
     assert ran[-1] is candidates[0]
 
 
-@pytest.mark.parametrize(("last", "target"), [(False, "cpu-fp32"), (True, "portable")])
-def test_which_build_is_loaded_first(
-    last: bool, target: str, runtime: DashRuntime, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process, load = mock.Mock(side_effect=BackendError("stop")), mock.Mock(side_effect=BackendError("enough"))
-    first = Candidate(DashRuntime.load(tiny_root, "portable"), SETTINGS[0])
-    monkeypatch.setattr(subprocess, "run", process)
-    with pytest.raises(BackendError, match="stop"):
-        run_alone(Candidate(runtime, SETTINGS[0]), [1, 2, 3], 2, first, last)
-    monkeypatch.setattr(DashRuntime, "load", load)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(process.call_args.kwargs["input"]))
-    with pytest.raises(BackendError, match="enough"):
-        main()
-    assert load.call_args.args[1] == target
-
-
 def test_what_of_a_process_is_timed() -> None:
     tokens = np.arange(SETTLE + 2 * BLOCK + 3)
     assert timing._timed(tokens).tolist() == [
@@ -141,23 +130,7 @@ def test_what_of_a_process_is_timed() -> None:
     assert timing._timed(tokens[:3]).tolist() == [[0, 1, 2]]
 
 
-def test_a_process_takes_no_module_from_the_current_folder(
-    runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("dash_export.py", "json.py"):
-        (tmp_path / name).write_text("raise SystemExit('pwned')")
-    monkeypatch.chdir(tmp_path)
-    alone = run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2)
-    assert alone.predicted == alone.ratio == 1
-
-
-def test_a_process_that_fails_or_is_killed(
-    runtime: DashRuntime, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = DashRuntime.load(own_bundle, "cpu-fp32")
-    (own_bundle / "manifest.json").unlink()
-    with pytest.raises(BackendError, match="is not a finished bundle"):
-        run_alone(Candidate(broken, Setting("dense")), [1, 2, 3], 2)
+def test_a_process_that_is_killed(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(BackendError, match="was killed"):

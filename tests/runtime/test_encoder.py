@@ -1,5 +1,6 @@
 """Pictures in, vectors out."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_classes(classifier: DashRuntime) -> None:
 def test_wrong_pixels(classifier: DashRuntime, pixels: np.ndarray) -> None:
     with pytest.raises(RequestError, match=r"finite numbers \[n, 3, 42, 42\]"):
         classifier.encoder().encode(pixels)
+
+
+def test_a_stream_reads_one_ahead(classifier: DashRuntime) -> None:
+    """And no more."""
+    read, pixels = list[int](), np.zeros((42, 42, 3), np.uint8)
+    frames = (read.append(at) or pixels for at in range(4))
+    for number, _ in enumerate(classifier.encoder().stream(frames)):
+        until = time.monotonic() + 5
+        while len(read) < min(4, number + 2) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(read) == min(4, number + 2)
 
 
 def test_an_encoder_writes_no_text(classifier: DashRuntime) -> None:

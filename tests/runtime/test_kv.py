@@ -1,6 +1,7 @@
 """One token at a time equals one pass over all: prefilled in one piece, in chunks, and after the cache has grown."""
 
 import mmap
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,14 @@ class Case(NamedTuple):
     tolerance: float
 
 
-@pytest.fixture(params=["tiny", "tiny-portable", pytest.param("smollm2", marks=pytest.mark.model)])
+def cases(name: str, values: Iterable[str], real: str) -> pytest.MarkDecorator:
+    """Parameters: tiny models with all values, the real one with one of them."""
+    tiny = [(model, value) for model in ("tiny", "tiny-portable") for value in values]
+    parameters = [*tiny, pytest.param("smollm2", real, marks=pytest.mark.model)]
+    return pytest.mark.parametrize(("case", name), parameters, indirect=["case"])
+
+
+@pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     if request.param == "smollm2":
         runtime = request.getfixturevalue("smollm2_runtime")("cpu-fp32")
@@ -63,7 +71,7 @@ def actions_of(case: Case) -> np.ndarray:
     return actions
 
 
-@pytest.mark.parametrize("how", PREFILLS)
+@cases("how", PREFILLS, "both")
 def test_decode_equals_one_pass(case: Case, how: str) -> None:
     """In chunks and in one piece."""
     actions = actions_of(case)
@@ -76,7 +84,7 @@ def test_decode_equals_one_pass(case: Case, how: str) -> None:
         assert np.abs(whole - case.runtime.session().logits(case.ids, actions=actions)).max() < case.tolerance
 
 
-@pytest.mark.parametrize("kind", ["static", "token", "bounded"])
+@cases("kind", ["static", "token", "bounded"], "bounded")
 def test_score_equals_decode_under_a_policy(kind: str, case: Case) -> None:
     num_layers, units = case.runtime.engines.model.num_layers, case.runtime.engines.units
     dial = case.runtime.build.dial

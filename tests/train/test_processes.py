@@ -9,7 +9,6 @@ import torch
 
 from dash_export.bundle.policy_file import load_policy
 from dash_export.errors import DashError, RequestError
-from dash_export.files.outputs import locked
 from dash_export.models import Checkpoint
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
@@ -48,17 +47,6 @@ def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp
         assert other["skipped"] == pytest.approx(one["skipped"], abs=0.2)
         assert other["kl"] == pytest.approx(one["kl"], rel=0.5, abs=1e-4)
     load_policy(shared, checkpoint.spec)
-
-
-@pytest.mark.slow
-def test_where_one_fails_the_others_end(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    """Nothing waits for ever, and the one that failed says why. Here the first finds the output locked."""
-    output = tmp_path / "policy.safetensors"
-    with locked(output, "train"):
-        ran = torchrun(2, checkpoint.source, "-o", output, "--text", prose, "--units", "2-3,4", *OPTIONS)
-    assert ran.returncode
-    assert "is being written by dash-export train" in ran.stderr
-    assert not output.exists()
 
 
 def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, tmp_path: Path) -> None:

@@ -65,7 +65,6 @@ def test_a_short_training_is_short_in_all_its_stages(learn: Learn, output: Path)
 @pytest.mark.parametrize(
     ("change", "bfloat16", "equal"),
     [
-        ({}, False, True),
         ({"seed": 1}, True, False),
         ({"precision": None}, True, True),
         ({"precision": None}, False, False),
@@ -109,8 +108,8 @@ def test_units_that_turn_out_not_to_pay_are_left_out(
 ) -> None:
     """With their bypasses and their part of the network; units that were asked for stay."""
     last = Mock(side_effect=lambda units, _gains: (len(units) - 1,))
-    monkeypatch.setattr(stages, "units_that_pay", last)
-    monkeypatch.setattr(stages, "best_partition", two_units)
+    monkeypatch.setattr(partition, "units_that_pay", last)
+    monkeypatch.setattr(partition, "best_partition", two_units)
     policy = learn(units=None)
     units, gains = last.call_args.args
     assert [row["unit"] for row in card_of(output)["chosen"]] == [str(unit) for unit in units] == ["2-3", "4"]
@@ -171,18 +170,17 @@ def test_a_killed_training_goes_on_where_it_stopped(
     assert set(totals) == {dones[-1]}
 
 
-@pytest.mark.parametrize("kind", ["token", "static"])
 def test_windows_one_after_the_other_make_the_gradient_of_all(
-    learn: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    learn: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the activations of a step do not fit into the memory that it may take."""
     settings = replace(SETTINGS, precision="float32", tuning_steps=3)
     passed, backward = list[int](), torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda value: (passed.append(1), backward(value))[1])
-    whole = learn(kind=kind, settings=settings, output=tmp_path / "whole.safetensors").weights()
+    whole = learn(settings=settings, output=tmp_path / "whole.safetensors").weights()
     steps = len(passed)
     monkeypatch.setattr("dash_export.train.model.KEPT", 1)
-    apart = learn(kind=kind, settings=settings, output=tmp_path / "apart.safetensors").weights()
+    apart = learn(settings=settings, output=tmp_path / "apart.safetensors").weights()
     assert len(passed) - steps == steps + 3 * settings.tuning_steps, "only in the tuning"
     for name, value in whole.items():
         np.testing.assert_allclose(apart[name].astype(np.float32), value.astype(np.float32), atol=2e-3, err_msg=name)
@@ -268,7 +266,7 @@ def test_another_reading_is_another_training(checkpoint: Checkpoint, learn: Lear
     template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
     other = {"model": replace(checkpoint, assets=checkpoint.assets | template)}
     asked = {"texts": [], "prompts": [file]}
-    for reading in ({"texts": [file]}, asked, {}, other):
+    for reading in ({"texts": [file]}, asked, other):
         for steps in (SETTINGS.regression_steps, 0):
             heard = killed(learn, "tuning", **reading)
             assert sum(name.startswith("regression") for name in heard) == steps
@@ -333,7 +331,8 @@ def test_without_text_and_prompts_it_learns_from_those_that_ship(
     assert known.answers == policy.answers
     assert [chat.answer is not None for chat in parsed_chats(known.answers, "answers")] == [True]
     plain = replace(checkpoint, assets={name: text for name, text in checkpoint.assets.items() if "chat" not in name})
-    assert learn(model=plain, texts=[]).answers == ""
+    brief = replace(SETTINGS, fit_steps=1, regression_steps=1, tuning_steps=1)
+    assert learn(model=plain, texts=[], settings=brief).answers == ""
     assert card_of(output)["data"].keys() == {"quantise.txt"}
 
 

@@ -1,7 +1,6 @@
 """Trainings that go on from a policy."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
 from dash_export.train.stages import Run
 from tests.tiny import TINY_UNITS, tiny_policy
-from tests.train.helpers import SETTINGS, Learn, StopError, Trained, card_of
+from tests.train.helpers import SETTINGS, Learn, Trained, card_of
 
 
 def last_kl(path: Path) -> float:
@@ -61,27 +60,6 @@ def test_it_sees_other_batches_than_the_trainings_before(
     assert len(tunings) == 2
 
 
-def test_units_are_merged_where_a_training_goes_on(trained: Trained, learn: Learn) -> None:
-    heard = set[str]()
-    settings = replace(SETTINGS, fit_steps=12)
-
-    def told(name: str, *_: int) -> None:
-        heard.add(name.split(",")[0])
-        if name.startswith("static") and "again" not in heard:
-            raise StopError
-
-    merge = partial(learn, start=trained[0], units=parse_units("2-4"), settings=settings, progress=told)
-    with pytest.raises(StopError):
-        merge()
-    assert "bypasses in closed form" in heard
-    heard.clear()
-    heard.add("again")
-    assert merge().units == parse_units("2-4")
-    assert "bypasses in closed form" not in heard, "the fit was kept"
-    with pytest.raises(PolicyError, match="others are trained from nothing"):
-        merge(units=parse_units("2-2,3-4"))
-
-
 def test_a_static_policy_goes_on_as_one(
     trained: Trained, checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
 ) -> None:
@@ -92,5 +70,7 @@ def test_a_static_policy_goes_on_as_one(
         learn(start=static, units=None)
     bare = tmp_path / "bare.safetensors"
     save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match="2-3,4: others are trained from nothing"):
+        learn(start=trained[0], units=parse_units("2-4"))
     with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
         learn(start=bare, units=None)

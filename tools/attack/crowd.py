@@ -1,11 +1,9 @@
-"""A server before which 10,000 connections crowd: some send nothing, some their headers a letter at a time, some as
-much as they can, of headers, small chunks or a body. All come back when they are closed, the greedy ones after a while.
-None has the key. Meanwhile `/health` is asked, whose answers must not take longer than half a second.
+"""A server before which 10,000 connections crowd: silent, slow or greedy ones (headers, small chunks, a body), none
+with the key. All come back when they are closed. Meanwhile `/health` must answer within half a second.
 
     python tools/attack/crowd.py my.dash --connections 10000 --seconds 60
 
-The crowd is a process of its own; it shares the machine's processors with the server. Both need a file for each
-connection (`ulimit -n`).
+The crowd is a process of its own. Both need a file for each connection (`ulimit -n`).
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from pathlib import Path
 import click
 import httpx
 import numpy as np
-from shared import finish, resident, serving
+from shared import finish, resident
+from started_server import serving
 
 from dash_export.commands.serve import raise_open_file_limit
 
@@ -103,7 +102,7 @@ def main(bundle: Path, target: str, connections: int, rate: int, seconds: float)
     waits, most, faults = list[float](), 0.0, list[str]()
     with (
         tempfile.TemporaryFile("w+") as told,
-        serving(bundle, target, "--api-key", "secret", output=told) as (address, process),
+        serving([bundle], target, "--api-key", "secret", output=told) as (address, process),
     ):
         before, held = resident(process.pid), 0
         people = get_context("spawn").Process(target=crowd, args=(httpx.URL(address).port, connections, rate, seconds))

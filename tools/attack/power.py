@@ -1,20 +1,13 @@
-"""Kills and loss of power at random moments of export and build: after it what a manifest or a build record says is
-whole is whole, or it says that it is unfinished; the next run completes it.
+"""Kills and loss of power at random moments of export and build: after it what a record says is whole is whole, or it
+says that it is unfinished; the next run completes it.
 
     python tools/attack/power.py --trials 50
 
 The victim kills itself before an operation that changes what lies in the folder (an audit hook sees them), or when it
-is done. That is a `kill -9`: everything that was written is there. Loss of power is simulated: before each operation
-all names are read and their changes noted; each file is kept open, so that an unlinked one can come back; at each fsync
-the file's content is copied, as what is durable of it. Of that several disks are made that the crash may have left:
-
-- content: what was written after a file's last fsync is there, cut somewhere, zero in some pages, or not at all.
-- names `in order`, as ext4 and XFS journal them: all changes up to some moment, not before the last fsync of anything.
-- names `by folder`, no more than POSIX says: a change of a folder is certain once that folder was synced afterwards;
-  each other one is there or not, by itself. A rename is whole or not at all, and certain when either folder was synced.
-
-Not simulated: torn directories and metadata, a device that lies about its flushes, an fsync that fails or that native
-code makes. Kills come before operations, never within a write; the loss of content stands for that.
+is done: everything that was written is there. Loss of power is simulated: before each operation all names are noted, at
+each fsync the file's content is copied. Of that several disks are made that the crash may have left, by no more than
+POSIX says: what was written after a file's last fsync is there, cut, zero in some pages, or not at all; a change of a
+folder is certain once that folder was synced afterwards, each other one is there or not, by itself.
 """
 
 from __future__ import annotations
@@ -36,7 +29,6 @@ import click
 from shared import finish
 from stage import FORK, PATIENCE, SCENES, Scene, perform, staged, watch
 
-KILLED, ORDERS = "killed", ("in order", "by folder")
 PAGE = 4096
 AFTER = 1 << 30
 """The number of an operation that does not come: the command ends, and then the power."""
@@ -47,9 +39,7 @@ Names = dict[int, dict[str, int]]
 
 
 class Disk:
-    """Notes of a victim about `folder` in `store`. Inodes stand for files and folders: none is used twice, for each is
-    kept open.
-    """
+    """Notes of a victim about `folder` in `store`. Each file is kept open, so that no inode is used twice."""
 
     def __init__(self, folder: Path, store: Path) -> None:
         store.mkdir()
@@ -67,7 +57,6 @@ class Disk:
         os.write(self._notes, (json.dumps(what) + "\n").encode())
 
     def _found(self) -> tuple[Names, dict[int, Path]]:
-        """All names there, and where each inode is."""
         names: Names = {}
         paths: dict[int, Path] = {}
         folders = [(self._folder.stat().st_ino, self._folder)]
@@ -123,16 +112,13 @@ class Disk:
             self._note(synced=inode, copy=self._copies[inode])
 
     def crash(self) -> None:
-        """Copy the last contents and end."""
         for inode in self._held:
             self._copy(inode, LAST)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def powered(command: str, stage: Path, folder: Path, moment: int, pipe: Connection) -> None:
-    """A victim: notes what it does, and kills itself before operation number `moment`, or when it is done; where
-    `moment` is 0 it lives, and tells how many it made.
-    """
+    """A victim: it dies before operation `moment`, or at the end; with 0 it lives, and tells their number."""
     count, within, lock = 0, threading.local(), threading.Lock()
     disk = Disk(folder, folder.with_name("store"))
 
@@ -163,18 +149,15 @@ def powered(command: str, stage: Path, folder: Path, moment: int, pipe: Connecti
     pipe.send(count)
 
 
-def crashed(store: Path, into: Path, order: str, random: Random) -> None:
+def crashed(store: Path, into: Path, random: Random) -> None:
     """Write a folder as a crash may have left it."""
     notes = [json.loads(line) for line in (store / NOTES).read_text().splitlines()]
     began = next(index for index, note in enumerate(notes) if "began" in note)
     syncs = {index: note["synced"] for index, note in enumerate(notes) if "synced" in note}
-    end = random.randint(max([began, *syncs]), len(notes))
 
     def is_there(index: int) -> bool:
         if index < began:
             return True
-        if order == "in order":
-            return index < end
         note = notes[index]
         folders = {place[0] for place in (note["at"], note["was"]) if place}
         return any(later > index and inode in folders for later, inode in syncs.items()) or random.random() < 0.5
@@ -215,8 +198,9 @@ def _content(kept: Path, synced: Path, random: Random) -> bytes:
     return random.choice((durable, last, last[: random.randint(0, len(last))], zeroed))
 
 
-def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None = None) -> list[str]:
-    """Kill the command once, and look at what a kill leaves and at `disks` that a loss of power may have left."""
+def attempt(
+    name: str, scene: Scene, number: int, disks: int, moment: int | None = None, rebuild: bool = True
+) -> list[str]:
     random = Random(f"{name} {number}")
     root = scene.stage / "crash"
     root.mkdir()
@@ -230,16 +214,16 @@ def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None
     if process.exitcode != -signal.SIGKILL:
         raise SystemExit(f"{name}, trial {number}: the victim ended by itself ({process.exitcode}).")
     faults = []
-    for order in (KILLED, *(ORDERS[disk % 2] for disk in range(disks))):
-        if order == KILLED:
-            folder.rename(after)
+    for lost in (False, *[True] * disks):
+        if lost:
+            crashed(root / "store", after, random)
         else:
-            crashed(root / "store", after, order, random)
+            folder.rename(after)
         wrong = scene.survived(after)
         if moment == AFTER and not wrong and not scene.state(after):
             wrong = ["reported as done, then lost"]
-        faults += [f"{name} {number}, {order}, before operation {moment}: {each}"
-                   for each in (*wrong, *scene.completed(after))]  # fmt: skip
+        told = f"{name} {number}, {'loss of power' if lost else 'kill'}, before operation {moment}"
+        faults += [f"{told}: {each}" for each in (*wrong, *scene.completed(after, rebuild))]
         shutil.rmtree(after)
     shutil.rmtree(root)
     return faults
@@ -247,7 +231,7 @@ def attempt(name: str, scene: Scene, number: int, disks: int, moment: int | None
 
 @click.command()
 @click.option("--trials", default=50, show_default=True, help="Kills, of all commands together.")
-@click.option("--disks", default=4, show_default=True, help="Made of each, half of them of either order.")
+@click.option("--disks", default=4, show_default=True, help="Made of each, as a loss of power may leave them.")
 def main(trials: int, disks: int) -> None:
     """Kill the commands in turn."""
     done, faults = Counter[str](), list[str]()

@@ -1,57 +1,26 @@
-"""Parts that the attacks share: a server in its own process, how much memory a process takes, how an attack ends."""
+"""Parts that the attacks share: how much memory a process takes, and how an attack ends."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import IO, NoReturn
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).parent)) if path not in sys.path]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(Path(__file__).parent)]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-Process = subprocess.Popen[bytes]
-
-
-@contextmanager
-def serving(bundle: Path, target: str, *options: str, output: IO[str] | None = None) -> Iterator[tuple[str, Process]]:
-    """A server's address, once it answers, and its process. What it prints goes to `output`."""
-    import httpx
-
-    from tests.commands.helpers import free_port
-
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
-    process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
-    try:
-        while True:
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            if process.poll() is not None:
-                raise SystemExit("The server has ended.")
-            time.sleep(0.1)
-        yield address, process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def resident(process: int | str = "self") -> float:
-    """MB of a process in memory."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def growth(sizes: Sequence[float], flat: float, faults: list[str]) -> dict[str, list[float]]:
-    """Memory (MB) after the warm-up and at the end: medians of the first and the last third of what was seen after a
-    fifth of the time. Growth by more than the share `flat` is one of the `faults`.
-    """
+    """Memory (MB) after the warm-up and at the end; growth by more than the share `flat` is one of the `faults`."""
     warm = sizes[len(sizes) // 5 :]
     third = max(1, len(warm) // 3)
     first, last = median(warm[:third]), median(warm[-third:])

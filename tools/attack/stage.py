@@ -1,6 +1,4 @@
-"""Stage of the attacks on what writes: a tiny model, the commands that write, as small as they get, what each begins
-with, and what must be there after it was interrupted.
-"""
+"""Stage of the attacks on what writes: a tiny model, the commands, what each begins with, what must be there."""
 
 from __future__ import annotations
 
@@ -61,7 +59,6 @@ def staged() -> Iterator[Path]:
 
 
 def perform(command: str, stage: Path, folder: Path) -> None:
-    """Run a command on what lies in `folder`."""
     from dash_export.building import build, dial_table, pipeline
     from dash_export.building.exporting import export
     from dash_export.models import open_checkpoint
@@ -96,7 +93,6 @@ def exported(stage: Path, folder: Path) -> str:
 
 
 def built(stage: Path, folder: Path) -> str:
-    """The policy of a bundle with engines as they should be; nothing where they are stale or unfinished."""
     from dash_export import DashRuntime
     from dash_export.errors import BundleError, StaleBuildError
 
@@ -156,19 +152,19 @@ class Scene:
         return (built if self.command == "build" else exported)(self.stage, folder)
 
     def survived(self, folder: Path) -> list[str]:
-        """Return what is wrong after a crash: an output is whole, of before or of after, or says that it is not."""
         try:
             self.state(folder)
         except Exception:
             return [traceback.format_exc()]
         return []
 
-    def completed(self, folder: Path) -> list[str]:
-        """Return what is wrong when the command is then run again, to its end."""
+    def completed(self, folder: Path, rebuild: bool) -> list[str]:
         try:
             perform(self.command, self.stage, folder)
             faults = self.finished(folder)
-            if "build" in self.before and self.command != "build" and not faults:  # the engines are not lost for good
+            if (
+                rebuild and "build" in self.before and self.command != "build" and not faults
+            ):  # the engines are not lost for good
                 perform("build", self.stage, folder)
                 faults = [] if built(self.stage, folder) else ["the next build is not whole"]
         except Exception:
@@ -176,7 +172,6 @@ class Scene:
         return faults
 
     def finished(self, folder: Path) -> list[str]:
-        """Return what is wrong with what a whole run leaves."""
         state, (kind, _, policy) = self.state(folder), self.command.partition(" ")
         faults = [] if state and (kind == "build" or state == policy) else [f"a whole run leaves {state!r}"]
         return faults + [f"left behind: {name}" for name in sorted(_names(folder) - self.names)]
@@ -189,8 +184,6 @@ def _names(folder: Path) -> set[str]:
 def watch(folder: Path, before: Callable[[], None], synced: Callable[[int], None]) -> None:
     """Call `before()` ahead of each operation of this process that changes what lies in `folder`, or makes it durable,
     and `synced(fd)` after each fsync. For the rest of the process: an audit hook cannot be taken away.
-
-    A folder is removed by names that are relative to its descriptor: they count wherever they are.
     """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:

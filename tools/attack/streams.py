@@ -1,11 +1,9 @@
 """A server under 64 streams for ten minutes: clients of all kinds, some of which leave in the middle; each answer is
-the one that it gave when nothing else ran, memory stays flat, and SIGTERM in the middle ends all of them honestly.
+the one that it gave when nothing else ran, memory stays flat, and SIGTERM ends all of them honestly.
 
-    dash-export build MODEL -o my.dash --weights fp32
+    dash-export build MODEL -o my.dash --weights fp32    # what decodes together changes no token
+
     python tools/attack/streams.py my.dash --minutes 10 --streams 64
-
-fp32, where what decodes together changes no token. More streams than rows and queue: the others are told 429, and ask
-again. What a client that has left got so far is the beginning of the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from typing import Any
 
 import click
 import httpx
-from shared import Process, finish, growth, resident, serving
+from shared import finish, growth, resident
+from started_server import Process, serving
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.files.resources import resource_folder
@@ -35,8 +34,6 @@ _GONE = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
 
 @dataclass
 class Load:
-    """State that the clients share."""
-
     client: httpx.AsyncClient
     bodies: list[tuple[str, dict[str, Any]]]
     expected: list[str]
@@ -89,11 +86,10 @@ class Load:
         return text, "cut"
 
     def told(self, status: int, found: object) -> str:
-        if status == 429 and not self.closing:
-            return "told to wait"
-        if not self.closing:
-            self.faults.append(f"{status}: {found}")
-        return "told that it closes"
+        if self.closing:
+            return "told that it closes"
+        self.faults += [] if status == 429 else [f"{status}: {found}"]
+        return "told to wait"
 
 
 def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -144,7 +140,7 @@ def main(bundle: Path, target: str, minutes: float, streams: int) -> None:
     letters = min(900, opened.manifest.decoder.max_positions // 4)
     bodies = drawn(Random(0), 60, letters, Text(opened.root).template is not None)
     options = ("--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN))
-    with serving(bundle, target, *options) as (address, process):
+    with serving([bundle], target, *options) as (address, process):
         done, sizes = asyncio.run(load(address, process, bodies, minutes, streams))
         code = process.wait(DRAIN + 10)
     done.faults += [] if code == 0 else [f"the server ended with {code}"]

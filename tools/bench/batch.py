@@ -1,8 +1,6 @@
 """Several sequences decoded together: time per step, tokens per second in all, and what is left of skipping.
 
-    python tools/bench/batch.py BUNDLE
-
-Every sequence continues a passage of its own (calibration/heldout.txt), known tokens after a prompt.
+python tools/bench/batch.py BUNDLE
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {"dense": {}, "static": {"policy": "static"},
 
 
 class Together:
-    """Several sequences, TOKENS steps at a call, over the same tokens again: a median of single steps would not be
-    their mean, for skips come in clusters. `ran`: layers that any of them ran, by step, and `own`: the mean of each
-    one's own.
+    """Several sequences, TOKENS steps at a call: skips come in clusters. `ran`: layers that any of them ran, by step,
+    and `own`: the mean of each one's own.
     """
 
     def __init__(self, runtime: DashRuntime, texts: list[list[int]], setting: dict[str, Any]) -> None:
@@ -73,18 +70,15 @@ def main(bundle: Path, target: str, sizes: str, skipped: int, rounds: int) -> No
     for count in counts:
         of_dense = ratios({kind: times[f"{kind} {count}"] for kind in KINDS})
         dense, one, token = times[f"dense {count}"], times[f"dense {counts[0]}"], variants[f"token {count}"]
-        rows.append(
-            {
-                "sequences": count,
-                "dense_ms": round(1e3 * float(np.median(dense)), 3),
-                "tokens_per_second": round(count / float(np.median(dense)), 1),
-                "of_one": round(count / counts[0] / ratios({"one": one, "all": dense})["all"].value, 3),
-                "static": round(of_dense["static"].value, 4),
-                "token": round(of_dense["token"].value, 4),
-                "layers_each": round(float(np.mean(token.own)), 2),
-                "layers_run": round(float(np.mean(token.ran)), 2),
-            }
-        )
+        row = {
+            "sequences": count,
+            "dense_ms": round(1e3 * float(np.median(dense)), 3),
+            "tokens_per_second": round(count / float(np.median(dense)), 1),
+            "of_one": round(count / counts[0] / ratios({"one": one, "all": dense})["all"].value, 3),
+        }
+        row |= {kind: round(of_dense[kind].value, 4) for kind in ("static", "token")}
+        layers = {"layers_each": token.own, "layers_run": token.ran}
+        rows.append(row | {name: round(float(np.mean(each)), 2) for name, each in layers.items()})
     title = f"{bundle.name}, {target}, {PROMPT} cached tokens, of time: dense is 1"
     print_table(title, (), heads, (row.values() for row in rows))
     print_json("batch", {"target": target, "skipped": skipped, "rows": rows})

@@ -2,9 +2,7 @@
 
     python tools/bench/bypass.py BUNDLE --skipped 5
 
-Three variants decode the same tokens, interleaved in one process: dense; the token policy; and the same with nothing
-done for a skipped unit, whose tokens are worthless and whose time is the bound. Several fresh processes load the
-engines.
+Dense, the token policy, and the same with nothing done for a skipped unit (the bound), in turns in fresh processes.
 """
 
 from __future__ import annotations
@@ -49,7 +47,6 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, p
 
 
 def timed_once(bundle: Path, target: str, skipped: float, context: int, rounds: int, _number: int) -> Times:
-    """Seconds per pass of every variant."""
     runtime = DashRuntime.load(bundle, target, verify=False)
     ids = held_out(runtime.text.encode, context + TOKENS)
     session = runtime.session_with(Setting("token", skipped=skipped))

@@ -1,11 +1,9 @@
-"""Parts that the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
-
-Turns and intervals are those of the package (`dash_export/measure/timing.py`, `intervals.py`).
-"""
+"""Parts that the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line."""
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +29,7 @@ from dash_export.measure.breakdown import this_machine
 from dash_export.measure.intervals import Interval, median_ratios
 from dash_export.measure.timing import in_turns
 
+sys.path.append(str(Path(__file__).parents[1]))
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
 
@@ -39,10 +38,8 @@ Times = dict[str, list[float]]
 
 
 def timed(variants: dict[str, Callable[[], object]], rounds: int, block: int = 8, settle: int = 2) -> Times:
-    """Time the variants in turn in this process, a block of calls each: seconds per call, a block's median, by round.
-
-    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
-    weights in the caches, are dropped. Two rounds before the first are warm-up.
+    """Time the variants in turn in this process, a block of calls each: a block's median, by round. A block's first
+    `settle` calls, which find another variant's weights in the caches, are dropped, and so are two rounds of warm-up.
     """
     times: Times = {name: [] for name in variants}
     for number, index in in_turns(len(variants), 2 + rounds):
@@ -58,9 +55,7 @@ def timed(variants: dict[str, Callable[[], object]], rounds: int, block: int = 8
 
 
 def in_fresh_processes(timed_once: Callable[..., Times], *arguments: object, processes: int) -> Times:
-    """The medians of what `timed_once(*arguments, number)` gives in each of several processes, one after the other:
-    where weights lie in memory is worth a per cent or two.
-    """
+    """Medians of `timed_once(*arguments, number)` in several processes: where weights lie matters."""
     found: Times = {}
     for number in range(processes):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -73,12 +68,10 @@ def in_fresh_processes(timed_once: Callable[..., Times], *arguments: object, pro
 
 
 def ratios(times: Times) -> dict[str, Interval]:
-    """Return the ratio of each variant's time to the first one's."""
     return dict(zip(times, median_ratios(np.array(list(times.values()))), strict=True))
 
 
 def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
-    """Print medians and ratios to the first variant as a table; and return them."""
     rows, shown = {}, []
     for name, ratio in ratios(times).items():
         milliseconds = 1e3 * float(np.median(times[name]))
@@ -89,15 +82,12 @@ def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
 
 
 def print_json(name: str, result: dict[str, Any]) -> None:
-    """One line for machines, with where it ran."""
     print(json.dumps({"benchmark": name, **result, "machine": this_machine()}))
 
 
 @contextmanager
 def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
-    """(where its files are relative to, the build of) the same layers at the same precisions, lowered as one graph
-    without policy: what engines in a row must not lose against. On disk only inside.
-    """
+    """(root, build) of the same layers and precisions as one graph without policy. On disk only inside."""
     from dash_export.building.engine_graphs import EngineGraph, lower_graph  # a device has no onnx
     from dash_export.graphs.lower.surgery import save_extending
 
@@ -113,9 +103,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
 
 
 def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int) -> tuple[EngineSet, EngineSet]:
-    """The engines of a build, and `whole_build`'s one graph, as the runtime loads them. Who is loaded first changes
-    with `number`.
-    """
+    """The engines of a build, and `whole_build`'s one graph. Who is loaded first changes with `number`."""
     from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 
     opened = Bundle.open(bundle)
@@ -132,7 +120,6 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
 
 
 def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:
-    """Decodes one token at a fixed context, again and again."""
     cache = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
@@ -145,5 +132,4 @@ def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[
 
 
 def held_out(encode: Callable[[str], Sequence[int]], count: int) -> npt.NDArray[np.int64]:
-    """That many tokens of the held-out text, gone through again where it is shorter."""
     return np.resize(np.asarray(encode(HELD_OUT.read_text(encoding="utf-8")), np.int64), count)

@@ -2,9 +2,6 @@
 trade-off 0, against one whole-model graph.
 
     python tools/bench/dispatch.py BUNDLE --target cpu
-
-Where weights happen to lie in memory is worth a per cent or two: several fresh processes load both once, the one or the
-other first.
 """
 
 from __future__ import annotations
@@ -38,7 +35,6 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
 
 
 def timed_once(bundle: Path, target: str, whole: tuple[Path, Build], context: int, rounds: int, number: int) -> Times:
-    """Seconds per token of every variant."""
     engines, graph = load_both(bundle, target, whole, number)
     forced_dense = decision_rule(engines.units, engines.build.cost.cost, 0.0)
     variants = {

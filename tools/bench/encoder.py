@@ -1,9 +1,6 @@
-"""A dense picture through the engines of builds, and through one whole graph in the same libraries.
+"""A dense picture through the engines of builds, and through one whole graph in the same libraries, in turns.
 
-    python tools/bench/encoder.py BUNDLE --targets portable,openvino,openvino-bf16
-
-All variants take turns in one process with as many threads. With one thread, time is also that of the processor, which
-other load on the machine disturbs less.
+python tools/bench/encoder.py BUNDLE --targets portable,openvino,openvino-bf16
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from dash_export.measure.timing import in_turns
 
 
 def whole_graph(bundle: Bundle, path: Path) -> Path:
-    """Compose all portable graphs of an encoder into one file."""
     g, outputs = GraphWriter("whole", f"All of {bundle.manifest.model.name}"), dict[str, ir.Value]()
     for name in ("embed", *(f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)), "head"):
         state = {"hidden": outputs["hidden_out"]} if outputs else {}

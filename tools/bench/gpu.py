@@ -2,13 +2,11 @@
 
     python tools/bench/gpu.py BUNDLE --target h100 [--whole WHOLE]
 
-WHOLE is the same model exported without units (`dash-export export MODEL --units none -o WHOLE`) and built for the same
-target: one engine for all layers, what engines in a row are compared with.
+WHOLE is the same model exported with `--units none` and built for the same target: one engine for all layers.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,24 +15,14 @@ import numpy as np
 from common import held_out, print_json, timed
 
 from dash_export import DashRuntime
-from dash_export.backends.cuda.cuda import MAIN
 from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.commands.tables import print_table
 from dash_export.core.kinds import Setting
-from dash_export.core.rule import DENSE
 from dash_export.measure.candidates import label
 
 TOKENS = 32
-SETTINGS = {
-    "sync": [
-        Setting("dense"),
-        Setting("static", skipped=4),
-        Setting("token", trade_off=0.0),
-        Setting("token", skipped=5),
-    ],
-    "overlapped": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
-    "device": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
-}
+ASKED = [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)]
+SETTINGS = {"sync": [Setting("dense"), Setting("static", skipped=4), *ASKED], "overlapped": ASKED, "device": ASKED}
 
 
 @click.command()
@@ -44,9 +32,7 @@ SETTINGS = {
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
 @click.option("--rounds", default=30, show_default=True, help=f"Interleaved passes of {TOKENS} tokens.")
 def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: int) -> None:
-    """Time decoded tokens of a real text: means (skips come in clusters), layers run, and what a launch costs the host.
-    (`profile` has every token's quantiles.)
-    """
+    """Time decoded tokens of a real text: means (skips come in clusters), and layers run (`profile` has launches)."""
     loaded = DashRuntime.load(bundle, target, dispatch="sync")
     engines = loaded.engines
     assert isinstance(engines, DeviceEngines)
@@ -78,13 +64,10 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
         rows[name] = {"layers": float(np.mean(layers)), "ms": middle, "slow_ms": slow, "of_dense": ratio}
     heads = ("layers", "ms/token", "slowest tenth of passes", "of dense")
     print_table(f"{bundle.name}, {target}", ("mode",), heads, shown)
-    launch = _launch_us(runtimes["sync"], context)
-    print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
-    print_json("gpu", {"device": engines.device.name, "target": target, "modes": rows, "launch_us": launch})
+    print_json("gpu", {"device": engines.device.name, "target": target, "modes": rows})
 
 
 def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callable[[], object], list[int]]:
-    """Decode the same TOKENS tokens of the held-out text, again and again; and the layers each ran."""
     ids = held_out(runtime.text.encode, 4096).tolist()
     session = runtime.session_with(setting)
     layers: list[int] = []
@@ -97,26 +80,6 @@ def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callab
             layers.append(len(actions) - int(actions.sum()))
 
     return run, layers
-
-
-def _launch_us(runtime: DashRuntime, context: int) -> float:
-    """Host time of enqueueing a dense token, per segment."""
-    engines = runtime.engines
-    assert isinstance(engines, DeviceEngines)
-    cache = engines.cache(0)
-    cache.reserve(context + 1)
-    step = engines.step(cache, 1)
-    times = []
-    for _ in range(50):
-        cache.length = context
-        step.decode(1, DENSE)
-        step.place()
-        began = time.perf_counter()
-        for place in range(len(step.parts)):
-            step.launch(place)
-        times.append(time.perf_counter() - began)
-        engines.device.synchronize(MAIN)
-    return 1e6 * float(np.median(times)) / len(step.parts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Measure what a GPU recipe's precisions cost in quality, on a CPU: the portable graphs with their weights (fp8: and
-what they are fed) rounded as the recipe's engines have them, all else in float32.
+"""Measure what a GPU recipe's precisions cost in quality, on a CPU: the portable graphs, weights rounded as the
+engines'.
 
     python tools/bench/gpu_precisions.py BUNDLE --target h100
 """
@@ -48,7 +48,6 @@ class Replaced(OrtBackend):
 
 
 def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
-    """Write the layers and the head as the recipe's engines have them."""
     known: dict[str, Any] = {}
     if recipe.weights.calibrates:
         known = dict(calibrate_matrices(bundle, recipe, ArtifactStore(folder / "layers"), "", no_progress))

@@ -1,8 +1,6 @@
 """What the host does for a token on a device: the runtime's own Python, over a driver whose every call does nothing.
 
-    dash-export build smollm2.dash --target cuda && python tools/bench/host.py smollm2.dash
-
-Real calls come on top: about a microsecond or two each. Any GPU target will do whose engines are ONNX files.
+dash-export build smollm2.dash --target cuda && python tools/bench/host.py smollm2.dash
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ from dash_export.core.sampling import Sampler, Sampling
 
 
 class Nothing:
-    """A device that does nothing at once, and counts what it is asked."""
-
     name, records = "nothing", True
 
     def __init__(self) -> None:

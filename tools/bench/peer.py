@@ -24,15 +24,12 @@ class Peer:
     """A runtime that shows the logits of the last token."""
 
     def begin(self) -> None:
-        """Forget all tokens."""
         raise NotImplementedError
 
     def after(self, tokens: list[int]) -> Any:
-        """Logits [vocab] after these further tokens."""
         raise NotImplementedError
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
-        """Seconds of the prompt and of the tokens after its first one."""
         began = time.perf_counter()
         self.begin()
         token = int(np.argmax(self.after(prompt)))
@@ -153,7 +150,6 @@ def _nll(logits: Any, token: int) -> float:
 
 
 def main() -> None:
-    """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not an answer
     peer: Peer = PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

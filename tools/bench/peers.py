@@ -2,8 +2,7 @@
 
     python tools/bench/peers.py BUNDLE MODEL.gguf
 
-Every peer runs in a virtual environment that this script makes under .cache/peers/ (several GB with all of them), never
-in the project's own. What cannot be installed or started is left out with a message.
+Every peer runs in a virtual environment under .cache/peers/. What cannot be installed or started is left out.
 """
 
 from __future__ import annotations
@@ -48,9 +47,7 @@ PEERS = {
 
 
 def model_for(form: str, bundle: Path, gguf: Path) -> Path:
-    """The checkpoint in this form: the file, a Hugging Face folder of fp32 weights, or what onnxruntime-genai's own
-    builder makes of that at a precision, with its defaults.
-    """
+    """The checkpoint in this form: the file, a folder of fp32 weights, or what genai's own builder makes of it."""
     if form == "gguf":
         return gguf
     if form == "folder":
@@ -73,8 +70,6 @@ def model_for(form: str, bundle: Path, gguf: Path) -> Path:
 
 
 class Worker:
-    """A running `peer.py`."""
-
     def __init__(self, python: str, kind: str, model: object, threads: int) -> None:
         script = Path(__file__).with_name("peer.py")
         environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -143,10 +138,7 @@ def main(
 
 
 def _report(
-    seconds: dict[str, dict[str, list[float]]],
-    nats: dict[str, Nats],
-    counts: dict[str, int],
-    rounds: int,
+    seconds: dict[str, dict[str, list[float]]], nats: dict[str, Nats], counts: dict[str, int], rounds: int
 ) -> None:
     first, own = next(iter(nats.items()))
     click.echo(f"Ratios, and perplexity over the row's: what {first} does against the row's runtime.")

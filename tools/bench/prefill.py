@@ -38,8 +38,7 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
     with whole_build(opened, target) as whole:
         times = in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes)
     rows = report(f"{bundle.name}, {target}, {PROMPT} tokens", "prompt", times)
-    result: dict[str, object] = {"target": target, "prompts": long, **rows}
-    print_json("prefill", result)
+    print_json("prefill", {"target": target, "prompts": long, **rows})
 
 
 def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
@@ -51,21 +50,14 @@ def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
         began = time.perf_counter()
         session.prefill(ids[:length])
         seconds = time.perf_counter() - began
-        row = {
-            "tokens": length,
-            "seconds": round(seconds, 3),
-            "rate": round(length / seconds, 1),
-            "cache_mb": round(session.cache.nbytes / 1e6, 1),
-            "peak_mb": round(peak_memory() / 1e6, 1),
-        }
-        rows.append(row)
+        row = {"tokens": length, "seconds": round(seconds, 3), "rate": round(length / seconds, 1)}
+        rows.append(row | {"cache_mb": round(session.cache.nbytes / 1e6, 1), "peak_mb": round(peak_memory() / 1e6, 1)})
     heads = ("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB")
     print_table(f"{bundle.name}, {target}", (), heads, (row.values() for row in rows))
     return rows
 
 
 def timed_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int) -> Times:
-    """Seconds per prompt of every variant. Who is loaded first changes with `number`."""
     layers, graph = load_both(bundle, target, whole, number)
     ids = held_out(Text(bundle).encode, PROMPT)
     return timed({GRAPH: _prompt(graph, ids), LAYERS: _prompt(layers, ids)}, rounds, block=1, settle=1)

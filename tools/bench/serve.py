@@ -32,6 +32,7 @@ from typing import Any
 import click
 import numpy as np
 from common import held_out, print_json
+from started_server import serving
 
 from dash_export.commands.tables import print_table
 from dash_export.core.kinds import Setting
@@ -54,31 +55,25 @@ class Stream:
     steps: list[float]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @contextmanager
 def server_here(scheduler: Scheduler) -> Iterator[str]:
     app = Server({scheduler.runtime.bundle.name: scheduler}).app
-    running, listener = HttpServer(app), socket.create_server(("127.0.0.1", port := free_port()))
+    running, listener = HttpServer(app), socket.create_server(("127.0.0.1", 0))
     thread = Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     while not running.started:
         assert thread.is_alive(), "the server has ended"
         time.sleep(0.1)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         running.should_exit = True
         thread.join()
 
 
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
-    """Ask, and read with as little work as can be, because this client's processors are the server's. Tokens
-    that come together share the time since the last ones. Raises OSError, and RuntimeError for an error's answer.
+    """Ask, and read with little work: this client's processors are the server's. Tokens that come together share the
+    time.
     """
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
     connection, came, began = HTTPConnection(address.removeprefix("http://"), timeout=600), [], time.perf_counter()
@@ -103,7 +98,6 @@ Round = tuple[float, list[Stream]]
 
 
 def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> Round:
-    """Seconds of all, and each."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
         streams = list(pool.map(lambda prompt: stream(address, prompt, body), prompts))

@@ -2,8 +2,7 @@
 
     python tools/bench/sizes.py MODEL.gguf 1 3 8 --folder /where/there/is/room
 
-A number stands for a Llama 3 of so many billion weights with random blocks of Q4_K (the embedding and the head of
-Q6_K), as a GGUF file. Each step is a process of its own; memory is the highest resident set of it.
+A number stands for a Llama 3 of so many billion random weights in Q4_K. Each step is a process of its own.
 """
 
 from __future__ import annotations
@@ -99,7 +98,6 @@ def size(folder: Path) -> float:
 
 
 def random_model(name: str, path: Path) -> Path:
-    """Weights are of about the size that keeps states as they are, so that nothing overflows."""
     hidden, inner, layers, heads, kv_heads, tied = SHAPES[name]
     writer = gguf.GGUFWriter(path, "llama")
     sizes = {"block_count": layers, "context_length": 8192, "embedding_length": hidden, "feed_forward_length": inner}
@@ -138,7 +136,6 @@ def random_model(name: str, path: Path) -> Path:
 
 
 def random_blocks(kind: str, rows: int, columns: int) -> np.ndarray:
-    """64 random rows, over and over."""
     rng, (width, factors) = np.random.default_rng(rows), BLOCKS[kind]
     blocks = rng.integers(0, 256, (64, columns // 256, width), np.uint8)
     # A code times a part's scale is about 7 * 30 in Q4_K and 16 * 60 in Q6_K.

@@ -32,43 +32,34 @@ _T = TypeVar("_T")
 class Registered:
     """Backend, as names that are imported when they are used: a device has the packages of one backend only.
 
-    `package`: what it needs, which the `extra` of dash-export installs. `faults`: yields what is wrong with a recipe
-    (`(Recipe) -> Iterator[str]`). `load`: starts the backend (`(name, threads)`), which then loads engines. `maker`:
-    the class that makes engines (`maker.py`). `devices`: whether its recipes may name a `device`.
+    `package`: what it needs, which the `extra` of dash-export installs. `load`: starts the backend (`(name, threads)`),
+    which then loads engines. `maker`: the class that checks recipes and makes engines (`maker.py`). `devices`: whether
+    its recipes may name a `device`.
     """
 
     package: str
     extra: str
-    faults: str
     load: str
     maker: str
     devices: bool = False
 
     def part(self, name: str) -> Any:
-        """Import one of `faults`, `load` and `maker`, given as `module:attribute`."""
+        """Import `load` or `maker`, given as `module:attribute`."""
         module, _, attribute = getattr(self, name).partition(":")
         return getattr(import_module(module), attribute)
 
 
 _ORT, _CUDA, _TRT, _OV = (f"dash_export.backends.{name}" for name in ("onnxruntime", "cuda", "tensorrt", "openvino"))
-_FAULTS = f"{_TRT}.trt_recipe:faults"
 _LOAD = f"{_TRT}.tensorrt:create"
 BACKENDS = {
-    "onnxruntime": Registered(
-        "onnxruntime", "cpu",
-        f"{_ORT}.ort_recipe:faults", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend",
-    ),
+    "onnxruntime": Registered("onnxruntime", "cpu", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend"),
     "onnxruntime_cuda": Registered(
-        "onnxruntime", "gpu",
-        f"{_CUDA}.cuda_recipe:faults", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
+        "onnxruntime", "gpu", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend"
     ),
-    "openvino": Registered(
-        "openvino", "openvino",
-        f"{_OV}.ov_recipe:faults", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True,
-    ),
-    "tensorrt": Registered("tensorrt", "tensorrt", _FAULTS, _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
-    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _FAULTS, _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
-}  # fmt: skip
+    "openvino": Registered("openvino", "openvino", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True),
+    "tensorrt": Registered("tensorrt", "tensorrt", _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
+    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
+}
 PACKAGES = {entry.package: entry.extra for entry in BACKENDS.values() if entry.extra != "gpu"}
 """Package of a backend -> the extra that installs it. `gpu` installs another distribution of `cpu`'s package."""
 Launch = Callable[[], None]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ class Backend(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together in the recipe."""
+        yield from ()
 
     @property
     def extra(self) -> str:

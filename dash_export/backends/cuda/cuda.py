@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.cuda.cuda_devices import CudaDevice, cuda_devices
-from dash_export.backends.cuda.kernels import launch
+from dash_export.backends.cuda.kernels import load_kernels
 from dash_export.bundle.records import Build
 from dash_export.errors import BackendError
 
@@ -205,8 +205,15 @@ class Cuda:
         memories: Sequence[CudaMemory],
         numbers: Sequence[tuple[int, Any]],
     ) -> None:
-        """Enqueue one of the kernels that no engine has (`kernels`)."""
-        launch(name, self.stream(stream), blocks, threads, [memory.address for memory in memories], numbers)
+        """Enqueue one of the kernels that no engine has (`kernels`). `numbers`: its arguments after the memories, with
+        their types.
+        """
+        driver: Any = import_module("cuda.bindings.driver")
+        pointers: list[tuple[int, Any]] = [(memory.address, ctypes.c_void_p) for memory in memories]
+        arguments, kernel, (x, y, z) = tuple(zip(*pointers, *numbers, strict=True)), load_kernels()[name], blocks
+        (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, self.stream(stream), arguments, 0)
+        if int(code):
+            raise BackendError(f"CUDA could not launch {name}: {code.name} ({int(code)}).")
 
     # --- order
 

@@ -191,14 +191,15 @@ class OrtBackend:
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines:
         """Load all engines of a build. Raises PolicyError for a dispatch mode that needs streams."""
-
         if dispatch != "sync":
             raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
-        from dash_export.backends.host.loading import load_on_host
+        from dash_export.backends.host.decode import EngineSet
+        from dash_export.backends.host.encoder_pass import EncoderEngines
 
+        kind = EncoderEngines if bundle.manifest.model.decides == "input" else EngineSet
         keep_freed_memory()
         with on_huge_pages(build.recipe.runtime.huge_pages):
-            return load_on_host(bundle, build, self)
+            return kind(bundle, build, self)
 
 
 def create(_name: str, threads: int) -> OrtBackend:

@@ -287,7 +287,7 @@ def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:
 
 
 def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dash_export.backends.tensorrt.trt_recipe.RTX_CAPABILITIES", ("9.0",))
+    monkeypatch.setattr("dash_export.backends.tensorrt.trt_maker.RTX_CAPABILITIES", ("9.0",))
     recipe = write_recipe(tmp_path / "odd.toml")
     Path(recipe).write_text(Path(recipe).read_text().replace("8.9", "9.0"))
     with pytest.raises(BackendError, match=r"does not compile for compute capability 9\.0"):

@@ -14,9 +14,8 @@ from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown
 from dash_export.models.config import ENCODERS, TEXT_ENCODERS, decoder_spec, positive
-from dash_export.models.readers.image_encoder import open_encoder
+from dash_export.models.readers.encoder_folder import open_encoder
 from dash_export.models.readers.published import family_config, family_name
-from dash_export.models.readers.text_encoder import open_text_encoder
 from dash_export.models.readers.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.models.spec import AnyCheckpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.text.text_files import load_tokenizer
@@ -43,14 +42,13 @@ def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
     config_text, given = read_json(folder / "config.json")
     if (config := family_config(given)) is not given:
         config_text = json.dumps(config, indent=2) + "\n"
-    if config.get("model_type") in TEXT_ENCODERS:
-        vocabulary = positive(config, "vocab_size", LARGEST["vocab_size"])
-        assets = {"config.json": config_text} | _text_assets(folder, vocabulary, continued=False)
-        return open_text_encoder(folder, source, assets, config, files, seen)
-    if config.get("model_type") in ENCODERS:
-        return open_encoder(folder, source, config_text, config, files, seen)
+    assets = {"config.json": config_text}
+    if config.get("model_type") in (*ENCODERS, *TEXT_ENCODERS):
+        if config["model_type"] in TEXT_ENCODERS:
+            assets |= _text_assets(folder, positive(config, "vocab_size", LARGEST["vocab_size"]), continued=False)
+        return open_encoder(folder, source, assets, config, files, seen)
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
-    assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
+    assets |= _text_assets(folder, spec.vocab_size)
     stored = open_weights(files)
     if config is not given:
         stored = {family_name(name): weight for name, weight in stored.items()}

@@ -154,13 +154,7 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "family"),
-    [
-        ("Q4_1", True, "llama"),
-        ("Q4_0", False, "llama"),
-        ("Q6_K", True, "llama"),
-        ("F16", True, "llama"),
-        ("Q8_0", False, "phi3"),
-    ],
+    [("Q4_1", True, "llama"), ("Q6_K", True, "llama"), ("F16", True, "llama"), ("Q8_0", False, "phi3")],
 )
 def test_a_gguf_file_keeps_its_bytes(
     tmp_path: Path, kind: str, tied: bool, family: str, monkeypatch: pytest.MonkeyPatch

@@ -63,18 +63,14 @@ BACKENDS = {
 PACKAGES = {entry.package: entry.extra for entry in BACKENDS.values() if entry.extra != "gpu"}
 """Package of a backend -> the extra that installs it. `gpu` installs another distribution of `cpu`'s package."""
 Launch = Callable[[], None]
-"""Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
-enqueued (CUDA).
-"""
+"""Run one engine on its memory: the outputs are there when it returns (CPU), or the work is enqueued (CUDA)."""
 
 
 class Started(Protocol):
     """A started backend."""
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines | DeviceEngines:
-        """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
-        that this kind of backend has not.
-        """
+        """Load all engines. Raises BackendError where they do not run here, PolicyError for another `dispatch`."""
         ...
 
 
@@ -89,9 +85,7 @@ def require_backend(name: str) -> None:
 
 
 def load_backend(name: str, threads: int) -> Started:
-    """Import and start a backend; for GPU targets it is a Cuda. Raises BackendError that names the missing package or
-    device.
-    """
+    """Import and start a backend. Raises BackendError that names the missing package or device."""
     require_backend(name)
     return BACKENDS[name].part("load")(name, threads)  # type: ignore[no-any-return]
 

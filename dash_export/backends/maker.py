@@ -52,9 +52,7 @@ class Backend(ABC):
         return BACKENDS[self.recipe.backend].extra
 
     def here(self) -> Backend:
-        """Return the maker for this machine: this one or, where only another machine can compile, one that lowers for
-        that. Raises BackendError where something is missing.
-        """
+        """Return the maker for this machine: one that compiles or, for another, lowers. Raises BackendError."""
         if (reason := self.build_obstacle()) is not None:
             raise BackendError(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
         return self
@@ -135,9 +133,7 @@ class Backend(ABC):
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
 
     def compile(self, graph: Path, folder: Path, out: Path) -> list[Path]:
-        """Compile a lowered graph to an engine, `out` plus a suffix. `folder`: where finished files lie. Needs no onnx.
-        Return the engine's files.
-        """
+        """Compile a graph, without onnx, as `out` plus a suffix; `folder` has finished files. Return the files."""
         raise NotImplementedError(graph, folder, out)
 
 

@@ -22,9 +22,7 @@ def check_prunable(bundle: Bundle, recipe: Recipe) -> None:
 
 
 def prune(bundle: Bundle, root: Path) -> None:
-    """Delete the portable graphs and what calibrations left. Raises BusyError where another process exports or builds
-    here.
-    """
+    """Delete the portable graphs and what calibrations left. Raises BusyError where somebody works here."""
     with folder_locked(root, (root / "engines").glob(lock_file(Path("*")).name), shared=False):
         gone = root / f"{TEMPORARY}onnx"
         remove(gone)  # what a killed run left

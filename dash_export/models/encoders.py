@@ -1,6 +1,4 @@
-"""A Hugging Face config of an encoder, read without trust, as an `EncoderSpec`; and learned positions for another
-size of pictures.
-"""
+"""A Hugging Face config of an encoder, read without trust, as an `EncoderSpec`; positions for another size."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -157,9 +155,7 @@ def resized(table: Float32Array, old: Size, new: Size, antialias: bool) -> Float
 
 
 def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the weights [new, old]: Keys' cubic with a = -0.75, or with `antialias` a = -0.5 and a wider support where
-    there are fewer points than before, as torch has them.
-    """
+    """Return Keys' cubic weights [new, old], as torch has them, with or without `antialias`."""
     scale, a = old / new, -0.5 if antialias else -0.75
     wide = max(scale, 1.0) if antialias else 1.0
     found = np.zeros((new, old))

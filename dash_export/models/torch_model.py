@@ -77,9 +77,7 @@ def logits_of(model: Any, final: torch.Tensor, traits: Traits) -> torch.Tensor:
 
 
 class LayerInputs:
-    """Inputs of every layer beside the hidden state: its attention mask and its rotary embedding, for passes that start
-    at position 0.
-    """
+    """Inputs of every layer beside the hidden state, mask and rotary embedding, of passes from position 0 on."""
 
     def __init__(self, model: Any, spec: DecoderSpec, hidden: torch.Tensor) -> None:
         """Prepare the inputs for `hidden` [batch, tokens, hidden], which enters the first layer."""

@@ -1,6 +1,4 @@
-"""Engines of a device launched one at a time, on states that are given: what each gives is read back, to be compared,
-and how long the device took.
-"""
+"""Engines of a device launched one at a time, on given states: what each gives, and how long the device took."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ class LoneEngines(BoundEngines):
         return self._logits.host[0].copy() if is_last else self._floats(self._state.host)
 
     def damage(self, state: Floats | None = None) -> Floats:
-        """Return what the policy says [units] of a state [1, hidden]; None: of the one that the segment before the
-        first unit was last given.
-        """
+        """Return the damage [units] of a state [1, hidden]; None: what last entered the segment before units."""
         if state is not None:
             self._give(self.engines.first - 1, state)
             self.device.synchronize(MAIN)

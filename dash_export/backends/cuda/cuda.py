@@ -105,9 +105,7 @@ class Cuda:
         return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
-        """Raise BackendError with the command `rebuild` where the build's engines were not compiled for this device and
-        this version. Without a backend's own checks accept every build.
-        """
+        """Raise BackendError with the command `rebuild` where engines were compiled for another device or version."""
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
         """Check for free memory before anything is loaded. `engines`: bytes of each engine file (loaded ones do not
@@ -181,9 +179,7 @@ class Cuda:
         return array
 
     def copy(self, stream: str, to: Any, source: Any) -> None:
-        """Enqueue a copy of all of `source` to `to`: memory of the device, or a pinned host array, which must not
-        change until the stream has passed the copy.
-        """
+        """Copy all of `source` to `to`: memory of the device, or a pinned array that stays as it is until then."""
         rt = self.rt
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
@@ -205,9 +201,7 @@ class Cuda:
         memories: Sequence[CudaMemory],
         numbers: Sequence[tuple[int, Any]],
     ) -> None:
-        """Enqueue one of the kernels that no engine has (`kernels`). `numbers`: its arguments after the memories, with
-        their types.
-        """
+        """Enqueue one of `kernels`. `numbers`: its arguments after the memories, with their types."""
         driver: Any = import_module("cuda.bindings.driver")
         pointers: list[tuple[int, Any]] = [(memory.address, ctypes.c_void_p) for memory in memories]
         arguments, kernel, (x, y, z) = tuple(zip(*pointers, *numbers, strict=True)), load_kernels()[name], blocks

@@ -32,9 +32,7 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """Counterpart of `EngineSet` on a device. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
-    its `sequences` bounds how many sequences decode together.
-    """
+    """Counterpart of `EngineSet` on a device, whose caches do not grow (`kv_capacity`, `sequences` of the recipe)."""
 
     mixes = takes_embeddings = gives_state = grows = shows_states = False
     mixed = ()
@@ -110,9 +108,7 @@ class DeviceEngines:
 
 
 class DeviceCache(Sequences):
-    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines'
-    type. Rows of a sequence from its length on are free.
-    """
+    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim]."""
 
     def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
         super().__init__(sequences)
@@ -129,9 +125,7 @@ class DeviceCache(Sequences):
         """What the last step has launched ahead; whoever writes to the cache after it takes this away."""
 
     def reserve(self, rows: int) -> None:
-        """Allocate memory for the whole capacity, once. Raises ContextLengthError where `rows` exceed the capacity, and
-        BackendError where so much is not free.
-        """
+        """Allocate the whole capacity, once. Raises ContextLengthError for more `rows` than it, BackendError."""
         if rows > self.capacity:
             raise ContextLengthError(
                 f"These engines hold {self.capacity} tokens and {rows} are wanted: shorten the prompt, or build with a "

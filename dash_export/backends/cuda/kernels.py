@@ -1,6 +1,4 @@
-"""Kernels that no engine has: kernels.cu, shipped as PTX that every driver of CUDA 12 or newer takes. Not yet run on a
-GPU.
-"""
+"""Kernels that no engine has: kernels.cu, shipped as PTX for every driver of CUDA 12. Not yet run on a GPU."""
 
 from functools import cache
 from importlib import import_module

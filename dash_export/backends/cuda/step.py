@@ -56,9 +56,7 @@ Tokens = int | npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ahead:
-    """A step that was launched before its tokens were known: those that the device drew, at these positions. `side`:
-    the place of its results.
-    """
+    """A step that was launched before its tokens were known. `side`: the place of its results."""
 
     actions: Actions
     positions: tuple[int, ...]
@@ -295,9 +293,7 @@ class DeviceStep(BoundEngines):
         return self._graphs[place]
 
     def _warm_up(self) -> None:
-        """Launch everything once: what an engine does at its first launch cannot be recorded. The cache row that this
-        writes is the one that the token is about to write.
-        """
+        """Launch everything once, into the row that comes next: an engine's first launch cannot be recorded."""
         if self._warm:
             return
         self._upload_inputs()

@@ -102,9 +102,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """Launches of one segment. `unit`: its place among the units, None where it always runs. `mixed` runs or skips row
-    by row.
-    """
+    """Launches of one segment. `unit`: its place among the units, if it is one. `mixed` decides row by row."""
 
     unit: int | None
     run: Launch

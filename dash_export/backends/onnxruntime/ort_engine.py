@@ -72,9 +72,7 @@ def start_thread_pool(threads: int) -> int:
 
 
 def session_options(own_threads: bool = False) -> ort.SessionOptions:
-    """Return options for a session with threads of its own, or on the process-wide pool; create that where there is
-    none.
-    """
+    """Return options for a session with threads of its own, or on the process-wide pool, which is there then."""
     if not own_threads:
         start_thread_pool(0)
     options = ort.SessionOptions()
@@ -145,9 +143,7 @@ class OrtEngine:
 
 
 def fitted_shape(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """Return an array's shape as a graph wants it, or None where it does not fit. A lowered graph may have one
-    dimension of rows in the place of [batch, sequence].
-    """
+    """Return the shape as a graph wants it, which may have one dimension of rows for [batch, sequence], or None."""
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):

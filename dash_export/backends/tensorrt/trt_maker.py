@@ -103,9 +103,7 @@ class RtxBackend(GpuBackend):
         return [path]
 
     def _profiles(self) -> dict[str, Profile]:
-        """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the
-        order in which `DeviceStep` uses the profiles.
-        """
+        """Return (smallest, best, largest) sizes, (sequences, tokens of each), of each profile that `_bind` uses."""
         chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
         if self.engine.profiles == 1:
             return {"both": ((1, 1), (1, 1), (most, chunk))}

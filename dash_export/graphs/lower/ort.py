@@ -122,9 +122,7 @@ class OrtWriter(ProductWriter):
         return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)
 
     def keeps_rows(self, kind: str) -> bool:
-        """Return whether the embedding keeps the file's blocks: where these have less than 8 bits, unless its codes of
-        8 bits are those of a tied head, too.
-        """
+        """Return whether the embedding keeps the file's blocks: of under 8 bits, or not those of a tied head."""
         return BLOCKS[kind].bits < 8 and not (self.facts.tie_embeddings and kind not in FOUR_BITS)
 
     def layer(self, layer: int, state: State, choice: Choice | None) -> State:
@@ -266,9 +264,7 @@ class OrtWriter(ProductWriter):
         return normed, total
 
     def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
-        """Norm each head of [batch, sequence, heads * head_dim], or all at once (`norms_after`), and multiply by
-        `times`; GroupQueryAttention cannot.
-        """
+        """Norm each head, or all at once (`norms_after`), and multiply by `times`: GroupQueryAttention cannot."""
         weight = self.initializer(f"{node}/gain", self.array(gain) * np.float32(times))
         if self.traits.norms_after:
             return self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)

@@ -21,9 +21,7 @@ ACCURACY_LEVEL = 4
 
 Codes = npt.NDArray[Any]
 Blocks = tuple[Codes, Float32Array, Codes | None]
-"""Packed codes [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, and zero points (packed, uint8)
-unless the codes are symmetric.
-"""
+"""Packed codes [out, blocks, block * bits / 8] uint8, float32 scales [out, blocks], zero points (packed) or None."""
 
 
 def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool) -> Blocks:

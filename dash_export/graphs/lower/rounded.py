@@ -36,9 +36,7 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
 
 
 def block_of(rows: int, wanted: int) -> int | None:
-    """Halve `wanted` until it divides the matrix's input size (576 takes 64), down to 64 unless it is smaller itself;
-    None if no such size does.
-    """
+    """Return `wanted`, halved until it divides the input size (down to 64, if it is larger), else None."""
     least = min(wanted, 64)
     while wanted >= least:
         if rows % wanted == 0:

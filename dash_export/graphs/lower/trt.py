@@ -161,7 +161,5 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _stays_float32(node: ir.Node) -> bool:
-    """Return whether a node stays float32: a norm's sums of squares overflow float16 and lose small terms in bfloat16;
-    a damage is compared with a threshold.
-    """
+    """Return whether a node stays float32: a norm's sums overflow float16, and a damage meets a threshold."""
     return FLOAT32 in node.meta or node.op_type == "RMSNormalization" or str(node.name).startswith("policy/")

@@ -1,6 +1,4 @@
-"""A Hugging Face folder of an encoder of pictures or texts as a checkpoint; sentence-transformers' modules say how it
-pools.
-"""
+"""A Hugging Face folder of an encoder as a checkpoint; sentence-transformers' modules say how texts are pooled."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -86,9 +86,7 @@ class GgufTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Return (metadata, tensors by their names in the file). Raises CheckpointError, quickly, for a file that is
-    corrupt, truncated or of another kind.
-    """
+    """Return (metadata, tensors by their names in the file). Raises CheckpointError, quickly, for any other file."""
     with path.open("rb") as stream:
         header = _Header(path, stream)
         if stream.read(4) != b"GGUF":

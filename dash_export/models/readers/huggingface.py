@@ -64,9 +64,7 @@ def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
 
 
 def open_hub(model_id: str) -> AnyCheckpoint:
-    """Return the checkpoint of `org/name` on the hub, downloaded into (or found in) the usual cache. Raises
-    CheckpointError.
-    """
+    """Return the checkpoint of `org/name`, from the hub or the usual cache. Raises CheckpointError."""
     folder = download(model_id, CheckpointError, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
     return open_folder(folder, model_id)
 
@@ -167,9 +165,7 @@ def _without_pictures(tokenizer: dict[str, Any], text: str, vocab_size: int) -> 
 
 
 def _check_added(settings: dict[str, Any], added: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
-    """Raise CheckpointError for a token that only the files beside tokenizer.json name: it would be several tokens of
-    plain text here, and one token in transformers.
-    """
+    """Raise CheckpointError for a token that only other files name: here it would be several of plain text."""
     known = {token.get("content"): str(token.get("id")) for token in _entries(tokenizer.get("added_tokens"))}
     tokens: list[tuple[object, object]] = [*added.items()]  # (text, id or None)
     decoder = settings.get("added_tokens_decoder")

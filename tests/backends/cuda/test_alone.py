@@ -41,7 +41,6 @@ def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     ("target", "name", "tokens"),
     [
         ("trt10", "layer_00", 3),
-        ("trt10", "layer_04", 1),
         ("trt10", "bypass_02-03", 1),
         ("trt10", "layer_05", 3),
         ("trt10", "policy", 1),

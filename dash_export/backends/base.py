@@ -1,8 +1,5 @@
-"""The registry of backends. A backend is one folder beside this file and one line of BACKENDS: its checks of a recipe,
-how it makes engines, how it loads and launches them. The recipe's `backend` names it.
-
-A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
-`Cuda`.
+"""The registry of backends: a recipe's `backend` names one. A host backend loads an engine, binds it to fixed memory
+once, and launches it again and again. A GPU backend is a `Cuda`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Makers of engines: what a backend can compile and run on this machine, and how it makes the engines of a build. Only
-`save` needs onnx: a device measures and runs without it.
-"""
+"""Makers of engines: what a backend compiles and runs on this machine. Only `save` needs onnx."""
 
 from __future__ import annotations
 
@@ -117,17 +115,13 @@ class Backend(ABC):
         return None
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """Return the segments of a build. Where the policy is an engine of its own, the layers are cut before the layer
-        whose input it reads, so that this input is the output of an engine.
-        """
+        """Return the segments of a build, cut before the layer whose input a policy of its own reads."""
         policy = manifest.policy
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
-        weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
-        """
+        """Write one engine as `out` plus a suffix; it shares weights of the files `extended`. Return its files."""
         from dash_export.graphs.lower.surgery import save_extending
 
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)

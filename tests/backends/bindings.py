@@ -18,7 +18,7 @@ def used(module: Any, known: Mapping[str, Any]) -> set[tuple[str, str]]:
             inner = inner.value
         chain = [inner.id, *chain] if isinstance(inner, ast.Name) else []
         at = next((index for index, name in enumerate(chain[:-1]) if name in known), None)
-        if at is not None and (at == 0 or chain[at] in ("rt", "trt")):
+        if at is not None and chain[0] not in ("toolkit", "cuda_graph", "kernels"):
             found.add((chain[at], ".".join(chain[at + 1 :])))
     return found
 

@@ -88,7 +88,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, targets: dict[str, str]) ->
 
 @pytest.fixture
 def own(bundle: Bundle, tmp_path: Path) -> Bundle:
-    """A copy to change."""
     return Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
 
 

@@ -54,7 +54,6 @@ def names(folder: Path) -> set[str]:
 
 
 def test_the_manifest_lists_every_file(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    """It is the same every time. Progress is told after each graph."""
     told: list[tuple[str, int, int]] = []
     bundle = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model), lambda *step: told.append(step))
     assert [done for _, done, _ in told] == list(range(1, told[0][2] + 1))
@@ -69,7 +68,6 @@ def test_the_manifest_lists_every_file(tiny_model: Checkpoint, tmp_path: Path) -
 
 
 def test_a_policy_knows_its_model(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    """From another one of the same shape; a fine-tune that barely moved the norm passes."""
     norm = tiny_model.weights[FINAL_NORM].read_rows(0, tiny_model.spec.hidden_size)
     policy = replace(tiny_policy(tiny_model), origin="token policy for A", final_norm=norm * np.float32(1.02))
     with pytest.raises(PolicyError, match=r"policy of another model .*\(token policy for A\).* 2% apart.*--from"):
@@ -183,7 +181,6 @@ def test_nan_weights_leave_nothing_behind(name: str, tmp_path: Path) -> None:
 def test_a_failed_export_leaves_nothing_behind(
     how: str, tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the old bundle as it was."""
     old = hashes(export(tiny_model, tmp_path / "a.dash"))
     sound, calls = all_graphs.save_graph, []
 

@@ -31,7 +31,6 @@ PROJECTIONS = {
 
 
 def blocks_of(kind: str, rows: int = 96, columns: int = 512) -> np.ndarray:
-    """Rows of a file of that type [rows, bytes]."""
     rng, quantization = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
     if kind == "Q4_K":  # which gguf does not write: any bits are weights, but for the two scales
         blocks = rng.integers(0, 256, (rows, columns // 256, 144), dtype=np.uint8)

@@ -132,7 +132,6 @@ def test_of_another_version(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unmeasured")
 def test_an_old_lowering_is_not_taken_where_the_graphs_are(own_bundle: Path, tmp_path: Path, made: list[str]) -> None:
-    """Nor that of another recipe of its name."""
     recipe = tmp_path / "mine.toml"
     build(own_bundle, write_recipe(recipe))
     made.clear()

@@ -62,7 +62,6 @@ def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tiny_roo
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_measured_again(asked: bool, bundle: Bundle, made: list[str]) -> None:
-    """Where it is asked for, and where a trade-off meant something else."""
     before = bundle.load_build("cpu-fp32")
     if not asked:
         edit(bundle.path("engines/cpu-fp32/build.json"), lambda data: data.update(measuring=0))
@@ -329,7 +328,6 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
 
 
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
-    """A machine with TensorRT has none, and need not have."""
     shutil.rmtree(bundle.root / "engines")
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"

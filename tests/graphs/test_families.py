@@ -89,7 +89,6 @@ def test_family(case: str, tmp_path: Path) -> None:
 
 
 def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
-    """transformers' own generation, cache and all."""
     given = torch.from_numpy(ids)[None]
     out = model.generate(given, do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
     return out[0, len(ids) :].numpy()
@@ -143,7 +142,6 @@ def test_decode_and_score_where_a_channel_stands_out(case: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("case", ["gemma2", "phi3-partial", "granite", "olmo2"])
 def test_family_for_gpus(case: str, tmp_path: Path) -> None:
-    """In plain operators, compared with the portable graphs at 16 bits."""
     family, options = CASES[case]
     found = build(tiny_bundle(tmp_path, form="linear", family=family, **options), "cuda", verify=True).verification
     assert found is not None

@@ -36,9 +36,7 @@ class LoneEngines(BoundEngines):
         self.place()
 
     def run(self, place: int, bypass: bool, state: Floats | None) -> Floats:
-        """Run the segment at `place`, or its bypass, on a state [sequence, hidden]; None: on the tokens. Return the
-        state that it gives or, of the last segment, the logits [1, vocab] of the last token.
-        """
+        """Run a segment or its bypass on a state [sequence, hidden], or on the tokens. Return its state or logits."""
         if state is not None:
             self._give(place, state)
         self._stamped(place, bypass, MAIN)

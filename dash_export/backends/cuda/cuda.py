@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAIN, BESIDE = "main", "beside"
-"""Names of streams: layers run on MAIN; in `overlapped` and `device` dispatch the policy runs on BESIDE, before them
-where a card has no room for both: everything after it waits for what it says.
-"""
+"""Names of streams: layers run on MAIN; the policy on BESIDE, first where both want the card, unless `sync`."""
 Launch = Callable[[str], None]
 """Enqueue a bound engine on the stream of that name. Launches of engines loaded for different streams may overlap."""
 LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
@@ -108,9 +106,8 @@ class Cuda:
         """Raise BackendError with the command `rebuild` where engines were compiled for another device or version."""
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
-        """Check for free memory before anything is loaded. `engines`: bytes of each engine file (loaded ones do not
-        count); `cache`: bytes of one session's cache. Raises BackendError where so much is not free; only warns where
-        host and device share their memory.
+        """Raise BackendError where `engines` (bytes of each file; loaded ones do not count) and a session's `cache`
+        have no room; only warn where host and device share memory.
         """
         loaded = {path for path, _ in self.engines}
         weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
@@ -258,9 +255,8 @@ class Cuda:
 
 
 class PromptMemory:
-    """Memory of one session's prompts. Every step of many tokens asks for the same buffers in the same order, so each
-    step takes over the buffers of the step before, whatever its length. A buffer that is too small is replaced by one
-    of at least twice its size.
+    """Memory of one session's prompts: each step takes over the buffers of the one before, in the same order, whatever
+    its length. A buffer that is too small is replaced by one of at least twice its size.
     """
 
     def __init__(self, device: Cuda) -> None:

@@ -205,9 +205,7 @@ class OrtWriter(ProductWriter):
         return self.op("Add", [hidden, parts.pop(0)], f"{name}/updated"), parts
 
     def new_rows(self, unit: Unit, projected: Sequence[ir.Value]) -> None:
-        """Output K and V as [batch, sequence, kv_heads * head_dim] for the host to write into the caches. This takes
-        fewer nodes than caches in the graph, and no transposed heads.
-        """
+        """Output K and V for the host to write: fewer nodes than caches in the graph, and no transposed heads."""
         heads = self.facts.num_kv_heads
         for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
             name = f"{unit.bypass}/layer_{layer:02d}"

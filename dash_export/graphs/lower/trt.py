@@ -92,9 +92,7 @@ def _give_last_logits(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """Replace the policy's MatMul, [batch, sequence, hidden] @ [hidden, units], by Mul and ReduceSum in float32:
-    TensorRT rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
-    """
+    """Replace the policy's MatMul by Mul and ReduceSum: TensorRT rounds factors to TF32, and Turing has none."""
     for node in [node for node in graph if node.name == "policy/score"]:
         weights = constant_value(node.inputs[1])
         assert weights is not None

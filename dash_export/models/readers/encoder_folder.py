@@ -31,9 +31,7 @@ _POOLER = "pool.dense_0.weight"
 
 
 class _Ends(NamedTuple):
-    """What a folder's modules say. `fields`: those of the spec; `weights`: of the dense layers, by their name here;
-    `seen`: the files that were read, with their identity before.
-    """
+    """What a folder's modules say: fields of the spec, weights of the dense layers by name, files seen."""
 
     fields: dict[str, Any]
     weights: dict[str, Weight]

@@ -39,9 +39,7 @@ class GgufTensor:
     row_bytes: int
 
     def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
-        """Return the tensor as a model's Weight. `interleaved_heads`: number of heads whose rotary pairs are adjacent
-        rows in the file and must be split in halves; 0 for none.
-        """
+        """Return the tensor as a Weight. `interleaved_heads`: heads whose adjacent rotary pairs are to be split."""
         rows, packed = self.rows, self.packed
         if interleaved_heads:
             rows = partial(self._head_rows, self.rows, interleaved_heads)

@@ -1,6 +1,4 @@
-"""Published folders whose model is one of our families under other names: the text half of a Gemma 3 that sees, and the
-dense models of Granite 4, which are written as hybrid ones without Mamba layers and experts.
-"""
+"""Published folders of our families under other names: the text half of a Gemma 3 that sees, dense Granite 4."""
 
 from typing import Any
 

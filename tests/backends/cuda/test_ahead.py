@@ -92,7 +92,6 @@ def _after(host: Host, rule: Rule) -> Session:
 
 
 def test_a_static_set_is_launched_ahead_in_every_mode(on_card: MakeOnCard, host: Host) -> None:
-    """And with a policy that the host decides by, nothing is."""
     for dispatch in ("sync", "overlapped"):
         made = on_card("trt10", dispatch)
         session = made.runtime.session_under(static_rule((1,)))
@@ -103,7 +102,7 @@ def test_a_static_set_is_launched_ahead_in_every_mode(on_card: MakeOnCard, host:
         assert not any(call == (MAIN, "launch", "graph") for call in made.card.log)
 
 
-@pytest.mark.parametrize("sampling", SAMPLED, ids=str)
+@pytest.mark.parametrize("sampling", SAMPLED[::2])
 def test_a_sampled_answer(sampling: Sampling, on_card: MakeOnCard, host: Host) -> None:
     """The device draws by the number that the host draws with. Where it draws another token, by rounding, that one is
     decoded once more.
@@ -259,7 +258,7 @@ def test_a_device_without_kernels(
 def test_rows_together(target: str, on_card: MakeOnCard, host: Host) -> None:
     """Rows that end, one after another, and the next prompts in their place."""
     made = on_card(target)
-    prompts, most = [IDS[start : start + 5 + start].tolist() for start in range(6)], (9, 12, 5)
+    prompts, most = [IDS[start : start + 5 + start].tolist() for start in range(5)], (9, 5)
     for many in most:
         expected, found = (
             [one.tokens.tolist() for one in each.generate_batch(prompts, many, size=3)]

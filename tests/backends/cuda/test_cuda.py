@@ -148,7 +148,6 @@ def recorded(card: Card, fill: Any = None) -> CudaGraph:
 
 
 def test_what_fails_leaves_no_recording_open(card: Card) -> None:
-    """Of the body nor of the step."""
 
     def refuse(_: str) -> None:
         assert card.recording()

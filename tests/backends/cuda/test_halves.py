@@ -12,7 +12,6 @@ from tests.backends.cuda.conftest import DISPATCH, HALVES, IDS, ORDERS, MakeOnCa
 
 
 def some(runtime: DashRuntime) -> DecisionRule:
-    """Skips about half of what may be skipped."""
     session, damage = runtime.session_under(DecisionRule((0.0, 0.0))), []
     session.prefill(IDS[:16])
     for token in IDS[16:40].tolist():

@@ -196,7 +196,6 @@ def engine_with_the_layers_scratch(sound: Any, device: Cuda, path: Any, _stream:
 
 
 def bind_apart(sound: Any, engine: TensorRTEngine, profile: int, shapes: Any, memory: Any) -> Any:
-    """A cache that is not aliased."""
     apart = {name: engine._device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")}
     return sound(engine, profile, shapes, memory | apart)
 
@@ -206,7 +205,6 @@ def bind_to_one_buffer(sound: Any, step: DeviceStep, engine: Any, memory: dict[s
 
 
 def two_new_rows(sound: Any, *given: Any) -> Any:
-    """No more of a segment's are written."""
     part = sound(*given)
     part.new_rows.host = part.new_rows.host[:2]
     return part
@@ -310,7 +308,6 @@ def test_mistake(
     host: Host,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each is seen by what checks it when all is well."""
     sound = getattr(kind, method)
     monkeypatch.setattr(kind, method, lambda instance, *given, **named: mistake(sound, instance, *given, **named))
     target = next((target for target in BUILDS if target in where), "trt10")

@@ -70,7 +70,6 @@ def loaded(folder: Path, target: str = "mine") -> Build:
 
 
 def lowered(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> dict[str, onnx.GraphProto]:
-    """The graphs that are compiled, by the engine's name."""
     graphs = engine_graphs(bundle, backend_of(recipe).segments(bundle.manifest), on_device=True)
     return {graph.name: ir.to_proto(lower_graph(bundle, graph, recipe, roundings)).graph for graph in graphs}
 

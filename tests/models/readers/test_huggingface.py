@@ -55,7 +55,6 @@ def refused(folder: Path, message: str) -> None:
 
 
 def test_sharded(tmp_path: Path) -> None:
-    """And no tensor is in two files."""
     model = save_tiny(tmp_path, "llama", max_shard_size="60KB")
     first, second, *others = sorted(tmp_path.glob("*.safetensors"))
     assert others
@@ -140,7 +139,6 @@ def test_missing_and_broken_files(folder: Path, name: str, content: bytes | None
 
 
 def test_truncated_weights(folder: Path) -> None:
-    """Before they are opened, and after."""
     checkpoint, path = open_checkpoint(folder), folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     refused(folder, r"model\.safetensors")
@@ -190,7 +188,6 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     ],
 )
 def test_an_index_that_is_wrong(folder: Path, index: Any, message: str) -> None:
-    """It must stay in its folder, too."""
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, message)

@@ -100,7 +100,6 @@ def test_special_tokens(metadata: dict[str, Any]) -> None:
 
 
 def test_old_files_name_neither_beginning_nor_end(metadata: dict[str, Any]) -> None:
-    """llama.cpp knows them."""
     told = tokenizer_assets(metadata, 1000)
     old = {key: value for key, value in metadata.items() if not key.endswith(("bos_token_id", "eos_token_id"))}
     assert old != metadata
@@ -127,7 +126,6 @@ def test_a_model_with_it(metadata: dict[str, Any], tmp_path: Path) -> None:
 
 
 def vocabulary(metadata: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
-    """The vocabulary with more pieces."""
     more = {"tokens": pieces, "token_type": [1] * len(pieces), "scores": [0.0] * len(pieces)}
     return {name: metadata[f"tokenizer.ggml.{name}"] + added for name, added in more.items()}
 

@@ -65,7 +65,7 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
     }
     for many in (4, 3, 1):
         taken = {kind: list[bool]() for kind in kinds}
-        for token in range(2):
+        for token in range(3):
             for kind, rules in kinds.items():
                 steps = [rows._bound(many) for rows in both]
                 for step in steps:

@@ -19,7 +19,6 @@ from dash_export.backends.host.decode import EngineSet
 from dash_export.backends.onnxruntime.ort_engine import session_options
 from dash_export.backends.onnxruntime.ort_maker import CpuBackend
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import Build
 from dash_export.core.kinds import KINDS, Served, SessionRules, Setting
 from dash_export.core.policy import PolicyFacts
@@ -100,6 +99,10 @@ class PlainBackend:
 class PlainMaker(CpuBackend):
     """Its engines are the portable graphs."""
 
+    def faults(self) -> Iterator[str]:
+        if self.recipe.dialect != "portable":
+            yield "it takes the dialect 'portable'."
+
     def start(self) -> None:
         """Start nothing: each session has threads of its own."""
 
@@ -108,15 +111,10 @@ def start(_name: str, _threads: int) -> PlainBackend:
     return PlainBackend()
 
 
-def faults(recipe: Recipe) -> Iterator[str]:
-    if recipe.dialect != "portable":
-        yield "it takes the dialect 'portable'."
-
-
 def test_a_backend(
     own_bundle: Path, tmp_path: Path, tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = (f"{__name__}:{name}" for name in ("faults", "start", "PlainMaker"))
+    parts = (f"{__name__}:{name}" for name in ("start", "PlainMaker"))
     monkeypatch.setitem(BACKENDS, "plain", Registered("onnxruntime", "cpu", *parts))
     recipe = tmp_path / "toy.toml"
     shown = (

@@ -1,8 +1,5 @@
-"""The registry of backends. A backend is one folder beside this file and one line of BACKENDS: its checks of a recipe,
-how it makes engines, how it loads and launches them. The recipe's `backend` names it.
-
-A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
-`Cuda`.
+"""The registry of backends: a recipe's `backend` names one. A host backend loads an engine, binds it to fixed memory
+once, and launches it again and again. A GPU backend is a `Cuda`.
 """
 
 from __future__ import annotations
@@ -32,58 +29,45 @@ _T = TypeVar("_T")
 class Registered:
     """Backend, as names that are imported when they are used: a device has the packages of one backend only.
 
-    `package`: what it needs, which the `extra` of dash-export installs. `faults`: yields what is wrong with a recipe
-    (`(Recipe) -> Iterator[str]`). `load`: starts the backend (`(name, threads)`), which then loads engines. `maker`:
-    the class that makes engines (`maker.py`). `devices`: whether its recipes may name a `device`.
+    `package`: what it needs, which the `extra` of dash-export installs. `load`: starts the backend (`(name, threads)`),
+    which then loads engines. `maker`: the class that checks recipes and makes engines (`maker.py`). `devices`: whether
+    its recipes may name a `device`.
     """
 
     package: str
     extra: str
-    faults: str
     load: str
     maker: str
     devices: bool = False
 
     def part(self, name: str) -> Any:
-        """Import one of `faults`, `load` and `maker`, given as `module:attribute`."""
+        """Import `load` or `maker`, given as `module:attribute`."""
         module, _, attribute = getattr(self, name).partition(":")
         return getattr(import_module(module), attribute)
 
 
 _ORT, _CUDA, _TRT, _OV = (f"dash_export.backends.{name}" for name in ("onnxruntime", "cuda", "tensorrt", "openvino"))
-_FAULTS = f"{_TRT}.trt_recipe:faults"
 _LOAD = f"{_TRT}.tensorrt:create"
 BACKENDS = {
-    "onnxruntime": Registered(
-        "onnxruntime", "cpu",
-        f"{_ORT}.ort_recipe:faults", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend",
-    ),
+    "onnxruntime": Registered("onnxruntime", "cpu", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend"),
     "onnxruntime_cuda": Registered(
-        "onnxruntime", "gpu",
-        f"{_CUDA}.cuda_recipe:faults", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
+        "onnxruntime", "gpu", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend"
     ),
-    "openvino": Registered(
-        "openvino", "openvino",
-        f"{_OV}.ov_recipe:faults", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True,
-    ),
-    "tensorrt": Registered("tensorrt", "tensorrt", _FAULTS, _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
-    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _FAULTS, _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
-}  # fmt: skip
+    "openvino": Registered("openvino", "openvino", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True),
+    "tensorrt": Registered("tensorrt", "tensorrt", _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
+    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
+}
 PACKAGES = {entry.package: entry.extra for entry in BACKENDS.values() if entry.extra != "gpu"}
 """Package of a backend -> the extra that installs it. `gpu` installs another distribution of `cpu`'s package."""
 Launch = Callable[[], None]
-"""Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
-enqueued (CUDA).
-"""
+"""Run one engine on its memory: the outputs are there when it returns (CPU), or the work is enqueued (CUDA)."""
 
 
 class Started(Protocol):
     """A started backend."""
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines | DeviceEngines:
-        """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
-        that this kind of backend has not.
-        """
+        """Load all engines. Raises BackendError where they do not run here, PolicyError for another `dispatch`."""
         ...
 
 
@@ -98,9 +82,7 @@ def require_backend(name: str) -> None:
 
 
 def load_backend(name: str, threads: int) -> Started:
-    """Import and start a backend; for GPU targets it is a Cuda. Raises BackendError that names the missing package or
-    device.
-    """
+    """Import and start a backend. Raises BackendError that names the missing package or device."""
     require_backend(name)
     return BACKENDS[name].part("load")(name, threads)  # type: ignore[no-any-return]
 

@@ -1,11 +1,9 @@
-"""Makers of engines: what a backend can compile and run on this machine, and how it makes the engines of a build. Only
-`save` needs onnx: a device measures and runs without it.
-"""
+"""Makers of engines: what a backend compiles and runs on this machine. Only `save` needs onnx."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,15 +40,17 @@ class Backend(ABC):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together in the recipe."""
+        yield from ()
+
     @property
     def extra(self) -> str:
         """Name of the extra of dash-export that installs the backend's package."""
         return BACKENDS[self.recipe.backend].extra
 
     def here(self) -> Backend:
-        """Return the maker for this machine: this one or, where only another machine can compile, one that lowers for
-        that. Raises BackendError where something is missing.
-        """
+        """Return the maker for this machine: one that compiles or, for another, lowers. Raises BackendError."""
         if (reason := self.build_obstacle()) is not None:
             raise BackendError(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
         return self
@@ -115,25 +115,19 @@ class Backend(ABC):
         return None
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """Return the segments of a build. Where the policy is an engine of its own, the layers are cut before the layer
-        whose input it reads, so that this input is the output of an engine.
-        """
+        """Return the segments of a build, cut before the layer whose input a policy of its own reads."""
         policy = manifest.policy
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
-        weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
-        """
+        """Write one engine as `out` plus a suffix; it shares weights of the files `extended`. Return its files."""
         from dash_export.graphs.lower.surgery import save_extending
 
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
 
     def compile(self, graph: Path, folder: Path, out: Path) -> list[Path]:
-        """Compile a lowered graph to an engine, `out` plus a suffix. `folder`: where finished files lie. Needs no onnx.
-        Return the engine's files.
-        """
+        """Compile a graph, without onnx, as `out` plus a suffix; `folder` has finished files. Return the files."""
         raise NotImplementedError(graph, folder, out)
 
 

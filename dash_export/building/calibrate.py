@@ -56,9 +56,7 @@ _INVERSE_BYTES = 40
 
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
-    """Return the key of what calibrated engines depend on besides their own graphs: the text, and the layers whose
-    outputs are their inputs. "" where nothing is calibrated.
-    """
+    """Return the key of what calibrated engines depend on besides their graphs, "" where nothing is calibrated."""
     if recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
         return ""
     text = sha256_file(resource_folder("calibration") / TEXT)
@@ -162,9 +160,7 @@ def _round_layer(
     states: list[Floats],
     feeds: Arrays,
 ) -> Iterator[tuple[str, Rounded | float]]:
-    """Round the layer's int4 matrices, and measure the largest input of its fp8 matrices. While it
-    measures, the graph's only outputs are the inputs of all these matrices.
-    """
+    """Round the layer's int4 matrices, and measure the inputs of its fp8 ones, as the graph's only outputs."""
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node, precision in precisions.items():
         assert node.inputs[0] is not None
@@ -217,9 +213,7 @@ def _outputs(model: ir.Model, file: Path, states: list[Floats], feeds: Arrays) -
 
 
 def _round_group(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
-    """Round matrices that have the same input. Yield nothing where no block size divides the input: the matrices then
-    stay as they are. For ONNX Runtime (`ort`) any block size does: it pads a last, shorter block.
-    """
+    """Round matrices of the same input; nothing where no block size divides it. `ort` pads a shorter block."""
     weights = recipe.weights
     block = weights.block_size if recipe.dialect == "ort" else block_of(len(matrices[0]), weights.block_size)
     if block is not None:

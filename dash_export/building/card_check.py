@@ -36,17 +36,14 @@ from dash_export.runtime import DashRuntime
 from dash_export.runtime.runtime import DISPATCH_MODES
 
 PROMPT, TOKENS, ROUNDS = 8, 32, 10
-"""Tokens of the prompt of answers that are compared; tokens decoded at a time, and how often they are timed: one round
-more warms up."""
+"""Tokens of a prompt, and of an answer; rounds that are timed, after one that warms up."""
 LOST = 16 << 20
 """Bytes that a conversation may keep for good, at most: drivers allocate in blocks."""
 
 
 @dataclass
 class CardCheck:
-    """What the steps know. `given`: the target, a name or a file; `machine`: what `doctor` says of it; `facts`:
-    figures for the report.
-    """
+    """What the steps know. `given`: the target; `machine`: what `doctor` says; `facts`: figures for the report."""
 
     bundle: Bundle
     given: str
@@ -78,9 +75,7 @@ class CardCheck:
         return self.runtimes["sync"].engines.device  # type: ignore[union-attr]
 
     def rules(self) -> dict[str, Rule]:
-        """Return how tokens are decoded: dense, half of the units skipped, and as the policy decides at limits by which
-        it skips half of the references' tokens.
-        """
+        """Return how tokens are decoded: dense, half of the units skipped, and by the references' limits."""
         policy, found = self.bundle.manifest.policy, dict[str, Rule](dense=DENSE)
         if policy.units:
             order = policy.static_order or range(len(policy.units))
@@ -110,9 +105,7 @@ class Outcome:
 
 
 def card_target(bundle: Bundle, target: str | None) -> str:
-    """Return the GPU target to check: the given one, or the only one of the bundle. Raises BundleError, and
-    BackendError for a target without a card.
-    """
+    """Return the GPU target to check: the given one, or the bundle's only one. Raises BundleError, BackendError."""
     found = [target] if target else bundle.targets()
     names = {name.removesuffix(LOWERED) for name in found if target or bundle.load_build(name).recipe.on_device}
     if len(names) != 1:

@@ -82,9 +82,7 @@ def export(
 
 
 def checked_output(output: str | Path) -> Path:
-    """Return the path that an export to `output` writes. Raises BundleError where something that is no bundle lies
-    there, OutputError where nothing could be written.
-    """
+    """Return the path that an export writes. Raises BundleError for what is no bundle, OutputError."""
     path = outputs.output_path(output)
     check_outside_bundles(path)
     refuse_foreign(path)
@@ -99,9 +97,7 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raise BundleError where something that is neither a bundle nor an empty folder lies at `output`, OutputError for
-    a link.
-    """
+    """Raise BundleError for what is neither a bundle nor an empty folder, OutputError for a link."""
     outputs.refuse_link(output)
     if not outputs.is_free(output) and not is_bundle(output):
         raise BundleError(

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,23 @@ from dash_export.backends.base import load_backend
 from dash_export.backends.maker import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial_table import calibrate_dial
-from dash_export.building.pruning import check_prunable, prune
 from dash_export.building.references import compare_engines, find_references
 from dash_export.bundle.bundle import Bundle, Seal
-from dash_export.bundle.layout import BUILD, CALIBRATION, LOWERED, SIGNATURE
+from dash_export.bundle.layout import BUILD, CALIBRATION, LOWERED, ROUNDINGS, SIGNATURE
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import SCHEMA, Build, EngineRecord
 from dash_export.bundle.signing import check_trusted
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError, StaleBuildError
-from dash_export.files.artifacts import Artifact, ArtifactStore, FileRecord, Progress, content_key, no_progress
+from dash_export.files.artifacts import (
+    TEMPORARY,
+    Artifact,
+    ArtifactStore,
+    FileRecord,
+    Progress,
+    content_key,
+    no_progress,
+    sync,
+)
 from dash_export.files.outputs import (
     check_writable,
     folder_locked,
@@ -30,6 +39,7 @@ from dash_export.files.outputs import (
     output_path,
     own_folder,
     own_secret,
+    remove,
 )
 from dash_export.runtime import DashRuntime
 
@@ -74,10 +84,10 @@ def build(
         with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
             bundle.manifest = Bundle.open(bundle.root).manifest  # as it is under the lock
             if not keep_portable:
-                check_prunable(bundle, recipe)
+                _check_prunable(bundle, recipe)
             made = _build(bundle, backend, verify, measure, progress)
     if not keep_portable:
-        prune(bundle, root)
+        _prune(bundle, root)
     return made
 
 
@@ -151,6 +161,29 @@ def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progre
     return finished
 
 
+def _check_prunable(bundle: Bundle, recipe: Recipe) -> None:
+    """Raise BundleError where the engines of `recipe`, or of a finished build, are the portable graphs themselves."""
+    users = [recipe.name] if not recipe.on_device and recipe.dialect == "portable" else []
+    for target in bundle.targets():
+        with suppress(BundleError):  # a stale build runs no more in any case
+            users += [] if bundle.load_build(target).files else [target]
+    if users:
+        raise BundleError(f"{bundle.root}: the engines for {users[0]!r} are the portable graphs, which have to stay.")
+
+
+def _prune(bundle: Bundle, root: Path) -> None:
+    """Delete the portable graphs and what calibrations left. Raises BusyError where somebody works here."""
+    with folder_locked(root, (root / "engines").glob(lock_file(Path("*")).name), shared=False):
+        gone = root / f"{TEMPORARY}onnx"
+        remove(gone)  # what a killed run left
+        if bundle.has_graphs:
+            (root / "onnx").rename(gone)  # at once, for half of the graphs would be a damaged bundle
+            sync(root)
+        calibrated = (path for name in (ROUNDINGS, CALIBRATION) for path in (root / "engines").glob(f"*/{name}"))
+        for path in (gone, *calibrated):
+            remove(path)
+
+
 def _check_savable(bundle: Bundle) -> None:
     """Raise OutputError, before the work, where the new record could not be written at its end."""
     check_writable(bundle.root)
@@ -216,9 +249,7 @@ def _reusable_build(bundle: Bundle, draft: Build) -> Build | None:
 
 
 def _lowered_build(bundle: Bundle, backend: Backend) -> Build | None:
-    """Return the lowered graphs to compile: those that came with the bundle, where this version would make the same of
-    this recipe. None where this machine lowers, or nothing came.
-    """
+    """Return the lowered graphs that came with the bundle, if this version would make the same of this recipe."""
     name = f"{backend.recipe.name}{LOWERED}"
     if name not in bundle.targets():
         return None

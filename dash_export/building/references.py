@@ -122,9 +122,7 @@ def compare_engines(runtime: DashRuntime, path: Path, progress: Progress = no_pr
 
 
 def _allowed(bundle: Bundle, recipe: Recipe, engines: DeviceEngines) -> Iterator[tuple[str, float]]:
-    """Yield every engine and its tolerance, in the order of a token. A bypass comes first: what runs its unit for later
-    tokens reads the keys and values that it leaves.
-    """
+    """Yield every engine and its tolerance, a bypass before its unit, which reads the keys that it leaves."""
     gated = bundle.manifest.policy.layers
     for place, loaded in enumerate(engines.segments):
         own = loaded.segment

@@ -187,7 +187,7 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
         if recipe.runtime.device != RuntimeRecipe.device and not BACKENDS[recipe.backend].devices:
             known = ", ".join(name for name, entry in BACKENDS.items() if entry.devices)
             yield f"device is for the backend {known}: leave it out."
-        yield from BACKENDS[recipe.backend].part("faults")(recipe)
+        yield from BACKENDS[recipe.backend].part("maker")(recipe).faults()
 
 
 def with_weights(

@@ -1,6 +1,4 @@
-"""A Hugging Face config of an encoder, read without trust, as an `EncoderSpec`; and learned positions for another
-size of pictures.
-"""
+"""A Hugging Face config of an encoder, read without trust, as an `EncoderSpec`; positions for another size."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -123,9 +121,7 @@ def labels(config: Config) -> int:
 
 
 def renamed(layers: str, table: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function from names here to names in a file. `layers`: what a file writes for `model.layers`; `table`:
-    the file's name for each name here, without the layer and without `.weight` or `.bias`.
-    """
+    """Return a function from names here to names in a file: `layers` for `model.layers`, and a `table`."""
 
     def name(own: str) -> str:
         layer, rest = "", own
@@ -157,9 +153,7 @@ def resized(table: Float32Array, old: Size, new: Size, antialias: bool) -> Float
 
 
 def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the weights [new, old]: Keys' cubic with a = -0.75, or with `antialias` a = -0.5 and a wider support where
-    there are fewer points than before, as torch has them.
-    """
+    """Return Keys' cubic weights [new, old], as torch has them, with or without `antialias`."""
     scale, a = old / new, -0.5 if antialias else -0.75
     wide = max(scale, 1.0) if antialias else 1.0
     found = np.zeros((new, old))

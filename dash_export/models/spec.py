@@ -249,9 +249,7 @@ class Weight:
     packed: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Return rows [start, stop) as float32. Raises CheckpointError naming the tensor when they cannot be read or
-        are not finite.
-        """
+        """Return rows as float32. Raises CheckpointError where they cannot be read or are not finite."""
         try:
             with np.errstate(all="ignore"):
                 found = np.asarray(self.rows(start, stop), np.float32)
@@ -301,9 +299,7 @@ class AnyCheckpoint:
         return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
-        """Raise CheckpointError when a file is not the one it was at opening: what was read before and after the change
-        would be of two models (or texts).
-        """
+        """Raise CheckpointError when a file changed since opening: the rest would be of another model."""
         for path, known in self.seen.items():
             if not path.exists() or identity(path) != known:
                 raise CheckpointError(f"{path} changed while it was read. Wait until it is whole, and run this again.")
@@ -324,9 +320,7 @@ class EncoderCheckpoint(AnyCheckpoint):
 
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:
-    """Yield the tensor as consecutive blocks of rows of about `block_bytes` as float32, so that a caller never holds
-    more than one.
-    """
+    """Yield the tensor as float32 blocks of rows of about `block_bytes`, so that one at a time is in memory."""
     rows = weight.shape[0] if weight.shape else 0
     step = max(1, block_bytes // max(1, 4 * prod(weight.shape[1:])))
     for start in range(0, rows, step):

@@ -21,9 +21,7 @@ _CONFIG = {
     *("no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 }
-"""Config keys that define the decoder; each is checked where it is read. Other keys of an untrusted config (labels,
-float types, a task's parameters) are left out: transformers would obey them, too.
-"""
+"""Config keys that define the decoder, checked where they are read: transformers would obey others, too."""
 _NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 """Keys in which null has a meaning; in any other key it stands for the default."""
 
@@ -77,9 +75,7 @@ def logits_of(model: Any, final: torch.Tensor, traits: Traits) -> torch.Tensor:
 
 
 class LayerInputs:
-    """Inputs of every layer beside the hidden state: its attention mask and its rotary embedding, for passes that start
-    at position 0.
-    """
+    """Inputs of every layer beside the hidden state, mask and rotary embedding, of passes from position 0 on."""
 
     def __init__(self, model: Any, spec: DecoderSpec, hidden: torch.Tensor) -> None:
         """Prepare the inputs for `hidden` [batch, tokens, hidden], which enters the first layer."""

@@ -52,7 +52,6 @@ H100 = CudaDevice(0, "NVIDIA H100", "9.0", 80 << 30, False, "13.0")
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No driver, another device, the right one without and with the package."""
     backend = backend_of(load_recipe("h100"))
     missing = {"tensorrt", "tensorrt_rtx"}
     monkeypatch.setattr(trt_maker, "find_spec", lambda name: None if name in missing else object())

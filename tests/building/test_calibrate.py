@@ -24,18 +24,9 @@ from dash_export.files.resources import resource_folder
 from dash_export.graphs.lower.grid import grid_from, packed
 from dash_export.graphs.lower.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.text.tokenizer import Text
 from tests.tiny import save_model, tiny_bundle, tiny_policy
 
 UNIT, DOWN = "layers_02-03", "layer_03/mlp/down_proj"
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_layers_are_written_beside_the_bundle(own: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/tmp may be small, or memory."""
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    assert build(own, "cpu", verify=True).verification
-    assert not list(own.root.rglob(".tmp-*"))
 
 
 def test_a_matrix_too_large_to_invert(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +88,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, targets: dict[str, str]) ->
 
 @pytest.fixture
 def own(bundle: Bundle, tmp_path: Path) -> Bundle:
-    """A copy to change."""
     return Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
 
 
@@ -182,18 +172,15 @@ def test_without_onnx_runtime(own: Bundle, target: str, monkeypatch: pytest.Monk
     build(own, target, rounding="nearest")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", None])
-def test_a_damaged_file(content: bytes | None, bundle: Bundle, tmp_path: Path) -> None:
-    whole = bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
-    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2] if content is None else content)
+@pytest.mark.parametrize("content", [b"", b"PK", "half", "compressed"])
+def test_a_damaged_file(content: bytes | str, bundle: Bundle, tmp_path: Path) -> None:
+    """Or one that would fill the memory."""
+    path, whole = tmp_path / FILE, bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
+    path.write_bytes(content if isinstance(content, bytes) else whole[: len(whole) // 2])
+    if content == "compressed":
+        np.savez_compressed(path, **{f"{DOWN}.codes": np.zeros(1 << 20, np.uint8), "key": np.array("x")})
     with pytest.raises(BundleError, match=r"is damaged .* Delete it and build again"):
-        roundings_lookup(tmp_path / FILE)(DOWN)
-
-
-def test_a_file_that_fills_the_memory(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / FILE, **{f"{DOWN}.codes": np.zeros(1 << 20, np.uint8), "key": np.array("x")})
-    with pytest.raises(BundleError, match="is compressed"):
-        roundings_lookup(tmp_path / FILE)(DOWN)
+        roundings_lookup(path)(DOWN)
 
 
 def test_what_is_not_of_this_matrix(own: Bundle, target: str) -> None:
@@ -235,46 +222,26 @@ def test_other_units_keep_it(
         build(fewer, str(apart))
 
 
-def test_other_recipes(own: Bundle, target: str, tmp_path: Path) -> None:
-    """To nearest under the same name, with other blocks; and without any int4."""
-    path = tmp_path / "small-cuda.toml"
-    text = Path(target).read_text().replace('"gptq"', '"nearest"').replace("block_size = 32", "block_size = 16")
-    path.write_text(text)
-    build(own, str(path))
-    assert held(own, "small-cuda", UNIT, f"{DOWN}/weight")[1].shape[0] == 96 // 16
-    build(own, target, weights="int8")
-    assert not list(own.path("engines").glob(f"small-cuda*/{FILE}"))
-
-
-def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
-    odd = Bundle.open(tiny_bundle(tmp_path, intermediate_size=104))
-    build(odd, target, verify=True)
-    assert roundings_lookup(odd.path(f"engines/small-cuda/{FILE}"))(DOWN) is None
-    assert kept(odd, "layer_03/mlp/up_proj").block == 32
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
-    error: BaseException, own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    own: Bundle, targets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And comes to the same codes. A layer has four groups of matrices, so the tenth call is of the third layer."""
+    """And comes to the same codes. A layer has four groups of matrices, so the tenth call is of the third layer. Layers
+    are written beside the bundle: /tmp may be small, or memory.
+    """
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     folder, whole = own.path("engines/small-cpu"), calibrate.gptq
     expected = folder.joinpath(FILE).read_bytes()
     shutil.rmtree(folder)
-    monkeypatch.setattr(calibrate, "gptq", Mock(side_effect=error))
-    with pytest.raises(type(error)):
-        build(own, targets["cpu"])
-    assert {path.name for path in folder.rglob("*")} <= {".journal.json", "calibration"}
     calls, stop = list[int](), 10
 
     def counted(*given: Any) -> Rounded:
         calls.append(len(given[0]))
         if len(calls) == stop:
-            raise error
+            raise KeyboardInterrupt
         return whole(*given)
 
     monkeypatch.setattr(calibrate, "gptq", counted)
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         build(own, targets["cpu"])
     kept = {path.name for path in folder.rglob("*")}
     assert kept == {".journal.json", "calibration", "layer_00.npz", "layer_01.npz"}
@@ -284,15 +251,6 @@ def test_an_interrupted_calibration_goes_on_after_its_last_whole_layer(
     assert len(calls) == 6 * 4 + 1 - 2 * 4
     assert folder.joinpath(FILE).read_bytes() == expected
     assert not (folder / "calibration").exists()
-
-
-def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = calibrate._windows(Bundle.open(tiny_root))
-    monkeypatch.setattr(Text, "beginning", np.array([7, 8]))
-    found = calibrate._windows(Bundle.open(tiny_root))
-    assert found.shape == plain.shape
-    assert (found[..., :2] == [7, 8]).all()
-    np.testing.assert_array_equal(found[0, 0, 2:], plain[0, 0, :-2])
 
 
 @pytest.mark.parametrize("family", ["olmo2", "llama"])

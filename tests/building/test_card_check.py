@@ -142,7 +142,6 @@ def test_stale_lengths(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_that_skips_other_units(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one mode takes it."""
     sound = CudaGraph.branch
     monkeypatch.setattr(
         CudaGraph, "branch", lambda graph, stream, unit, run, skip: sound(graph, stream, unit, skip, run)

@@ -28,7 +28,6 @@ def moments(inputs: np.ndarray) -> np.ndarray:
 
 
 def nearest(matrix: np.ndarray) -> Rounded:
-    """ONNX Runtime's own rounding."""
     packed, scales, zeros = quantize_block(matrix, 4, BLOCK, False)
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(matrix.shape[1], -1).T
     offsets = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(matrix.shape[1], -1)[:, : len(matrix) // BLOCK].T
@@ -55,7 +54,6 @@ def test_few_columns_at_a_time_give_the_same(case: Arrays, monkeypatch: pytest.M
 
 
 def test_odd_matrices(case: Arrays) -> None:
-    """Columns of zeros, inputs of which nothing is known, a last short block."""
     inputs, matrix = case[0], case[1].copy()
     unknown = gptq(matrix, np.zeros((ROWS, ROWS)), BLOCK, False).dequantized()
     assert np.square(unknown - matrix).mean() < 1.1 * np.square(nearest(matrix).dequantized() - matrix).mean()

@@ -17,7 +17,6 @@ from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import ANSWERS
 from dash_export.core.dial import DialPoint
-from dash_export.core.policy import narrowed
 from dash_export.errors import BackendError, BundleError, PolicyError
 from dash_export.models import Checkpoint
 from dash_export.text.chats import chats_text
@@ -63,7 +62,6 @@ def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tiny_roo
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_measured_again(asked: bool, bundle: Bundle, made: list[str]) -> None:
-    """Where it is asked for, and where a trade-off meant something else."""
     before = bundle.load_build("cpu-fp32")
     if not asked:
         edit(bundle.path("engines/cpu-fp32/build.json"), lambda data: data.update(measuring=0))
@@ -76,8 +74,7 @@ def test_measured_again(asked: bool, bundle: Bundle, made: list[str]) -> None:
     assert again == bundle.load_build("cpu-fp32")
 
 
-@pytest.mark.parametrize("name", ["onnx/policy.onnx", "tokenizer.json"])
-@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize(("name", "measure"), [("onnx/policy.onnx", False), ("tokenizer.json", True)])
 def test_what_a_build_only_reads_is_hashed_too(name: str, measure: bool, bundle: Bundle) -> None:
     """Of the policy it takes the bias, and by the tokenizer the dial is calibrated; no engine is made of them anew."""
     before, damaged = bundle.load_build("cpu-fp32"), bytearray(bundle.path(name).read_bytes())
@@ -124,18 +121,20 @@ def test_costs_measured_beside_other_load(
     assert "0.6 processors work for others, 0.0 are withheld by the host: the costs and the dial" in caplog.text
 
 
-def test_a_dial_of_an_earlier_measuring_is_not_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even beside load, where a copy without graphs is measured."""
+@pytest.mark.parametrize("other", ["machine", "measuring"])
+def test_what_another_machine_or_an_earlier_version_measured_is_not_kept(
+    other: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even beside load, where a copy without graphs is measured: the processor's name does not tell its cores."""
     known = bundle.load_build("cpu-fp32")
     wrong = (*known.dial[:-1], replace(known.dial[-1], kl=123.0))
-    bundle.save_build(
-        replace(known, cost=replace(known.cost, others=0.0), dial=wrong, measuring=pipeline.MEASURING_REVISION - 1)
-    )
+    before = {"device": "the same, 64 cores"} if other == "machine" else {"measuring": pipeline.MEASURING_REVISION - 1}
+    bundle.save_build(replace(known, cost=replace(known.cost, others=0.0), dial=wrong, **before))  # type: ignore[arg-type]
     shutil.rmtree(bundle.path("onnx"))
-    monkeypatch.setattr(pipeline, "measure_cost", lambda *_: replace(known.cost, others=0.9))
+    monkeypatch.setattr(pipeline, "measure_cost", lambda *_: replace(known.cost, dense_us=7.0, others=0.9))
     monkeypatch.setattr(pipeline, "PAUSE", 0.0)
     made = build(bundle, "cpu", weights="fp32", measure=True)
-    assert made.measuring == pipeline.MEASURING_REVISION
+    assert (made.device, made.cost.dense_us, made.measuring) == (known.device, 7.0, pipeline.MEASURING_REVISION)
     assert made.dial[-1].kl != 123.0
 
 
@@ -148,17 +147,6 @@ def test_a_unit_that_saves_nothing_takes_no_point_of_the_dial(tiny_runtime: Call
 
     assert max(points(0.25, 0.0)) < 1e4
     assert len(points(0.0, 0.0)) > 2
-
-
-def test_costs_of_another_machine_are_not_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even beside load, where a copy without graphs is measured: the processor's name does not tell its cores."""
-    known = bundle.load_build("cpu-fp32")
-    bundle.save_build(replace(known, device="the same, 64 cores", cost=replace(known.cost, others=0.0)))
-    shutil.rmtree(bundle.path("onnx"))
-    monkeypatch.setattr(pipeline, "measure_cost", lambda *_: replace(known.cost, dense_us=7.0, others=0.9))
-    monkeypatch.setattr(pipeline, "PAUSE", 0.0)
-    made = build(bundle, "cpu", weights="fp32", measure=True)
-    assert (made.device, made.cost.dense_us) == (known.device, 7.0)
 
 
 def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,26 +208,6 @@ def test_a_kill_before_what_takes_up_the_weights_of_an_engine_made_again(bundle:
     assert made == ["bypass_02-03", "mixed_02-03"]
 
 
-def test_fewer_units_leave_no_orphans(bundle: Bundle, tiny_model: Checkpoint) -> None:
-    fewer = narrowed(tiny_policy(tiny_model), (4,))
-    made = build(export(tiny_model, bundle.root, fewer), "cpu", weights="fp32")
-    on_disk = {path.name for path in bundle.path("engines/cpu-fp32").iterdir()}
-    assert on_disk == {Path(record.name).name for record in made.files} | {"build.json", ".journal.json"}
-
-
-def test_cost_and_budget_tables(bundle: Bundle) -> None:
-    made = bundle.load_build("cpu-fp32")
-    assert len(made.cost.cost) == 2
-    assert all(0 < cost < 1 for cost in made.cost.cost)
-    assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
-    points = made.dial
-    assert [point.trade_off for point in points] == sorted(point.trade_off for point in points)
-    assert points[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
-    assert points[-1].layers == 3, "at last every unit is skipped"
-    assert all(point.kl > 0.01 for point in points if point.layers < 5)
-    assert all(0 < point.time < 1 for point in points if point.layers < 5)
-
-
 def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """One setting, decoded token by token: layers, time, and KL from dense written out in float64."""
     monkeypatch.setattr(dial_table, "WINDOWS", 2)
@@ -249,7 +217,14 @@ def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> No
     runtime = DashRuntime.load(bundle.root, made.target)
     items = dial_table._calibration_items(runtime)
     assert [(len(ids), prefix) for ids, prefix in items] == [(48, 24), (48, 24)]
-    point = made.dial[1]
+    costs, points = made.cost, made.dial
+    assert len(costs.cost) == 2
+    assert all(0 < cost < 1 for cost in costs.cost)
+    assert costs.dense_us == pytest.approx(sum(costs.segment_us.values()), rel=1e-3)
+    assert [point.trade_off for point in points] == sorted(point.trade_off for point in points)
+    assert points[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
+    assert points[-1].layers == 3, "at last every unit is skipped"
+    point = points[1]
     taken, divergence = [], []
     for window, _ in items:
         dense, skipping = runtime.session("dense"), runtime.session("token", trade_off=point.trade_off)
@@ -289,11 +264,10 @@ def test_the_dial_is_of_the_answers_that_came_with_the_policy(bundle: Bundle, ti
     assert not (export(tiny_model, own.root, policy).root / ANSWERS).exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
+def test_precisions_lie_side_by_side(bundle: Bundle) -> None:
     """Each with costs and a dial of its own; the exported policy is enough for these."""
     key, known = bundle.manifest.key, bundle.load_build("cpu-fp32")
-    made = build(bundle, "cpu", weights=precision)
+    made = build(bundle, "cpu", weights="int4")
     assert Bundle.open(bundle.root).manifest.key == key
     assert DashRuntime.load(bundle.root, made.target).generate(random_ids(5), 9, skipped=1.5).actions.any()
     assert DashRuntime.load(bundle.root, "cpu-fp32").generate(random_ids(5), 3).tokens.size == 3
@@ -354,7 +328,6 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
 
 
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
-    """A machine with TensorRT has none, and need not have."""
     shutil.rmtree(bundle.root / "engines")
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"

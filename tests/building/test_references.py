@@ -33,13 +33,11 @@ Change = Callable[[onnx.GraphProto], None]
 
 @pytest.fixture(autouse=True)
 def compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds that are compared and not timed."""
     monkeypatch.setattr(pipeline, "measure_cost", lambda bundle, *_: uniform_cost(bundle.manifest))
     monkeypatch.setattr(pipeline, "calibrate_dial", lambda *_: ())
 
 
 def test_sound_engines_agree(own: Path) -> None:
-    """And how nearly they do is kept."""
     with installed(Card()):
         told = done("build", own, "--target", "mine").stdout
     assert "Verified: 8 engines, on a card (compute capability 12.0), with states and logits of the" in told
@@ -75,7 +73,6 @@ def scaled(name: str, factor: float) -> Change:
 
 
 def swapped(one: str, other: str) -> Change:
-    """Of two weights, or two outputs."""
 
     def change(graph: onnx.GraphProto) -> None:
         names = {one: other, other: one}
@@ -131,13 +128,9 @@ def test_a_broken_engine_is_named(what: str, own: Path, monkeypatch: pytest.Monk
         assert "mine" not in Bundle.open(own).targets()
 
 
-@pytest.mark.parametrize("what", ["stale positions", "other actions"])
-def test_what_joins_sound_engines(what: str, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_joins_sound_engines(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = DeviceStep._agreed
-    if what == "other actions":
-        monkeypatch.setattr(DeviceStep, "_agreed", lambda step, rules: ~sound(step, rules))
-    else:
-        monkeypatch.setattr(DeviceStep, "_note_positions", lambda _: None)
+    monkeypatch.setattr(DeviceStep, "_agreed", lambda step, rules: ~sound(step, rules))
     with (
         installed(Card()),
         pytest.raises(BackendError, match=r"Each engine agrees .* together their logits are off by"),

@@ -17,8 +17,15 @@ from tests.tiny_encoder import MODELS, PATCH, SIDE, random_pixels, save_encoder
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
-@pytest.mark.parametrize("side", [SIDE, SIDE - PATCH, SIDE + 2 * PATCH])
-@pytest.mark.parametrize("name", MODELS)
+LARGER, SMALLER = SIDE + 2 * PATCH, SIDE - PATCH
+CASES = [
+    *((name, SIDE) for name in MODELS),
+    *((name, LARGER) for name in ("dinov2-registers-classes", "vit-classes", "clip", "siglip", "dinov3")),
+    *((name, SMALLER) for name in ("dinov2", "dinov2-registers-classes", "dinov3-gated")),
+]
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
 def test_equals_transformers(tmp_path: Path, name: str, side: int) -> None:
     """At the size the model was made for, and at others, for which its positions are interpolated."""
     theirs = save_encoder(tmp_path / "model", name, side)

@@ -85,7 +85,6 @@ def tiny_model(
 
 
 def save_tiny(folder: Path, family: str, max_shard_size: str = "1GB", **options: Any) -> Any:
-    """Save a tiny model with its tokenizer; returns the transformers model."""
     model = tiny_model(family, **options)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
@@ -119,7 +118,6 @@ def assert_same_model(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def with_header(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A safetensors file whose header is changed."""
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
     change(header)

@@ -23,25 +23,16 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 WINDOWS = ["full_attention", *["sliding_attention", "full_attention"] * 2, "sliding_attention"]
 
 
-@pytest.mark.parametrize(
-    ("family", "places", "options"),
-    [
-        ("llama", (0, 1), {}),
-        ("qwen3", (0,), {}),
-        ("gemma3_text", (0,), {"head_dim": 16, "sliding_window": 5, "layer_types": WINDOWS}),
-        ("smollm3", (1,), {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
-        ("smollm3", (0,), {"pad_token_id": 0}),
-        ("olmo2", (0, 1), {"pad_token_id": 0}),
-    ],
-    ids=[
-        "two units behind one layer",
-        "two layers",
-        "layers with windows",
-        "layers that do not turn",
-        "by default",
-        "norms after",
-    ],
-)
+CASES = {
+    "two units behind one layer": ("llama", (0, 1), {}),
+    "layers with windows": ("gemma3_text", (0,), {"head_dim": 16, "sliding_window": 5, "layer_types": WINDOWS}),
+    "layers that do not turn": ("smollm3", (1,), {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+    "by default": ("smollm3", (0,), {"pad_token_id": 0}),
+    "norms after": ("olmo2", (0, 1), {"pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize(("family", "places", "options"), CASES.values(), ids=CASES)
 def test_is_the_model_that_always_skips(
     tmp_path: Path, family: str, places: tuple[int, ...], options: dict[str, Any]
 ) -> None:

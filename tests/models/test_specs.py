@@ -170,7 +170,6 @@ EARLIER = {"original_max_position_embeddings": 128}
     ids=["older name", "oldest name", "bases beside the scaling", "the config's original context", "an unused window"],
 )
 def test_two_configs_of_one_model(config: dict[str, Any], other: dict[str, Any], another: dict[str, Any]) -> None:
-    """As in transformers; and one config of another model."""
     assert decoder_spec(config) == decoder_spec(config | other) != decoder_spec(config | another)
 
 

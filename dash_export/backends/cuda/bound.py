@@ -42,9 +42,7 @@ class Part:
 
 
 class BoundEngines:
-    """Engines bound to memory for steps of `sequence` tokens of one sequence, or of one token of each of the cache's
-    first `batch` sequences.
-    """
+    """Engines bound for steps of `sequence` tokens of one sequence, or of one token of each of `batch` sequences."""
 
     def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int, batch: int = 1) -> None:
         assert 1 in (sequence, batch)
@@ -107,9 +105,8 @@ class BoundEngines:
         return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 
     def _launch_before_units(self, asks: bool, launch: Callable[..., None]) -> None:
-        """`launch` the segments before the first unit, and the policy if `asks`. On a stream of its own the policy
-        waits only for the state that it reads, and is there before the segment that hides it. That state is not
-        overwritten before the decision: the first unit would overwrite it, and is launched later.
+        """`launch` the segments before the first unit, and the policy if `asks`: on a stream of its own it waits only
+        for its state, which is not overwritten before the decision, and is there before the segment that hides it.
         """
         stream = self.engines.policy_stream
         for place in range(self.engines.first):
@@ -122,9 +119,7 @@ class BoundEngines:
             launch(POLICY)
 
     def launch(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
-        """Enqueue the policy, or a segment or its bypass with the cache writes that its engine leaves to the runtime:
-        of all new rows in one kernel, to the positions of the tokens, which it reads when it runs.
-        """
+        """Enqueue the policy, a segment or a bypass, and the cache writes left to the runtime, in one kernel."""
         part = self.parts[place]
         launch = self._policy if place == POLICY else part.bypass if bypass else part.run
         assert launch is not None

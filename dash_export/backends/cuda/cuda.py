@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.cuda.cuda_devices import CudaDevice, cuda_devices
-from dash_export.backends.cuda.kernels import launch
+from dash_export.backends.cuda.kernels import load_kernels
 from dash_export.bundle.records import Build
 from dash_export.errors import BackendError
 
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAIN, BESIDE = "main", "beside"
-"""Names of streams: layers run on MAIN; in `overlapped` and `device` dispatch the policy runs on BESIDE, before them
-where a card has no room for both: everything after it waits for what it says.
-"""
+"""Names of streams: layers run on MAIN; the policy on BESIDE, first where both want the card, unless `sync`."""
 Launch = Callable[[str], None]
 """Enqueue a bound engine on the stream of that name. Launches of engines loaded for different streams may overlap."""
 LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
@@ -105,14 +103,11 @@ class Cuda:
         return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
-        """Raise BackendError with the command `rebuild` where the build's engines were not compiled for this device and
-        this version. Without a backend's own checks accept every build.
-        """
+        """Raise BackendError with the command `rebuild` where engines were compiled for another device or version."""
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
-        """Check for free memory before anything is loaded. `engines`: bytes of each engine file (loaded ones do not
-        count); `cache`: bytes of one session's cache. Raises BackendError where so much is not free; only warns where
-        host and device share their memory.
+        """Raise BackendError where `engines` (bytes of each file; loaded ones do not count) and a session's `cache`
+        have no room; only warn where host and device share memory.
         """
         loaded = {path for path, _ in self.engines}
         weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
@@ -181,9 +176,7 @@ class Cuda:
         return array
 
     def copy(self, stream: str, to: Any, source: Any) -> None:
-        """Enqueue a copy of all of `source` to `to`: memory of the device, or a pinned host array, which must not
-        change until the stream has passed the copy.
-        """
+        """Copy all of `source` to `to`: memory of the device, or a pinned array that stays as it is until then."""
         rt = self.rt
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
@@ -205,8 +198,13 @@ class Cuda:
         memories: Sequence[CudaMemory],
         numbers: Sequence[tuple[int, Any]],
     ) -> None:
-        """Enqueue one of the kernels that no engine has (`kernels`)."""
-        launch(name, self.stream(stream), blocks, threads, [memory.address for memory in memories], numbers)
+        """Enqueue one of `kernels`. `numbers`: its arguments after the memories, with their types."""
+        driver: Any = import_module("cuda.bindings.driver")
+        pointers: list[tuple[int, Any]] = [(memory.address, ctypes.c_void_p) for memory in memories]
+        arguments, kernel, (x, y, z) = tuple(zip(*pointers, *numbers, strict=True)), load_kernels()[name], blocks
+        (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, self.stream(stream), arguments, 0)
+        if int(code):
+            raise BackendError(f"CUDA could not launch {name}: {code.name} ({int(code)}).")
 
     # --- order
 
@@ -257,9 +255,8 @@ class Cuda:
 
 
 class PromptMemory:
-    """Memory of one session's prompts. Every step of many tokens asks for the same buffers in the same order, so each
-    step takes over the buffers of the step before, whatever its length. A buffer that is too small is replaced by one
-    of at least twice its size.
+    """Memory of one session's prompts: each step takes over the buffers of the one before, in the same order, whatever
+    its length. A buffer that is too small is replaced by one of at least twice its size.
     """
 
     def __init__(self, device: Cuda) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ from dash_export.backends.cuda.cuda import require_bindings
 from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.maker import Backend
 from dash_export.bundle.layout import LOWERED
-from dash_export.bundle.recipe import EngineRecipe, Recipe
+from dash_export.bundle.recipe import QUANTISED, EngineRecipe, Recipe
 from dash_export.errors import BackendError
 
 
@@ -24,6 +26,37 @@ class GpuBackend(Backend):
         """The recipe's [engine] table."""
         assert self.recipe.engine is not None
         return self.recipe.engine
+
+    def faults(self) -> Iterator[str]:
+        recipe, weights, engine, precisions = (
+            self.recipe,
+            self.recipe.weights,
+            self.recipe.engine,
+            self.recipe.precisions,
+        )
+        if engine is None:
+            yield f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+            return
+        if recipe.dialect == "ort":
+            yield f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
+        capabilities = engine.capabilities
+        if not capabilities or not all(re.fullmatch(r"[1-9]\d?\.\d", item) for item in capabilities):
+            yield f'capabilities = {list(capabilities)} must be compute capabilities like "8.7".'
+            return
+        young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
+        if young and "7.5" in capabilities:
+            yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+        if weights.rounding == "as-is":
+            yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
+        if not weights.symmetric:
+            yield "symmetric must be true in [weights]: GPU engines take no zero points."
+        for part, value in precisions.items():
+            allowed = (engine.activations, *(() if part == "embedding" else QUANTISED))
+            if value not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                yield f"{part} = {value!r} is not one of {listed} (activations are fixed in [engine])."
+        if recipe.runtime.prefill_chunk > engine.kv_capacity:
+            yield f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
 
     def require_runtime(self) -> None:
         if (reason := self.device_obstacle()) is not None:
@@ -66,6 +99,11 @@ class LoweringBackend(GpuBackend):
 
 class CudaBackend(GpuBackend):
     """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.recipe.engine is not None and "fp8" in self.recipe.precisions.values():
+            yield f"'fp8' is for TensorRT; {self.recipe.backend} takes {self.engine.activations!r}, 'int8' or 'int4'."
 
     def require_runtime(self) -> None:
         super().require_runtime()

@@ -10,7 +10,7 @@ from math import prod
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.host.cache import Sequences
-from dash_export.backends.host.segments import Timed, timed_token
+from dash_export.backends.host.segments import timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import DAMAGED, POLICY, Build, Segment
 from dash_export.core.units import Unit
@@ -32,19 +32,15 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """Counterpart of `EngineSet` on a device. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
-    its `sequences` bounds how many sequences decode together.
-    """
+    """Counterpart of `EngineSet` on a device, whose caches do not grow (`kv_capacity`, `sequences` of the recipe)."""
 
     mixes = takes_embeddings = gives_state = grows = shows_states = False
     mixed = ()
+    timed = timed_token
 
     def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:
-        """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
-        where steps cannot be recorded.
-
-        Raises BundleError where the policy's engine is missing, or the segment before the first unit does not begin at
-        the state that the policy reads, and BackendError where the device has no room.
+        """Load all engines. `device` becomes `overlapped` where steps cannot be recorded. Raises BundleError where the
+        policy cannot be asked, BackendError where there is no room.
         """
         recipe = build.recipe
         assert recipe.engine is not None
@@ -101,18 +97,12 @@ class DeviceEngines:
     def cache(self, _step: int, sequences: int = 1) -> DeviceCache:
         return DeviceCache(self, sequences, self.recipe.kv_capacity)
 
-    def timed(self, context: int) -> Timed:
-        """Return `timed_token` of these engines."""
-        return timed_token(self, context)
-
     def step(self, cache: DeviceCache, sequence: int, _teacher_forced: bool = False, batch: int = 1) -> DeviceStep:
         return self.step_kind(self, cache, sequence, batch)
 
 
 class DeviceCache(Sequences):
-    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines'
-    type. Rows of a sequence from its length on are free.
-    """
+    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim]."""
 
     def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
         super().__init__(sequences)
@@ -129,9 +119,7 @@ class DeviceCache(Sequences):
         """What the last step has launched ahead; whoever writes to the cache after it takes this away."""
 
     def reserve(self, rows: int) -> None:
-        """Allocate memory for the whole capacity, once. Raises ContextLengthError where `rows` exceed the capacity, and
-        BackendError where so much is not free.
-        """
+        """Allocate the whole capacity, once. Raises ContextLengthError for more `rows` than it, BackendError."""
         if rows > self.capacity:
             raise ContextLengthError(
                 f"These engines hold {self.capacity} tokens and {rows} are wanted: shorten the prompt, or build with a "

@@ -1,9 +1,5 @@
-"""Kernels that no engine has: kernels.cu, shipped as PTX that every driver of CUDA 12 or newer takes. Not yet run on a
-GPU.
-"""
+"""Kernels that no engine has: kernels.cu, shipped as PTX for every driver of CUDA 12. Not yet run on a GPU."""
 
-import ctypes
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -29,21 +25,3 @@ def load_kernels() -> dict[str, Any]:
         )
     names = [line.split()[2].rstrip(b"(") for line in text.splitlines() if line.startswith(b".visible .entry")]
     return {name.decode(): driver.cuModuleGetFunction(module, name)[1] for name in names}
-
-
-def launch(
-    name: str,
-    stream: int,
-    blocks: tuple[int, int, int],
-    threads: int,
-    addresses: Sequence[int],
-    numbers: Sequence[tuple[int, Any]],
-) -> None:
-    """Enqueue a kernel. `numbers`: its arguments after the addresses, with their types. Raises BackendError."""
-    driver: Any = import_module("cuda.bindings.driver")
-    pointers: list[tuple[int, Any]] = [(address, ctypes.c_void_p) for address in addresses]
-    arguments = tuple(zip(*pointers, *numbers, strict=True))
-    kernel, (x, y, z) = load_kernels()[name], blocks
-    (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, stream, arguments, 0)
-    if int(code):
-        raise BackendError(f"CUDA could not launch {name}: {code.name} ({int(code)}).")

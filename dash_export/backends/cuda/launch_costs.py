@@ -26,33 +26,22 @@ _COPIED = 256 << 20
 
 
 def probe(device: Cuda) -> dict[str, Any]:
-    """Measure microseconds (medians, by the host's clock to the end of the work) and bytes per second; of a graph that
-    cannot be recorded, return the reason. Takes a few seconds. Raises BackendError where the kernels do not load.
+    """Measure microseconds (medians, by the host's clock to the end of the work) and bytes per second, for a few
+    seconds; of a graph that cannot be recorded, return the reason. Raises BackendError where the kernels do not load.
     """
     found: dict[str, Any] = {"units": UNITS, "kernels": KERNELS, "token_us": {}}
     small, table = [device.memory(256) for _ in range(3)], Mirror(device, (1, 2), np.uint64)
     table.host[:] = small[0].address, small[1].address
     device.copy(MAIN, table.memory, table.host)
     numbers = [(1, ctypes.c_int), (1, ctypes.c_longlong), (1, ctypes.c_longlong)]
+    damage, limits = Mirror(device, (UNITS,), np.float32), Mirror(device, (UNITS,), np.float64)
+    skipped, end = Mirror(device, (UNITS,), np.bool_), partial(device.synchronize, MAIN)
 
     def launches(count: int, stream: str = MAIN) -> None:
         for _ in range(count):
             device.kernel("write_rows", stream, (1, 1, 1), 1, (table.memory, small[2]), numbers)
 
-    def work(stream: str) -> None:
-        launches(KERNELS, stream)
-
-    def record_work(stream: str, _graph: Any) -> None:
-        work(stream)
-
-    found["launch_us"] = _timed(lambda: launches(100), lambda: device.synchronize(MAIN), ended=False) / 100
-    found["wait_us"] = _timed(lambda: launches(1), lambda: device.synchronize(MAIN))
-    found["bytes_per_second"] = _bandwidth(device)
-    try:
-        pieces = {stream: device.graph(stream, 0, partial(record_work, stream)).launch for stream in (MAIN, BESIDE)}
-    except BackendError as error:
-        found["not_recorded"] = {"overlapped": str(error)}
-        pieces = {MAIN: work, BESIDE: work}
+    work = partial(launches, KERNELS)
 
     def fork(piece: Callable[[str], None]) -> None:
         """Enqueue the segments before the first unit, and the policy beside the last of them."""
@@ -70,10 +59,6 @@ def probe(device: Cuda) -> dict[str, Any]:
         for _ in range(UNITS):
             pieces[MAIN](MAIN)
 
-    found["token_us"]["overlapped"] = _timed(overlapped, lambda: device.synchronize(MAIN))
-    damage, limits = Mirror(device, (UNITS,), np.float32), Mirror(device, (UNITS,), np.float64)
-    skipped = Mirror(device, (UNITS,), np.bool_)
-
     def decided(graph: Any) -> None:
         device.copy(MAIN, limits.memory, limits.host)
         fork(work)
@@ -86,6 +71,15 @@ def probe(device: Cuda) -> dict[str, Any]:
             graph.branch(MAIN, unit, work, work)
         device.copy(MAIN, skipped.host, skipped.memory)
 
+    found["launch_us"] = _timed(lambda: launches(100), end, ended=False) / 100
+    found["wait_us"] = _timed(lambda: launches(1), end)
+    found["bytes_per_second"] = _bandwidth(device)
+    pieces: dict[str, Callable[[str], None]] = dict.fromkeys((MAIN, BESIDE), work)
+    try:
+        pieces = {stream: device.graph(stream, 0, lambda _, on=stream: work(on)).launch for stream in pieces}  # type: ignore[misc]
+    except BackendError as error:
+        found["not_recorded"] = {"overlapped": str(error)}
+    found["token_us"]["overlapped"] = _timed(overlapped, end)
     records: dict[str, tuple[int, Callable[[Any], None], float]] = {
         "dense": (0, lambda _: launches((AHEAD + UNITS) * KERNELS), 0.0),
         "device": (UNITS, decided, 0.0),
@@ -95,7 +89,7 @@ def probe(device: Cuda) -> dict[str, Any]:
         limits.host[:] = limit
         try:
             graph = device.graph(MAIN, units, record)
-            found["token_us"][name] = _timed(partial(graph.launch, MAIN), lambda: device.synchronize(MAIN))
+            found["token_us"][name] = _timed(partial(graph.launch, MAIN), end)
         except BackendError as error:
             found.setdefault("not_recorded", {})[name] = str(error)
             continue

@@ -81,13 +81,8 @@ class OrtCudaEngine:
 
         def launch(stream: str) -> None:
             del stream  # fixed when the session was made
-            try:
+            with ort_errors(f"{self._name} on CUDA (where memory ran out, free some or use a shorter context)"):
                 session.run_with_iobinding(binding, options)
-            except Exception as error:  # onnxruntime raises a family of its own
-                raise BackendError(
-                    f"ONNX Runtime could not run {self._name} on CUDA ({error}). Where memory ran out, free some or "
-                    "use a shorter context."
-                ) from error
 
         launch.memory = memory  # type: ignore[attr-defined]  # the binding holds bare addresses
         return launch

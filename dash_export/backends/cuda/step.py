@@ -56,9 +56,7 @@ Tokens = int | npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ahead:
-    """A step that was launched before its tokens were known: those that the device drew, at these positions. `side`:
-    the place of its results.
-    """
+    """A step that was launched before its tokens were known. `side`: the place of its results."""
 
     actions: Actions
     positions: tuple[int, ...]
@@ -249,9 +247,7 @@ class DeviceStep(BoundEngines):
     # --- as a graph
 
     def _actions(self, rules: Sequence[Rule]) -> Actions | None:
-        """Return what a graph would do; None where the step must be launched one by one. Graphs are for tokens whose
-        actions are known and, in `device` dispatch, for rules that the kernel knows.
-        """
+        """Return what a graph would do, of known actions or (`device`) of rules that the kernel knows, else None."""
         engines = self.engines
         if self.sequence > 1 or not engines.records:
             return None
@@ -263,9 +259,8 @@ class DeviceStep(BoundEngines):
         return tuple(rule.limits_of(len(engines.units)) for rule in deciding)
 
     def _graph(self, actions: Actions, side: int, ahead: bool = False) -> CudaGraph | None:
-        """Return the recorded step, which leaves its results on `side`, and fill in its limits. Return None where that
-        is impossible: then no step is launched ahead any more or, if this one is not, none is a graph with decisions
-        or, if this one has none, none is a graph.
+        """Return the recorded step, which leaves its results on `side`, and fill in its limits; None where that is
+        impossible: then no more steps of this kind are tried.
         """
         engines = self.engines
         known = actions if isinstance(actions, bytes) else None
@@ -295,9 +290,7 @@ class DeviceStep(BoundEngines):
         return self._graphs[place]
 
     def _warm_up(self) -> None:
-        """Launch everything once: what an engine does at its first launch cannot be recorded. The cache row that this
-        writes is the one that the token is about to write.
-        """
+        """Launch everything once, into the row that comes next: an engine's first launch cannot be recorded."""
         if self._warm:
             return
         self._upload_inputs()

@@ -2,7 +2,7 @@
 
 Every buffer keeps one address for its life. Hidden states alternate between two buffers. Each KV cache array is bound
 as past and present alike, so writes are in place. A row is one token of one sequence: a step has many tokens of one
-sequence, or one token of each of many. The device's loop is `device/step.py`.
+sequence, or one token of each of many. The device's loop is `cuda/step.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dash_export.backends.base import Launch, backend_errors
 from dash_export.backends.host.cache import KVCache
-from dash_export.backends.host.segments import HostBackend, HostEngine, Timed, in_a_row, load_segments, timed_token
+from dash_export.backends.host.segments import HostBackend, HostEngine, in_a_row, load_segments, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.records import DAMAGED, MIXED, Build
@@ -41,6 +41,7 @@ class EngineSet:
     """Whether a rule sees the state that enters the first unit, as policies of the user's need it."""
     grows = True
     """Whether a cache grows when more memory is needed."""
+    timed = timed_token
 
     def __init__(self, bundle: Bundle, build: Build, backend: HostBackend) -> None:
         """Load all engines but the mixed ones. Raises BundleError where that of the policy is missing."""
@@ -62,17 +63,14 @@ class EngineSet:
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
 
-    def _load(self, name: str) -> HostEngine:
-        return self._backend.load(self._bundle.path(self.build.engines[name].file))
-
     @cached_property
     def mixed(self) -> Sequence[HostEngine]:
-        """Mixed engines, one per unit, for steps whose rows skip differently. They hold the units' weights once more,
-        so they are loaded when first needed. Raises BundleError where a file of the build was replaced since the other
-        engines were loaded.
+        """Mixed engines, one per unit, for rows that skip differently: loaded when first needed, for they hold the
+        weights again. Raises BundleError where a file was replaced meanwhile.
         """
         self._bundle.check_same(self._seal)
-        mixed = [self._load(MIXED + unit.name) for unit in self.units]
+        files = [self.build.engines[MIXED + unit.name].file for unit in self.units]
+        mixed = [self._backend.load(self._bundle.path(file)) for file in files]
         self._bundle.check_same(self._seal)
         return mixed
 
@@ -91,10 +89,6 @@ class EngineSet:
         """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
         return KVCache(self.model, step, sequences)
 
-    def timed(self, context: int) -> Timed:
-        """Return `timed_token` of these engines."""
-        return timed_token(self, context)
-
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
         """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch."""
         return BoundStep(self, cache, sequence, teacher_forced, batch)
@@ -102,9 +96,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """Launches of one segment. `unit`: its place among the units, None where it always runs. `mixed` runs or skips row
-    by row.
-    """
+    """Launches of one segment. `unit`: its place among the units, if it is one. `mixed` decides row by row."""
 
     unit: int | None
     run: Launch
@@ -200,9 +192,8 @@ class BoundStep:
 
     @backend_errors
     def _advance(self, decide: Callable[[State], Skips], first: int = 0) -> None:
-        """Run a step for all rows. Decide once the segments before the first unit have run, because only then damage is
-        known. Where all rows agree about a unit, run or skip it, else launch its mixed engine. Segments before `first`
-        have run already.
+        """Run a step for all rows: decide when damage is known, then run or skip each unit or, where rows differ,
+        launch its mixed engine. Segments before `first` have run already.
         """
         self.place()
         for segment in self.segments[first : self._first]:

@@ -1,6 +1,4 @@
-"""Facts of the processor: cores and memory that this process may use, load. A container's limits are those of its
-control groups (Linux, version 2).
-"""
+"""Facts of the processor: cores and memory of this process or its container (Linux control groups, v2), load."""
 
 import os
 import time
@@ -16,17 +14,13 @@ def allowed_processors() -> set[int]:
 
 
 def usable_cores() -> int:
-    """Return how many threads decode best: one per physical core, or what a container may use of them, for more would
-    be stopped for a part of the time.
-    """
+    """Return how many threads decode best: one per physical core, of those that a container may use."""
     quotas = [int(told[0]) // int(told[1]) for _, told in _limits("cpu.max")]
     return max(1, min([physical_cores(), *quotas]))
 
 
 def physical_cores() -> int:
-    """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
-    needs).
-    """
+    """Return the physical cores among the allowed processors: hyper-threads share the multipliers."""
     allowed, cores = allowed_processors(), set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -38,9 +32,7 @@ def physical_cores() -> int:
 
 
 def _limits(name: str) -> Iterator[tuple[Path, list[str]]]:
-    """Yield (control group, the words of its file `name`) for this process's own group and those around it that have a
-    limit there.
-    """
+    """Yield (control group, words of its file `name`) of this process's group and those around it with a limit."""
     own = _GROUPS / (_proc("self/cgroup", "0") or "").lstrip(":/")
     for group in (own, *own.parents):
         words = _words(group / name) if group.is_relative_to(_GROUPS) else []
@@ -72,9 +64,7 @@ def cpu_name() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Return whether the processor has instructions for products in bfloat16. Without them torch takes two to four
-    times as long as in float32.
-    """
+    """Return whether the processor multiplies in bfloat16. Else torch takes two to four times as long in it."""
     flags = (_proc("cpuinfo", "flags", "Features") or "").split()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*flags})
 
@@ -92,9 +82,7 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process had resident, 0 where there is no Linux. (The figure of getrusage begins
-    with the parent's memory at the fork.)
-    """
+    """Return the most bytes that this process had resident (getrusage begins with the parent's), else 0."""
     found = _proc("self/status", "VmHWM")
     return int(found.split()[0]) * 1024 if found else 0
 

@@ -72,9 +72,7 @@ def start_thread_pool(threads: int) -> int:
 
 
 def session_options(own_threads: bool = False) -> ort.SessionOptions:
-    """Return options for a session with threads of its own, or on the process-wide pool; create that where there is
-    none.
-    """
+    """Return options for a session with threads of its own, or on the process-wide pool, which is there then."""
     if not own_threads:
         start_thread_pool(0)
     options = ort.SessionOptions()
@@ -145,9 +143,7 @@ class OrtEngine:
 
 
 def fitted_shape(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """Return an array's shape as a graph wants it, or None where it does not fit. A lowered graph may have one
-    dimension of rows in the place of [batch, sequence].
-    """
+    """Return the shape as a graph wants it, which may have one dimension of rows for [batch, sequence], or None."""
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):
@@ -191,14 +187,15 @@ class OrtBackend:
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines:
         """Load all engines of a build. Raises PolicyError for a dispatch mode that needs streams."""
-
         if dispatch != "sync":
             raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
-        from dash_export.backends.host.loading import load_on_host
+        from dash_export.backends.host.decode import EngineSet
+        from dash_export.backends.host.encoder_pass import EncoderEngines
 
+        kind = EncoderEngines if bundle.manifest.model.decides == "input" else EngineSet
         keep_freed_memory()
         with on_huge_pages(build.recipe.runtime.huge_pages):
-            return load_on_host(bundle, build, self)
+            return kind(bundle, build, self)
 
 
 def create(_name: str, threads: int) -> OrtBackend:

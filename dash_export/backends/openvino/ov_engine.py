@@ -41,9 +41,7 @@ def ov_errors(what: str) -> Iterator[None]:
 
 
 def settings(recipe: Recipe, threads: int) -> dict[str, Any]:
-    """Return how engines are compiled. Raises BackendError for a device that is not there, or a precision that it
-    has not.
-    """
+    """Return how engines are compiled. Raises BackendError for a device or a precision that is not there."""
     device, precision = recipe.runtime.device, recipe.weights.layers
     there = core().available_devices
     if not any(device in (name, name.partition(".")[0]) for name in there):
@@ -80,9 +78,7 @@ class OvEngine:
         self._idle: list[ov.InferRequest] = []
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
-        """Fix the addresses of all inputs and outputs. Raises BackendError where the graph wants an array that is not
-        there, or another shape of it.
-        """
+        """Fix all addresses. Raises BackendError where the graph wants another array or another shape of it."""
         bound = []
         for ports, arrays in ((self._inputs, inputs), (self._outputs, outputs)):
             for name, port in ports.items():

@@ -223,9 +223,7 @@ load_toolkit = cache(Toolkit)
 
 @cache
 def _logger(trt: Any) -> Any:
-    """Return the one logger of this process, because TensorRT keeps the first for good. It keeps errors only, and logs
-    those that come while nobody collects them.
-    """
+    """Return this process's logger, which TensorRT keeps for good: it collects errors, or logs them."""
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -5,7 +5,7 @@ weights themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +23,37 @@ if TYPE_CHECKING:
 
 JETSONS = ("8.7", "11.0")
 """Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
+FP8_SINCE = 8.9
+"""Lowest compute capability with fp8 (Ada; Hopper and later have it, too)."""
+INT4_BLOCKS = (64, 128)
+"""Inputs that share a scale, as NVIDIA documents them ("Quantization Schemes" of TensorRT's documentation)."""
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
 
 class RtxBackend(GpuBackend):
     """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
 
     compiles = True
+
+    def faults(self) -> Iterator[str]:
+        recipe, engine, precisions = self.recipe, self.recipe.engine, self.recipe.precisions.values()
+        if engine is not None and engine.activations == "fp32":
+            yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
+        yield from super().faults()
+        if engine is None:
+            return
+        foreign = sorted(set(engine.capabilities) - set(RTX_CAPABILITIES))
+        if recipe.backend == "tensorrt_rtx" and foreign:
+            yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
+        if "int4" in precisions and recipe.weights.block_size not in INT4_BLOCKS:
+            yield f"block_size = {recipe.weights.block_size}: TensorRT's int4 has blocks of 64 or 128."
+        if "fp8" in precisions:
+            if old := [item for item in engine.capabilities if float(item) < FP8_SINCE]:
+                taken = f"take {', '.join(old)} out of `capabilities`"
+                yield f"'fp8' needs compute capability {FP8_SINCE} or newer: {taken}."
+            if recipe.weights.rounding != "gptq":
+                yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
 
     def build_obstacle(self) -> str | None:
         package = self.recipe.backend
@@ -78,9 +103,7 @@ class RtxBackend(GpuBackend):
         return [path]
 
     def _profiles(self) -> dict[str, Profile]:
-        """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the
-        order in which `DeviceStep` uses the profiles.
-        """
+        """Return (smallest, best, largest) sizes, (sequences, tokens of each), of each profile that `_bind` uses."""
         chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
         if self.engine.profiles == 1:
             return {"both": ((1, 1), (1, 1), (most, chunk))}

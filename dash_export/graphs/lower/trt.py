@@ -92,9 +92,7 @@ def _give_last_logits(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """Replace the policy's MatMul, [batch, sequence, hidden] @ [hidden, units], by Mul and ReduceSum in float32:
-    TensorRT rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
-    """
+    """Replace the policy's MatMul by Mul and ReduceSum: TensorRT rounds factors to TF32, and Turing has none."""
     for node in [node for node in graph if node.name == "policy/score"]:
         weights = constant_value(node.inputs[1])
         assert weights is not None
@@ -161,7 +159,5 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _stays_float32(node: ir.Node) -> bool:
-    """Return whether a node stays float32: a norm's sums of squares overflow float16 and lose small terms in bfloat16;
-    a damage is compared with a threshold.
-    """
+    """Return whether a node stays float32: a norm's sums overflow float16, and a damage meets a threshold."""
     return FLOAT32 in node.meta or node.op_type == "RMSNormalization" or str(node.name).startswith("policy/")

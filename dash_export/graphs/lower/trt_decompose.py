@@ -142,9 +142,7 @@ class _Step:
 
 
 def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
-    """Decompose attention of queries [batch, heads, sequence, head_dim] over a cache [batch, kv_heads, capacity,
-    head_dim] and new rows.
-    """
+    """Decompose attention of queries over a cache [batch, kv_heads, capacity, head_dim] and new rows."""
     (past_key, key), (past_value, value) = (_written(node, index) for index in (1, 2))
     heads, kv_heads, capacity, head_dim = step.heads, step.kv_heads, step.capacity, step.head_dim
     c = Chain(graph, node, str(node.name))

@@ -182,9 +182,7 @@ def _bits(name: str, source: str, width: int, shifts: Sequence[int], mask: int, 
 
 
 def _six_bits(name: str, own: str, rest: str, shift: int) -> list[str]:
-    """Return lines for eight 6-bit numbers: four are the low six bits of `own`'s bytes; four have their upper two bits
-    there, and their lower four in `rest`, at `shift`.
-    """
+    """Return lines for eight 6-bit numbers: four in `own`; of four the upper two bits there, the rest in `rest`."""
     return [
         *_bits(f"{name}_first", own, 4, [0], 63, 4),
         *_bits(f"{name}_low", rest, 4, [shift], 15, 4),

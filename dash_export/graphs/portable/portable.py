@@ -132,7 +132,7 @@ def bypass_graph(checkpoint: Checkpoint, policy: SkipPolicy, place: int) -> ir.M
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     """Return the graph hidden [batch, sequence, hidden], the input of the policy's layer `read`, -> damage [batch,
-    sequence, units] float32, nats: the formula of `dash_export/policy.py`.
+    sequence, units] float32, nats: the formula of `core/policy.py`.
     """
     network = policy.network
     assert network is not None

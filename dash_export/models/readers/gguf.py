@@ -170,9 +170,7 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
 
 
 def _llama3(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """Return Llama 3's scaling by name, recognised by the divisors [head_dim / 2] that a converter computed from it; {}
-    where all divisors are 1. Raises CheckpointError for any other divisors.
-    """
+    """Return Llama 3's scaling, known by its divisors [head_dim / 2]; {} where all are 1. Raises CheckpointError."""
     if tensor.shape == (head_dim // 2,):
         factors, plain = tensor.rows(0, head_dim // 2), base_frequencies(theta, head_dim)
         if (factors == 1).all():

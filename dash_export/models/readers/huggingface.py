@@ -14,9 +14,8 @@ from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown
 from dash_export.models.config import ENCODERS, TEXT_ENCODERS, decoder_spec, positive
-from dash_export.models.readers.image_encoder import open_encoder
+from dash_export.models.readers.encoder_folder import open_encoder
 from dash_export.models.readers.published import family_config, family_name
-from dash_export.models.readers.text_encoder import open_text_encoder
 from dash_export.models.readers.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.models.spec import AnyCheckpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.text.text_files import load_tokenizer
@@ -43,14 +42,13 @@ def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
     config_text, given = read_json(folder / "config.json")
     if (config := family_config(given)) is not given:
         config_text = json.dumps(config, indent=2) + "\n"
-    if config.get("model_type") in TEXT_ENCODERS:
-        vocabulary = positive(config, "vocab_size", LARGEST["vocab_size"])
-        assets = {"config.json": config_text} | _text_assets(folder, vocabulary, continued=False)
-        return open_text_encoder(folder, source, assets, config, files, seen)
-    if config.get("model_type") in ENCODERS:
-        return open_encoder(folder, source, config_text, config, files, seen)
+    assets = {"config.json": config_text}
+    if config.get("model_type") in (*ENCODERS, *TEXT_ENCODERS):
+        if config["model_type"] in TEXT_ENCODERS:
+            assets |= _text_assets(folder, positive(config, "vocab_size", LARGEST["vocab_size"]), continued=False)
+        return open_encoder(folder, source, assets, config, files, seen)
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
-    assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
+    assets |= _text_assets(folder, spec.vocab_size)
     stored = open_weights(files)
     if config is not given:
         stored = {family_name(name): weight for name, weight in stored.items()}
@@ -66,9 +64,7 @@ def open_folder(folder: Path, source: str = "") -> AnyCheckpoint:
 
 
 def open_hub(model_id: str) -> AnyCheckpoint:
-    """Return the checkpoint of `org/name` on the hub, downloaded into (or found in) the usual cache. Raises
-    CheckpointError.
-    """
+    """Return the checkpoint of `org/name`, from the hub or the usual cache. Raises CheckpointError."""
     folder = download(model_id, CheckpointError, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
     return open_folder(folder, model_id)
 
@@ -169,9 +165,7 @@ def _without_pictures(tokenizer: dict[str, Any], text: str, vocab_size: int) -> 
 
 
 def _check_added(settings: dict[str, Any], added: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
-    """Raise CheckpointError for a token that only the files beside tokenizer.json name: it would be several tokens of
-    plain text here, and one token in transformers.
-    """
+    """Raise CheckpointError for a token that only other files name: here it would be several of plain text."""
     known = {token.get("content"): str(token.get("id")) for token in _entries(tokenizer.get("added_tokens"))}
     tokens: list[tuple[object, object]] = [*added.items()]  # (text, id or None)
     decoder = settings.get("added_tokens_decoder")

@@ -190,9 +190,7 @@ def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict
 def _tokenizer(
     tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: int | None, rstrip: bool
 ) -> dict[str, Any]:
-    """Return a tokenizer.json. `bos`: id of the token that begins each text, if any. `rstrip`: special tokens strip the
-    white space after them, as Phi-3's do.
-    """
+    """Return a tokenizer.json. `bos` begins each text; `rstrip`: special tokens strip white space behind."""
     before = parts.get("post_processor")
     post_processor = before
     if bos is not None:

@@ -84,9 +84,7 @@ def build_checkpoint(
 def checked_weights(
     source: str, needed: Mapping[str, tuple[int, ...]], stored: Mapping[str, Weight]
 ) -> dict[str, Weight]:
-    """Return the weights that a spec needs, out of those that are `stored`. Raises CheckpointError for one that is
-    missing, of another shape, or cannot be read.
-    """
+    """Return the needed weights. Raises CheckpointError for one that is missing, of another shape, or unreadable."""
     missing = [name for name in needed if name not in stored]
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of {len(needed)} tensors, the first is {missing[0]}")

@@ -99,7 +99,6 @@ def built(
 
 @pytest.fixture
 def card() -> Iterator[Card]:
-    """The one of this test."""
     card = Card()
     with installed(card):
         yield card
@@ -108,8 +107,6 @@ def card() -> Iterator[Card]:
 
 @dataclass(frozen=True)
 class OnCard:
-    """A runtime, and the card it runs on."""
-
     runtime: DashRuntime
     card: Card
 
@@ -148,7 +145,6 @@ class Host:
 
     @cached_property
     def ratio(self) -> float:
-        """Skips about half of what may be skipped."""
         return float(np.median(self.runtime.session().score(IDS).damage[2:] / (0.2, 0.1)))
 
     def limited(self, max_layers: int | None = None) -> DecisionRule:

@@ -41,7 +41,6 @@ def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     ("target", "name", "tokens"),
     [
         ("trt10", "layer_00", 3),
-        ("trt10", "layer_04", 1),
         ("trt10", "bypass_02-03", 1),
         ("trt10", "layer_05", 3),
         ("trt10", "policy", 1),
@@ -53,7 +52,6 @@ def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_is_its_portable_graph(
     target: str, name: str, tokens: int, device_bundle: Bundle, card: Card, tmp_path: Path
 ) -> None:
-    """Also over a cache that is filled, one step after another."""
     bundle = device_bundle
     segment = find_engine(bundle, bundle.load_build(target), name)
     graph = graph_run(portable_file(bundle, segment, name, tmp_path))
@@ -91,7 +89,6 @@ def test_too_many_tokens_are_refused(device_bundle: Bundle, card: Card) -> None:
 
 @pytest.mark.usefixtures("shared_pool")
 def test_by_its_file(device_bundle: Bundle, card: Card, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a user calls it."""
     file = device_bundle.root / "engines" / "trt10" / "layer_04.engine"
     run = ["run", str(file), "--dash", "--dash-context", "5", "--iterations", "2", "--sequential-runners"]
     assert main(run) == 0

@@ -51,7 +51,6 @@ def test_when_pieces_ran(host: Host, on_card: MakeOnCard) -> None:
 
 
 def test_profile(on_card: MakeOnCard, capsys: pytest.CaptureFixture[str]) -> None:
-    """Dense and by the policy: a row per engine, and a track per stream."""
     runtime = on_card("portable", "device", "main").runtime
     lanes = [Candidate(runtime, Setting("dense")), Candidate(runtime, Setting("token", trade_off=0.5))]
     found, measured = profile(lanes, TEXT, "own", 12, 3, 2)

@@ -1,5 +1,5 @@
-"""Engines are what the oracle says, for units of every shape and place, in every form and family; and what is launched
-for them.
+"""Engines are what the oracle says, for units of every shape and place, and what is launched for them. Families:
+tests/graphs/test_families.py; forced actions and decisions of one bundle: tests/reference/test_oracle.py.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,8 @@ from dash_export.building.exporting import export
 from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule
 from dash_export.core.units import DENSE_POSITIONS, Unit
 from dash_export.errors import PolicyError
-from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
-from tests.tiny import TINY_UNITS, random_actions, random_ids, tiny_bundle, tiny_checkpoint, tiny_policy
+from tests.tiny import TINY_UNITS, random_actions, random_ids, tiny_checkpoint, tiny_policy
 
 TOLERANCE = 2e-4
 UNITS = {
@@ -29,52 +28,7 @@ UNITS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[DashRuntime, Oracle]:
-    """Engines of a family and its oracle."""
-    root = tiny_bundle(tmp_path_factory.mktemp(request.param), "cpu", form="linear", family=request.param)
-    checkpoint = open_checkpoint(root.parent / "model")
-    return DashRuntime.load(root, "cpu-fp32"), Oracle(checkpoint, tiny_policy(checkpoint, "linear"))
-
-
-def test_forced_actions(pair: tuple[DashRuntime, Oracle]) -> None:
-    """In one pass and token by token."""
-    runtime, oracle = pair
-    for seed in range(3):
-        ids, actions = random_ids(40, seed=seed), random_actions(40, 6, TINY_UNITS, seed)
-        expected = oracle.forward(ids, actions=actions)
-        score = runtime.session().score(ids, actions=actions, keep_logits=True)
-        np.testing.assert_allclose(score.logits, expected.logits, atol=TOLERANCE)
-        np.testing.assert_allclose(score.damage, expected.damage, atol=TOLERANCE)
-        np.testing.assert_array_equal(score.actions, actions)
-        live = runtime.session()
-        for token, row, logits in zip(ids.tolist(), actions, expected.logits, strict=True):
-            found, taken = live.decode_one(
-                token, ForcedRule(np.array([[bool(row[unit.first])] for unit in TINY_UNITS]))
-            )
-            np.testing.assert_allclose(found, logits, atol=TOLERANCE)
-            np.testing.assert_array_equal(taken, row)
-
-
-@pytest.mark.parametrize("max_layers", [None, 4])
-def test_the_policy_decides_as_the_oracle(pair: tuple[DashRuntime, Oracle], max_layers: int | None) -> None:
-    runtime, oracle = pair
-    ids = random_ids(60)
-    trade_off = float(np.median(oracle.forward(ids).damage / np.array(runtime.cost.cost)))
-    rule = decision_rule(TINY_UNITS, runtime.cost.cost, trade_off, max_layers, 6)
-    expected = oracle.forward(ids, rule)
-    assert 0.1 < expected.actions.mean() < 0.6
-    found = runtime.session("token", trade_off=trade_off, max_layers=max_layers).score(ids, keep_logits=True)
-    np.testing.assert_array_equal(found.actions, expected.actions)
-    np.testing.assert_allclose(found.logits, expected.logits, atol=TOLERANCE)
-    session = runtime.session("token", trade_off=trade_off, max_layers=max_layers)
-    decoded = [session.decode_one(token) for token in ids.tolist()]
-    np.testing.assert_array_equal([actions for _, actions in decoded], expected.actions)
-    np.testing.assert_allclose([logits for logits, _ in decoded], expected.logits, atol=TOLERANCE)
-
-
-def test_a_trade_off_of_zero_is_dense_bit_for_bit(pair: tuple[DashRuntime, Oracle]) -> None:
-    runtime, _ = pair
+def test_a_trade_off_of_zero_is_dense_bit_for_bit(runtime: DashRuntime) -> None:
     dense, token = runtime.session(), runtime.session("token", trade_off=0.0)
     for id_ in random_ids(20).tolist():
         np.testing.assert_array_equal(dense.decode_one(id_)[0], token.decode_one(id_)[0])

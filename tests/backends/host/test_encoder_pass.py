@@ -110,12 +110,16 @@ def test_the_policy_decides_at_each_exit(loaded: tuple[DashRuntime, EncoderCheck
     runtime, checkpoint = loaded
     pixels = random_pixels(16)
     expected, damage = answers(checkpoint, pixels)
-    asked = runtime.encoder("token", trade_off=0.0).encode(pixels)
+    dense, asked = runtime.encoder().encode(pixels), runtime.encoder("token", trade_off=0.0).encode(pixels)
+    for asked_of_dense in (dense.damage, dense.guarded, dense.actions):
+        assert not asked_of_dense.any()
+    assert dense.states is not None
     np.testing.assert_allclose(asked.damage.T, damage, rtol=1e-3)
     np.testing.assert_allclose(asked.pooled, expected[3], atol=1e-4)
     cost = np.array(runtime.cost.cost)[:, None]
     trade_off = float(np.median((damage / cost).min(axis=0)))
     found = runtime.encoder("token", trade_off=trade_off).encode(pixels)
+    assert found.states is None, "some left"
     leaves = np.vstack([damage < trade_off * cost, np.ones(16, bool)])
     at = leaves.argmax(axis=0)
     assert len(set(at.tolist())) > 1
@@ -141,12 +145,3 @@ def test_a_static_policy_asks_one_exit(loaded: tuple[DashRuntime, EncoderCheckpo
     assert runtime.encoder("static", skipped=2).encode(pixels).actions.tolist() == [[0, 0, 0, 1, 1]] * 3
     with pytest.raises(PolicyError, match="give 1-4"):
         runtime.encoder("static", skip=(1,))
-
-
-def test_dense_asks_nobody(loaded: tuple[DashRuntime, EncoderCheckpoint]) -> None:
-    found = loaded[0].encoder().encode(random_pixels(2))
-    assert not found.damage.any()
-    assert not found.guarded.any()
-    assert not found.actions.any()
-    assert found.states is not None
-    assert loaded[0].encoder("token", trade_off=1e9).encode(random_pixels(2)).states is None

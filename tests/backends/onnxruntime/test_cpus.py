@@ -9,7 +9,6 @@ from dash_export.backends.onnxruntime.cpus import LoadMeter, has_bfloat16
 
 
 def test_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seconds, of which others work 1.5 processor seconds and this process 0.5; the host keeps 0.4."""
     ticks = iter(["cpu  100 0 50 900 0 0 0 10 0 0\ncpu0 1", "cpu  270 0 80 1000 0 0 0 50 0 0\ncpu0 1"])
     clock, own = iter([5.0, 7.0]), iter([1.0, 1.5])
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: next(ticks))

@@ -52,7 +52,6 @@ MAPS = """\
 
 
 def test_only_private_memory_that_may_be_written_counts() -> None:
-    """And not what somebody has only reserved."""
     assert list(own_memory(MAPS)) == [
         (0x55D0C0000000, 0x55D0C0400000),
         (0x7F0000000000, 0x7F0000800000),
@@ -117,7 +116,6 @@ def test_weights_come_to_lie_on_huge_pages(name: str) -> None:
 
 @needs_glibc
 def test_what_is_freed_is_kept() -> None:
-    """Unless the environment says what malloc shall do."""
     program = "before, kept = faults(), keep_freed_memory(); faults(); print(before, int(kept), faults())"
     before, kept, after = printed(program)
     assert kept

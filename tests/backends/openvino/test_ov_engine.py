@@ -15,7 +15,7 @@ from dash_export.bundle.recipe import load_recipe
 from dash_export.core.rule import ForcedRule
 from dash_export.errors import BackendError, RecipeError
 from tests.tiny import tiny_bundle
-from tests.tiny_encoder import MODELS, UNITS, encoder_bundle, random_pixels
+from tests.tiny_encoder import UNITS, encoder_bundle, random_pixels
 
 CHOICES = np.array(
     [[False, True, False, False, True], [False, True, True, False, True], [False, True, True, True, True]]
@@ -23,7 +23,7 @@ CHOICES = np.array(
 FIELDS = ("pooled", "states", "probabilities")
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=["dinov2-registers-classes", "clip", "siglip", "dinov3-gated"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = encoder_bundle(tmp_path_factory.mktemp("encoder"), request.param)
     build(root, "openvino")
@@ -66,22 +66,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_threads_share_engines(root: Path) -> None:
+    """And a later pass does not write into the memory of an earlier result."""
     encoder = DashRuntime.load(root, "openvino").encoder()
     pictures = [random_pixels(1 + seed % 3, seed=seed) for seed in range(12)]
-    alone = [encoder.encode(one).pooled.copy() for one in pictures]
+    alone = [encoder.encode(one).pooled for one in pictures]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda one: encoder.encode(one).pooled, pictures))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-
-
-def test_outputs_are_written_in_place_and_results_stay(root: Path) -> None:
-    """A later pass must not write into the memory of an earlier result."""
-    encoder = DashRuntime.load(root, "openvino").encoder()
-    first = encoder.encode(random_pixels(2, seed=1))
-    kept = first.pooled.copy()
-    encoder.encode(random_pixels(2, seed=2))
-    np.testing.assert_array_equal(first.pooled, kept)
 
 
 def test_a_causal_lm_is_refused(tmp_path: Path) -> None:
@@ -147,21 +139,10 @@ def test_only_the_policy_is_exact_in_bf16(root: Path) -> None:
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
-FAULTS = {
-    "int8": ({"weights": "int8"}, "computes everything in one of 'fp32', 'bf16', 'fp16'"),
-    "two": ({"head": "bf16"}, "bf16, fp32"),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_weights_of_a_recipe(name: str) -> None:
-    changes, words = FAULTS[name]
-    with pytest.raises(RecipeError, match=words):
-        load_recipe("openvino", **changes)
-
-
 @pytest.mark.parametrize(("old", "new", "words"), [
     ('"portable"', '"ort"', "'ort': openvino takes 'portable'"),
+    ('layers = "fp32"', 'layers = "int8"', "computes everything in one of 'fp32', 'bf16', 'fp16'"),
+    ('head = "fp32"', 'head = "bf16"', "bf16, fp32"),
     ('"CPU"', '"TPU"', "openvino knows CPU, GPU and NPU"),
     ('"openvino"', '"onnxruntime"', "device is for the backend openvino"),
     ("[runtime]", '[runtime]\ndispatch = "overlapped"', "openvino takes 'sync'"),

@@ -4,36 +4,24 @@ What the bindings of TensorRT 10.3 to 11.4 know is recorded in tests/data/tensor
 beside a full TensorRT.
 """
 
-import ast
 import json
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from dash_export.backends.tensorrt import trt_api
 from dash_export.errors import BackendError
+from tests.backends.bindings import check_names, used
 from tests.conftest import DATA
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
 
 RECORDED = json.loads((DATA / "tensorrt_names.json").read_text())
 RTX_ONLY = {
-    "num_compute_capabilities",
-    "set_compute_capability",
-    "ComputeCapability",
-    "BuilderFlag",
-    "set_flag",
-    "REQUIRE_USER_ALLOCATION",
-    "create_runtime_config",
-    "create_runtime_cache",
-    "set_runtime_cache",
-    "set_execution_context_allocation_strategy",
-    "dynamic_shapes_kernel_specialization_strategy",
+    *("num_compute_capabilities", "set_compute_capability", "ComputeCapability", "BuilderFlag", "set_flag", "EAGER"),
+    *("REQUIRE_USER_ALLOCATION", "create_runtime_config", "create_runtime_cache", "set_runtime_cache", "LAZY"),
+    *("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
     "DynamicShapesKernelSpecializationStrategy",
-    "EAGER",
-    "LAZY",
 }
 SINCE_11 = {"add_attention_v2", "key_value_lengths", "AttentionNormalizationOp", "CausalMaskKind", "mask"}
 """Asked for only where `add_attention_v2` is there."""
@@ -58,38 +46,15 @@ CLASSES = {
 }
 
 
-def used() -> set[tuple[str, str]]:
-    """(variable, attribute chain) of everything trt_api.py asks of the bindings."""
-    found = set()
-    for node in ast.walk(ast.parse(Path(trt_api.__file__).read_text())):
-        chain, inner = [], node
-        while isinstance(inner, ast.Attribute):
-            chain.insert(0, inner.attr)
-            inner = inner.value
-        if chain and isinstance(inner, ast.Name):
-            if inner.id == "self" and chain[0] == "trt":
-                inner, chain = ast.Name("trt"), chain[1:]
-            if inner.id in CLASSES and chain:
-                found.add((inner.id, ".".join(chain)))
-    return found
-
-
-def test_the_reader_sees_the_calls() -> None:
-    assert {("builder", "build_serialized_network"), ("config", "max_aux_streams")} <= used()
-    assert {variable for variable, _ in used()} == set(CLASSES)
-
-
-@pytest.mark.parametrize(("variable", "chain"), sorted(used()))
-def test_every_name_is_in_the_installed_bindings(variable: str, chain: str) -> None:
-    held: Any = CLASSES[variable]
-    for name in chain.split("."):
-        assert hasattr(held, name), f"{variable}.{chain}"
-        held = getattr(held, name)
+def test_every_name_is_in_the_installed_bindings() -> None:
+    asked = used(trt_api, CLASSES)
+    assert {("builder", "build_serialized_network"), ("config", "max_aux_streams")} <= asked
+    check_names(asked, CLASSES)
 
 
 @pytest.mark.parametrize("version", RECORDED["absent"])
 def test_every_name_is_in_other_versions(version: str) -> None:
-    names = {name for _, chain in used() for name in chain.split(".") if not name.startswith("__")}
+    names = {name for _, chain in used(trt_api, CLASSES) for name in chain.split(".") if not name.startswith("__")}
     assert names - RTX_ONLY <= set(RECORDED["names"]) | {"serialize"}, "record the new names too"
     missing = names & set(RECORDED["absent"][version])
     assert missing <= RTX_ONLY | SINCE_11 | OF_ATTENTIONS

@@ -56,7 +56,8 @@ def test_functions_give_what_the_gguf_library_gives(kind: str, tmp_path: Path) -
     assert len(model.graph.initializers) == 1
 
 
-def test_blocks_of_another_shape_or_type_are_refused() -> None:
+def test_blocks_that_are_none_are_refused() -> None:
+    """Of another shape or type, or with factors that are no numbers."""
     factors, blocks = ggml.split_blocks("Q4_0", random_blocks("Q4_0"))
     wrong = (("Q4_K", factors, blocks), ("Q4_0", factors, blocks[:, 1:]), ("Q4_0", factors.astype(np.float32), blocks))
     for kind, *arrays in wrong:
@@ -66,13 +67,8 @@ def test_blocks_of_another_shape_or_type_are_refused() -> None:
     next(iter(model.graph)).op_type = "Q9_9"
     with pytest.raises(BundleError, match="is no Q9_9"):
         fold_conversions(model)
-
-
-def test_blocks_whose_factors_are_no_numbers() -> None:
-    factors, blocks = ggml.split_blocks("Q4_0", random_blocks("Q4_0"))
     factors[3] = np.nan
-    model = graph_of("Q4_0", factors, blocks)
-    fold_conversions(model)
+    fold_conversions(model := graph_of("Q4_0", factors, blocks))
     value = model.graph.initializers["weight"].const_value
     assert value is not None
     with pytest.raises(BundleError, match="numbers that are none"):
@@ -93,6 +89,11 @@ def test_a_row_of_conversions(kind: str, options: dict[str, Any]) -> None:
     (left,) = model.graph.initializers.values()
     assert left.const_value is not None
     assert left.const_value.numpy().sum() == 12
+    g = GraphWriter("graph", "")
+    value = g.op("Transpose", [g.initializer("weight", np.ones((3, 4), np.float32))], "same", perm=[0, 1])
+    g.output(value, "same", (3, 4))
+    fold_conversions(model := g.model())
+    assert [node.op_type for node in model.graph] == ["Transpose"], "one that is none stays"
 
 
 def test_a_matrix_that_is_converted_twice() -> None:
@@ -103,15 +104,6 @@ def test_a_matrix_that_is_converted_twice() -> None:
     g.output(g.op("Add", both, "out"), "out", (3, 4))
     with pytest.raises(BundleError, match="weight is converted twice"):
         fold_conversions(g.model())
-
-
-def test_a_transpose_that_is_none_stays() -> None:
-    g = GraphWriter("graph", "")
-    value = g.op("Transpose", [g.initializer("weight", np.ones((3, 4), np.float32))], "same", perm=[0, 1])
-    g.output(value, "same", (3, 4))
-    model = g.model()
-    fold_conversions(model)
-    assert [node.op_type for node in model.graph] == ["Transpose"]
 
 
 @pytest.mark.parametrize(("length", "message"), [("100", "another size than its shape"), (None, "cannot be read")])
@@ -154,13 +146,7 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "family"),
-    [
-        ("Q4_1", True, "llama"),
-        ("Q4_0", False, "llama"),
-        ("Q6_K", True, "llama"),
-        ("F16", True, "llama"),
-        ("Q8_0", False, "phi3"),
-    ],
+    [("Q4_1", True, "llama"), ("Q6_K", True, "llama"), ("F16", True, "llama"), ("Q8_0", False, "phi3")],
 )
 def test_a_gguf_file_keeps_its_bytes(
     tmp_path: Path, kind: str, tied: bool, family: str, monkeypatch: pytest.MonkeyPatch

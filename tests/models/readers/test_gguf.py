@@ -2,10 +2,10 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -38,19 +38,14 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 16.0,
-}
-YARN_KEYS = {
-    "qwen2.rope.scaling.type": "yarn",
-    "qwen2.rope.scaling.factor": 4.0,
-    "qwen2.rope.scaling.original_context_length": 64,
-    "qwen2.rope.scaling.yarn_beta_fast": 16.0,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"beta_fast": 16.0}
+YARN_KEYS = {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 16.0}
+EARLIER = {"original_max_position_embeddings": 64, "max_position_embeddings": 256, "rope_parameters": LONGROPE}
+EARLIER_KEY = {"phi3.rope.scaling.original_context_length": 64}
+SCALED = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+NO_CAPS: dict[str, Any] = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
 GRANITE_4 = {
     "granite.attention.head_count_kv": [2, 2],
     "granite.expert_shared_feed_forward_length": 96,
@@ -73,41 +68,22 @@ GRANITE_4 = {
         ("qwen2", {}, {}),
         ("qwen3", {"head_dim": 32}, {}),
         ("gemma2", GEMMA, {}),
-        (
-            "gemma2",
-            GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-            {"gemma2.attn_logit_softcapping": 0.0, "gemma2.final_logit_softcapping": 0.0},
-        ),
-        ("gemma2", GEMMA | {"num_hidden_layers": 46, "head_dim": 8}, {}),
+        ("gemma2", GEMMA | NO_CAPS, {f"gemma2.{name}": 0.0 for name in NO_CAPS}),
+        ("gemma2", GEMMA | {"num_hidden_layers": 46, "head_dim": 8, "intermediate_size": 32}, {}),
         ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES}, {}),
         (
             "gemma3_text",
-            GEMMA
-            | {
-                "rope_parameters": ROPES | {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
-            },
+            GEMMA | {"rope_parameters": ROPES | SCALED},
             {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0},
         ),
         ("gemma3_text", GEMMA, {"gemma3.mm.tokens_per_image": 256, "gemma3.vision.block_count": 27}),
         ("phi3", {"sliding_window": 9}, {"phi3.rope.dimension_count": 16}),
-        (
-            "phi3",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            {"phi3.rope.dimension_count": 8},
-        ),
-        (
-            "phi3",
-            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
-            {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
-        ),
-        (
-            "phi3",
-            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
-            {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.type": "longrope"},
-        ),
+        ("phi3", {"rope_parameters": HALF}, {"phi3.rope.dimension_count": 8}),
+        ("phi3", EARLIER, EARLIER_KEY | {"phi3.rope.scaling.attn_factor": 1.1547}),
+        ("phi3", EARLIER, EARLIER_KEY | {"phi3.rope.scaling.type": "longrope"}),
         ("granite", GRANITE, {"granite.rope.scaling.finetuned": True}),
         ("granite", GRANITE, GRANITE_4),
-        ("qwen2", {"rope_parameters": YARN}, YARN_KEYS),
+        ("qwen2", {"rope_parameters": YARN}, {f"qwen2.rope.scaling.{key}": value for key, value in YARN_KEYS.items()}),
         ("smollm3", {"num_hidden_layers": 6}, {}),
         ("olmo2", {"rms_norm_eps": 1e-5}, {}),
     ],
@@ -135,35 +111,16 @@ def test_as_the_folder_of_the_same_model(
     assert again.eos_token_id == 258
 
 
-def test_what_the_first_converters_of_gemma_2_left_out(tmp_path: Path) -> None:
-    """llama.cpp and transformers take the released models' values."""
-    model = save_tiny(tmp_path / "folder", "gemma2", pad_token_id=0, **GEMMA | {"max_position_embeddings": 8192})
-    left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
-    write_gguf(tmp_path / "tiny.gguf", model, remove=tuple(f"gemma2.{key}" for key in left_out))
-    traits = open_checkpoint(tmp_path / "tiny.gguf").spec.traits
-    expected = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf")
-    assert traits.score_cap == expected.attn_logit_softcapping == 50
-    assert traits.logits_cap == expected.final_logit_softcapping == 30
-    assert set(traits.windows) == {0, expected.sliding_window} == {0, 4096}
-
-
-def test_a_granite_without_a_scale(tmp_path: Path) -> None:
-    """It is llama.cpp's, not the default of transformers, which is 1."""
-    write_gguf(tmp_path / "a.gguf", tiny_model("granite"), remove=("granite.attention.scale",))
-    spec = open_checkpoint(tmp_path / "a.gguf").spec
+def test_what_converters_left_out(tmp_path: Path) -> None:
+    """Of Gemma 2 it is the released models' values; of Granite llama.cpp's scale, not transformers', which is 1."""
+    keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    model = tiny_model("gemma2", **GEMMA | {"max_position_embeddings": 8192})
+    write_gguf(tmp_path / "a.gguf", model, remove=tuple(f"gemma2.{key}" for key in keys))
+    traits = open_checkpoint(tmp_path / "a.gguf").spec.traits
+    assert (traits.score_cap, traits.logits_cap, set(traits.windows)) == (50, 30, {0, 4096})
+    write_gguf(tmp_path / "b.gguf", tiny_model("granite"), remove=("granite.attention.scale",))
+    spec = open_checkpoint(tmp_path / "b.gguf").spec
     assert spec.attention_scale == pytest.approx(spec.head_dim**-0.5)
-
-
-def test_quantised_matrices(tmp_path: Path, model: Any) -> None:
-    write_gguf(tmp_path / "tiny.gguf", model, quantize="Q8_0")
-    kind = gguf.GGMLQuantizationType.Q8_0
-    state = {
-        name: torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind))
-        if tensor.ndim == 2
-        else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    assert_same_weights(open_checkpoint(tmp_path / "tiny.gguf"), state)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +157,10 @@ def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
 METADATA = [
     ({"llama.block_count": "two"}, "num_hidden_layers"),
     ({"llama.block_count": 3}, "lacks"),
-    ({"llama.block_count": 4_000_000_000}, "num_hidden_layers"),
     ({"llama.embedding_length": 128}, "shape"),
     ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
     ({"llama.attention.value_length": 8}, "length"),
     ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
-    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.freq_base": 1.0}, "rope_theta"),
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_attn_factor": 1.2}, "yarn_attn_factor"),
     (
         {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
@@ -214,23 +169,19 @@ METADATA = [
     ({"granite.attention.head_count_kv": [2, 0]}, "num_key_value_heads"),
     ({"granite.expert_count": 2}, "granite.expert_count, which is not supported"),
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor"),
-    ({"llama.rope.scaling.type": "linear"}, "factor"),
     ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
     ({"llama.rope.freq_base": -1.0}, "rope_theta"),
-    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
     ({"llama.attention.sliding_window": 4096}, "sliding"),
     ({"llama.rope.freq_bast": 500000.0}, "freq_bast"),
     ({"llama.attention.causal": False}, "causal"),
     ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor"),
-    ({"gemma2.attention.sliding_window": "x"}, "sliding_window"),
-    ({"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}, "embedding_length"),
     ({"gemma2.rope.dimension_count": 8}, "rope.dimension_count 8 is not supported"),
     ({"granite.rope.scaling.finetuned": False}, "without RoPE"),
     ({"phi3.rope.scaling.attn_factor": 1.3}, r"attn_factor 1\.3 is not supported; expected 1"),
     *(
         ({f"phi3.{key}": value}, f"{key}|head_dim")
         for key in ("attention.key_length", "rope.dimension_count")
-        for value in (0, "abc", [1, 2], 10**6)
+        for value in (0, [1, 2])
     ),
 ]
 
@@ -267,40 +218,23 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
 OPTIONS: dict[str, dict[str, Any]] = {"gemma2": GEMMA, "phi3": {"pad_token_id": 0}, "granite": GRANITE}
 
 
+@cache
+def random_model(family: str) -> Any:
+    return tiny_model(family, **OPTIONS.get(family, {}))
+
+
 @pytest.mark.parametrize(
     ("family", "given", "message"),
     [*((next(iter(data)).partition(".")[0], {"metadata": data}, said) for data, said in METADATA), *OTHERS],
 )
 def test_what_is_wrong_or_not_supported(tmp_path: Path, family: str, given: dict[str, Any], message: str) -> None:
-    write_gguf(tmp_path / "tiny.gguf", tiny_model(family, **OPTIONS.get(family, {})), **given)
+    write_gguf(tmp_path / "tiny.gguf", random_model(family), **given)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
 def uint64_at(data: bytes, offset: int, value: int) -> bytes:
     return data[:offset] + value.to_bytes(8, "little") + data[offset + 8 :]
-
-
-@pytest.mark.parametrize("what", ["tensors", "keys", "first key", "tokens", "token types"])
-def test_absurd_lengths_fail_at_once(tmp_path: Path, tiny_bytes: bytes, what: str) -> None:
-    # After a key: its type and the elements' type, 4 bytes each.
-    arrays = {"tokens": b"tokenizer.ggml.tokens", "token types": b"tokenizer.ggml.token_type"}
-    places = {name: tiny_bytes.index(key) + len(key) + 8 for name, key in arrays.items()}
-    places |= {"tensors": 8, "keys": 16, "first key": 24}
-    path = tmp_path / "tiny.gguf"
-    for value in (1 << 17, 1 << 40, (1 << 64) - 1):
-        path.write_bytes(uint64_at(tiny_bytes, places[what], value))
-        started = time.monotonic()
-        with pytest.raises(CheckpointError):
-            open_checkpoint(path)
-        assert time.monotonic() - started < 2
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"ONNX" * 100, b"GGUF\x01\0\0\0" + bytes(64)])
-def test_other_files(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tiny.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match="GGUF"):
-        open_checkpoint(tmp_path / "tiny.gguf")
 
 
 def with_offset(data: bytes, name: str, change: Callable[[int], int]) -> bytes:
@@ -320,6 +254,22 @@ LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
     "two names alike": lambda data: data.replace(b"blk.0.attn_v.weight", b"blk.0.attn_k.weight"),
     "two keys alike": lambda data: data.replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id"),
 }
+
+
+@pytest.mark.parametrize("what", ["tensors", "keys", "first key", "tokens", "token types"])
+def test_absurd_lengths_and_cut_files_fail_at_once(tmp_path: Path, tiny_bytes: bytes, what: str) -> None:
+    # After a key: its type and the elements' type, 4 bytes each.
+    arrays = {"tokens": b"tokenizer.ggml.tokens", "token types": b"tokenizer.ggml.token_type"}
+    places = {name: tiny_bytes.index(key) + len(key) + 8 for name, key in arrays.items()}
+    places |= {"tensors": 8, "keys": 16, "first key": 24}
+    path = tmp_path / "tiny.gguf"
+    absurd = [uint64_at(tiny_bytes, places[what], value) for value in (1 << 17, 1 << 40, (1 << 64) - 1)]
+    for content in (*absurd, tiny_bytes[: places[what]], b"GGUF\x01\0\0\0" + bytes(64), tiny_bytes[:-64]):
+        path.write_bytes(content)
+        started = time.monotonic()
+        with pytest.raises(CheckpointError, match="GGUF"):
+            open_checkpoint(path)
+        assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -348,14 +298,6 @@ def test_metadata_takes_no_multiple_of_the_file(tmp_path: Path, tiny_bytes: byte
     path.write_bytes(tiny_bytes[:16] + keys.to_bytes(8, "little") + entries + tiny_bytes[24:])
     with pytest.raises(CheckpointError, match="elements in arrays"):
         open_checkpoint(path)
-
-
-def test_truncated_anywhere(tmp_path: Path, tiny_bytes: bytes) -> None:
-    path = tmp_path / "tiny.gguf"
-    for length in [*range(8, len(tiny_bytes) - 1, len(tiny_bytes) // 40), len(tiny_bytes) - 64]:
-        path.write_bytes(tiny_bytes[:length])
-        with pytest.raises(CheckpointError):
-            open_checkpoint(path)
 
 
 @pytest.mark.model

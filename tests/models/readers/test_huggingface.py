@@ -1,6 +1,5 @@
 import json
 import shutil
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -21,20 +19,15 @@ from transformers import AutoTokenizer
 from dash_export.bundle.layout import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.config import decoder_spec
 from dash_export.text.tokenizer import Text
 from tests.commands.helpers import python
 from tests.models.helpers import (
-    DIMENSIONS,
     SAFETENSORS_LAYOUTS,
-    WALK,
     assert_same_model,
     assert_same_weights,
     edit_config,
     save_tiny,
     tiny_tokenizer,
-    twice,
-    with_header,
 )
 
 
@@ -62,7 +55,6 @@ def refused(folder: Path, message: str) -> None:
 
 
 def test_sharded(tmp_path: Path) -> None:
-    """And no tensor is in two files."""
     model = save_tiny(tmp_path, "llama", max_shard_size="60KB")
     first, second, *others = sorted(tmp_path.glob("*.safetensors"))
     assert others
@@ -147,7 +139,6 @@ def test_missing_and_broken_files(folder: Path, name: str, content: bytes | None
 
 
 def test_truncated_weights(folder: Path) -> None:
-    """Before they are opened, and after."""
     checkpoint, path = open_checkpoint(folder), folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     refused(folder, r"model\.safetensors")
@@ -172,9 +163,8 @@ def test_wrong_tensors(folder: Path, tensor: str, value: torch.Tensor | None, me
     refused(folder, message)
 
 
-@pytest.mark.parametrize("value", ["nan", "-inf"])
-def test_weights_that_are_not_finite(folder: Path, value: str) -> None:
-    rewrite(folder, model__norm__weight=torch.tensor([1.0] * 63 + [float(value)]))
+def test_weights_that_are_not_finite(folder: Path) -> None:
+    rewrite(folder, model__norm__weight=torch.tensor([1.0] * 63 + [float("-inf")]))
     weight = open_checkpoint(folder).weights["model.norm.weight"]
     weight.read_rows(0, 63)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
@@ -198,7 +188,6 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     ],
 )
 def test_an_index_that_is_wrong(folder: Path, index: Any, message: str) -> None:
-    """It must stay in its folder, too."""
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, message)
@@ -259,16 +248,6 @@ def test_headers_are_read_once_and_bounded(folder: Path, monkeypatch: pytest.Mon
     refused(folder, r"its header has .* bytes; 100 at most")
 
 
-def test_a_name_that_is_twice_among_many(folder: Path) -> None:
-    """Found without counting every name."""
-    path = folder / "model.safetensors"
-    many = {f"x{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(30_000)}
-    path.write_bytes(twice(with_header(path.read_bytes(), lambda header: header.update(many))))
-    began = time.process_time()
-    refused(folder, "not a sound safetensors file")
-    assert time.process_time() - began < 2
-
-
 def test_a_head_beside_a_tied_embedding(folder: Path) -> None:
     """The same one is one; another one would be dropped in silence."""
     edit_config(folder, tie_word_embeddings=True)
@@ -289,17 +268,6 @@ def test_a_tied_model_under_its_heads_name(tmp_path: Path) -> None:
 def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", vocab_size=200)
     refused(tmp_path, "the embedding has 200 rows")
-
-
-def test_walking_all_weights_stays_small(tmp_path: Path) -> None:
-    """150 MB of float32 in four layers; what is resident follows the largest block, not the file."""
-    config = DIMENSIONS | {"model_type": "llama", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    shapes = decoder_spec(config).weight_shapes()
-    save_arrays({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").stat().st_size > 130 << 20
-    assert int(python(WALK, tmp_path).stdout) < 40
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,6 @@ def test_special_tokens(metadata: dict[str, Any]) -> None:
 
 
 def test_old_files_name_neither_beginning_nor_end(metadata: dict[str, Any]) -> None:
-    """llama.cpp knows them."""
     told = tokenizer_assets(metadata, 1000)
     old = {key: value for key, value in metadata.items() if not key.endswith(("bos_token_id", "eos_token_id"))}
     assert old != metadata
@@ -125,46 +125,32 @@ def test_a_model_with_it(metadata: dict[str, Any], tmp_path: Path) -> None:
     assert Tokenizer.from_str(checkpoint.assets["tokenizer.json"]).encode("The layers").ids[0] == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "wrong"),
-    [
-        ({"tokenizer.ggml.scores": None}, "expected a number per token"),
-        ({"tokenizer.ggml.scores": [0.0]}, "expected a number per token"),
-        ({"tokenizer.ggml.scores": [float("nan")] * 700}, "expected a number per token"),
-        ({"tokenizer.ggml.scores": ["x"] * 700}, "expected a number per token"),
-        ({"tokenizer.ggml.add_space_prefix": 3}, "add_space_prefix"),
-    ],
-)
-def test_what_cannot_be_used(metadata: dict[str, Any], changes: dict[str, Any], wrong: str) -> None:
+def vocabulary(metadata: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
+    more = {"tokens": pieces, "token_type": [1] * len(pieces), "scores": [0.0] * len(pieces)}
+    return {name: metadata[f"tokenizer.ggml.{name}"] + added for name, added in more.items()}
+
+
+RUNS = {letter * count for letter in "ABCDEFGH" for count in range(1, 60)}
+WRONG: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
+    *((lambda _, found=found: {"scores": found}, "expected a number per token")  # type: ignore[misc]
+      for found in (None, [0.0], [float("nan")] * 700, ["x"] * 700)),
+    (lambda _: {"add_space_prefix": 3}, "add_space_prefix"),
+    (lambda all: {"tokens": [*all["tokenizer.ggml.tokens"][:-1], "a" * 1000]}, "of 1000 letters; 256 are supported"),
+    # What would take far more memory than its file.
+    (lambda all: vocabulary(all, sorted(RUNS - {*all["tokenizer.ggml.tokens"]})), r"one another: it has \d+ merges"),
+    (lambda all: vocabulary(all, [f"{number:04d}" * 32 for number in range(4000)]), "over 16 letters on average"),
+    (lambda all: {"token_type": [3 if kind in (2, 6) else kind for kind in all["tokenizer.ggml.token_type"]]},
+     "neither a token for what it does not know nor one for every byte"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "wrong"), WRONG)
+def test_what_cannot_be_used(
+    metadata: dict[str, Any], changes: Callable[[dict[str, Any]], dict[str, Any]], wrong: str
+) -> None:
+    given = {f"tokenizer.ggml.{name}": value for name, value in changes(metadata).items()}
     with pytest.raises(CheckpointError, match=wrong):
-        tokenizer_assets(metadata | changes, 1000)
-
-
-def test_pieces_too_long_to_be_cut_everywhere(metadata: dict[str, Any]) -> None:
-    tokens = [*metadata["tokenizer.ggml.tokens"][:-1], "a" * 1000]
-    with pytest.raises(CheckpointError, match="piece of 1000 letters; 256 are supported"):
-        tokenizer_assets(metadata | {"tokenizer.ggml.tokens": tokens}, 1000)
-
-
-def vocabulary(metadata: dict[str, Any], pieces: list[str], kind: int = 1) -> dict[str, Any]:
-    """The vocabulary with more pieces."""
-    more = {"tokens": pieces, "token_type": [kind] * len(pieces), "scores": [0.0] * len(pieces)}
-    return metadata | {f"tokenizer.ggml.{name}": metadata[f"tokenizer.ggml.{name}"] + more[name] for name in more}
-
-
-def test_what_would_take_far_more_memory_than_its_file(metadata: dict[str, Any]) -> None:
-    runs = [letter * count for letter in "ABCDEFGH" for count in range(1, 60)]
-    with pytest.raises(CheckpointError, match=r"pairs of them make one another: it has \d+ merges for"):
-        tokenizer_assets(vocabulary(metadata, sorted({*runs} - {*metadata["tokenizer.ggml.tokens"]})), 10_000)
-    long = [f"{number:04d}" * 32 for number in range(4000)]
-    with pytest.raises(CheckpointError, match="pieces of over 16 letters on average"):
-        tokenizer_assets(vocabulary(metadata, long), 10_000)
-
-
-def test_a_vocabulary_that_would_lose_letters(metadata: dict[str, Any]) -> None:
-    kinds = [3 if kind in (2, 6) else kind for kind in metadata["tokenizer.ggml.token_type"]]
-    with pytest.raises(CheckpointError, match="neither a token for what it does not know nor one for every byte"):
-        tokenizer_assets(metadata | {"tokenizer.ggml.token_type": kinds}, 1000)
+        tokenizer_assets(metadata | given, 10_000)
 
 
 def test_special_tokens_of_phi3_take_the_space_after_them(metadata: dict[str, Any]) -> None:

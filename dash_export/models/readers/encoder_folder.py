@@ -1,20 +1,28 @@
-"""A Hugging Face folder of a text encoder as a checkpoint; sentence-transformers' modules say how it pools."""
+"""A Hugging Face folder of an encoder as a checkpoint; sentence-transformers' modules say how texts are pooled."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dash_export.bundle.layout import PREPROCESSOR
 from dash_export.core.facts import LARGEST
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 from dash_export.files.typed_json import shown
-from dash_export.models.config import Config, flag, positive
+from dash_export.models.config import TEXT_ENCODERS, Config, flag, positive
 from dash_export.models.encoders import EncoderFamily
-from dash_export.models.readers.image_encoder import found_weight
-from dash_export.models.readers.weights import checked_weights, fingerprint, open_weights, read_json, read_json_as
-from dash_export.models.spec import Dense, EncoderCheckpoint, Weight
+from dash_export.models.readers.weights import (
+    checked_weights,
+    fingerprint,
+    open_weights,
+    read_json,
+    read_json_as,
+    read_text,
+)
+from dash_export.models.spec import CLASS_TOKEN, POSITIONS, Dense, EncoderCheckpoint, Weight
 
 MODULES = "modules.json"
 _POOLING = {"cls": "class", "cls_token": "class", "mean": "mean", "mean_tokens": "mean"}
@@ -23,9 +31,7 @@ _POOLER = "pool.dense_0.weight"
 
 
 class _Ends(NamedTuple):
-    """What a folder's modules say. `fields`: those of the spec; `weights`: of the dense layers, by their name here;
-    `seen`: the files that were read, with their identity before.
-    """
+    """What a folder's modules say: fields of the spec, weights of the dense layers by name, files seen."""
 
     fields: dict[str, Any]
     weights: dict[str, Weight]
@@ -37,24 +43,31 @@ class _Ends(NamedTuple):
         return path
 
 
-def open_text_encoder(
-    folder: Path, source: str, assets: Mapping[str, str], config: Config, files: list[Path],
-    seen: dict[Path, tuple[int, ...]]
-) -> EncoderCheckpoint:  # fmt: skip
-    """Return the checkpoint of a text encoder's folder, whose pooled vector is what its modules.json says; without one
-    what transformers calls `pooler_output` where there are weights for it, else the first token. Raises
+def open_encoder(
+    folder: Path,
+    source: str,
+    assets: Mapping[str, str],
+    config: Config,
+    files: list[Path],
+    seen: dict[Path, tuple[int, ...]],
+) -> EncoderCheckpoint:
+    """Return the checkpoint of an encoder's folder. The pooled vector of a text is what its modules.json says; without
+    one what transformers calls `pooler_output` where there are weights for it, else the first token. Raises
     CheckpointError.
     """
-    family: EncoderFamily = import_module(f"dash_export.models.families.{config['model_type']}").encoder(config)
+    encoder = import_module(f"dash_export.models.families.{config['model_type']}").encoder
+    texts, ends = config["model_type"] in TEXT_ENCODERS, _Ends({}, {}, {})
+    if not texts:
+        prepared, size = _preparation(folder / PREPROCESSOR)
+        assets = {**assets, PREPROCESSOR: prepared}
+    family: EncoderFamily = encoder(config) if texts else encoder(config, size)
     stored = open_weights(files)
-    first = family.names("model.words.weight")
+    first = family.names(next(iter(family.spec.weight_shapes())))
     prefix = next((each for each in family.prefixes if each + first in stored), "")
-    if (folder / MODULES).is_file():
+    if texts and (folder / MODULES).is_file():
         ends = _ends(folder, family.spec.hidden_size)
-    else:
-        pooler = Dense(family.spec.hidden_size, "tanh")
-        known = (pooler,) * (prefix + family.names(_POOLER) in stored)
-        ends = _Ends({"dense": known}, {}, {})
+    elif texts and prefix + family.names(_POOLER) in stored:
+        ends.fields["dense"] = (Dense(family.spec.hidden_size, "tanh"),)
     name = "".join(filter(str.isprintable, Path(source).absolute().name)) or "model"
     spec = replace(family.spec, name=name, **ends.fields)
     shapes = spec.weight_shapes()
@@ -65,6 +78,42 @@ def open_text_encoder(
     checked = checked_weights(source, shapes, {own: weight for own, weight in weights.items() if weight is not None})
     key = fingerprint(assets.values(), checked, [*files, *ends.seen])
     return EncoderCheckpoint(source, spec, config, checked, assets, key, seen | ends.seen)
+
+
+def _preparation(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return the text of preprocessor_config.json, and the size of pictures that it says."""
+    from dash_export.images.processor import ImageProcessor  # needs Pillow, which a decoder's export does not
+
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {PREPROCESSOR}: nothing says how its pictures are prepared")
+    prepared = read_text(path)
+    return prepared, ImageProcessor.parse(prepared, str(path)).size
+
+
+def found_weight(name: str, prefix: str, own: str, shape: tuple[int, ...], stored: dict[str, Weight]) -> Weight | None:
+    """Return the weight of that name in the file: a part of its rows, or in another shape, where the name says so."""
+    name, _, part = name.partition("#")
+    weight = stored.get(prefix + name) or stored.get(name)  # a classifier stands beside the encoder
+    if weight is None:
+        return None
+    whole = weight
+    if part:
+        place, count = map(int, part.split("/"))
+        first = place * (whole.shape[0] // count)
+        return replace(
+            whole,
+            name=own,
+            shape=(whole.shape[0] // count, *whole.shape[1:]),
+            rows=lambda start, stop: whole.rows(first + start, first + stop),
+        )
+    if own in (CLASS_TOKEN, POSITIONS) and whole.shape != shape and prod(whole.shape) == prod(shape):
+        return replace(
+            whole,
+            name=own,
+            shape=shape,
+            rows=lambda start, stop: whole.read_rows(0, whole.shape[0]).reshape(shape)[start:stop],
+        )
+    return replace(whole, name=own)
 
 
 def _ends(folder: Path, hidden: int) -> _Ends:

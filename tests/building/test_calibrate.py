@@ -179,7 +179,8 @@ def test_a_damaged_file(content: bytes | str, bundle: Bundle, tmp_path: Path) ->
     path.write_bytes(content if isinstance(content, bytes) else whole[: len(whole) // 2])
     if content == "compressed":
         np.savez_compressed(path, **{f"{DOWN}.codes": np.zeros(1 << 20, np.uint8), "key": np.array("x")})
-    with pytest.raises(BundleError, match=r"is damaged .* Delete it and build again"):
+    said = "is compressed" if content == "compressed" else "is damaged .* Delete it and build again"
+    with pytest.raises(BundleError, match=said):
         roundings_lookup(path)(DOWN)
 
 

@@ -1,5 +1,8 @@
-"""The registry of backends: a recipe's `backend` names one. A host backend loads an engine, binds it to fixed memory
-once, and launches it again and again. A GPU backend is a `Cuda`.
+"""The registry of backends. A backend is one folder beside this file and one line of BACKENDS: its checks of a recipe,
+how it makes engines, how it loads and launches them. The recipe's `backend` names it.
+
+A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
+`Cuda`.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ class Started(Protocol):
     """A started backend."""
 
     def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> EngineSet | EncoderEngines | DeviceEngines:
-        """Load all engines. Raises BackendError where they do not run here, PolicyError for another `dispatch`."""
+        """Load all engines of a build. Raises BackendError where they do not run here, PolicyError for a dispatch mode
+        that this kind of backend has not.
+        """
         ...
 
 
@@ -82,7 +87,9 @@ def require_backend(name: str) -> None:
 
 
 def load_backend(name: str, threads: int) -> Started:
-    """Import and start a backend. Raises BackendError that names the missing package or device."""
+    """Import and start a backend; for GPU targets it is a Cuda. Raises BackendError that names the missing package or
+    device.
+    """
     require_backend(name)
     return BACKENDS[name].part("load")(name, threads)  # type: ignore[no-any-return]
 

@@ -1,4 +1,6 @@
-"""Makers of engines: what a backend compiles and runs on this machine. Only `save` needs onnx."""
+"""Makers of engines: what a backend can compile and run on this machine, and how it makes the engines of a build. Only
+`save` needs onnx: a device measures and runs without it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Backend(ABC):
         return BACKENDS[self.recipe.backend].extra
 
     def here(self) -> Backend:
-        """Return the maker for this machine: one that compiles or, for another, lowers. Raises BackendError."""
+        """Return the maker for this machine: this one or, where only another machine can compile, one that lowers for
+        that. Raises BackendError where something is missing.
+        """
         if (reason := self.build_obstacle()) is not None:
             raise BackendError(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
         return self
@@ -115,19 +119,25 @@ class Backend(ABC):
         return None
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """Return the segments of a build, cut before the layer whose input a policy of its own reads."""
+        """Return the segments of a build. Where the policy is an engine of its own, the layers are cut before the layer
+        whose input it reads, so that this input is the output of an engine.
+        """
         policy = manifest.policy
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Write one engine as `out` plus a suffix; it shares weights of the files `extended`. Return its files."""
+        """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
+        weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
+        """
         from dash_export.graphs.lower.surgery import save_extending
 
         return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
 
     def compile(self, graph: Path, folder: Path, out: Path) -> list[Path]:
-        """Compile a graph, without onnx, as `out` plus a suffix; `folder` has finished files. Return the files."""
+        """Compile a lowered graph to an engine, `out` plus a suffix. `folder`: where finished files lie. Needs no onnx.
+        Return the engine's files.
+        """
         raise NotImplementedError(graph, folder, out)
 
 

@@ -56,7 +56,9 @@ _INVERSE_BYTES = 40
 
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
-    """Return the key of what calibrated engines depend on besides their graphs, "" where nothing is calibrated."""
+    """Return the key of what calibrated engines depend on besides their own graphs: the text, and the layers whose
+    outputs are their inputs. "" where nothing is calibrated.
+    """
     if recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
         return ""
     text = sha256_file(resource_folder("calibration") / TEXT)

@@ -43,7 +43,9 @@ LOST = 16 << 20
 
 @dataclass
 class CardCheck:
-    """What the steps know. `given`: the target; `machine`: what `doctor` says; `facts`: figures for the report."""
+    """What the steps know. `given`: the target, a name or a file; `machine`: what `doctor` says of it; `facts`:
+    figures for the report.
+    """
 
     bundle: Bundle
     given: str
@@ -75,7 +77,9 @@ class CardCheck:
         return self.runtimes["sync"].engines.device  # type: ignore[union-attr]
 
     def rules(self) -> dict[str, Rule]:
-        """Return how tokens are decoded: dense, half of the units skipped, and by the references' limits."""
+        """Return how tokens are decoded: dense, half of the units skipped, and as the policy decides at limits by which
+        it skips half of the references' tokens.
+        """
         policy, found = self.bundle.manifest.policy, dict[str, Rule](dense=DENSE)
         if policy.units:
             order = policy.static_order or range(len(policy.units))
@@ -105,7 +109,9 @@ class Outcome:
 
 
 def card_target(bundle: Bundle, target: str | None) -> str:
-    """Return the GPU target to check: the given one, or the bundle's only one. Raises BundleError, BackendError."""
+    """Return the GPU target to check: the given one, or the only one of the bundle. Raises BundleError, and
+    BackendError for a target without a card.
+    """
     found = [target] if target else bundle.targets()
     names = {name.removesuffix(LOWERED) for name in found if target or bundle.load_build(name).recipe.on_device}
     if len(names) != 1:

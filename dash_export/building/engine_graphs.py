@@ -21,7 +21,9 @@ from dash_export.graphs.portable.writer import GraphWriter, save_graph
 
 @dataclass(frozen=True)
 class EngineGraph:
-    """Plan of an engine's graph. `parts`: the bundle's graphs in it; `extends`: engines whose weights it shares."""
+    """Plan of an engine's graph: `segment`, its bypass, both (mixed), or the policy. `parts`: the bundle's graphs it is
+    made of. `extends`: engines whose weights it shares.
+    """
 
     name: str
     segment: Segment

@@ -82,7 +82,9 @@ def export(
 
 
 def checked_output(output: str | Path) -> Path:
-    """Return the path that an export writes. Raises BundleError for what is no bundle, OutputError."""
+    """Return the path that an export to `output` writes. Raises BundleError where something that is no bundle lies
+    there, OutputError where nothing could be written.
+    """
     path = outputs.output_path(output)
     check_outside_bundles(path)
     refuse_foreign(path)

@@ -31,7 +31,9 @@ _LARGEST = 32768.0
 def reference_artifact(
     bundle: Bundle, segments: tuple[Segment, ...], folder: Path, wanted: bool, progress: Progress
 ) -> Artifact | None:
-    """Return the artifact of a build's references; None where they are not wanted, or cannot be made here."""
+    """Return the artifact of the references of a build whose files lie in `folder`. None where they are neither there
+    nor wanted, or ONNX Runtime is missing.
+    """
     key = content_key(REVISION, bundle.manifest.key)
 
     def write(out: Path, kept: bool) -> list[Path]:

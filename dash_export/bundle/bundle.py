@@ -101,7 +101,9 @@ class Bundle:
         return replace(self.load_build(max(known)).recipe, name=target)
 
     def resolve_target(self, target: str | None) -> str:
-        """Return `target` if given, else `cpu`, else the only target built. Raises BundleError, which lists several."""
+        """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
+        targets, where several are built and none is `cpu`.
+        """
         if target is not None:
             return target
         built = [name for name in self.targets() if not name.endswith(layout.LOWERED)]
@@ -113,7 +115,9 @@ class Bundle:
         return built[0] if len(built) == 1 else layout.DEFAULT_TARGET
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError, StaleBuildError when it is of an earlier export."""
+        """Read `build.json` of a target. Raises BundleError when there is none or the manifest does not list it,
+        StaleBuildError when it is of an earlier export.
+        """
         name = f"engines/{target}/{layout.BUILD}"
         contents = self._listed(target, name)
         if contents is None:  # a build may have finished since this bundle was opened
@@ -211,7 +215,9 @@ class Bundle:
         return f"dash-export build {quote(str(self.root))} --target {quote(target)}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
-        """Check files' size and, with `hashes`, SHA-256; return their identities. Raises BundleError."""
+        """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a
+        later `check_same`. Raises BundleError, which names the first wrong file.
+        """
         seal: Seal = {}
         for record in records:
             path = self.path(record.name)

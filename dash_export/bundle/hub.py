@@ -94,7 +94,9 @@ def cached() -> dict[str, int]:
 
 
 def remove_cached(name: str) -> None:
-    """Remove the bundle `org/name` from the cache. Raises BundleError, BusyError where it is in use."""
+    """Remove the bundle `org/name` from the cache. Raises BundleError where it is not there, BusyError where a process
+    runs or fetches it.
+    """
     if name not in (known := cached()):
         raise BundleError(f"{name} is not in the cache. What is there: {', '.join(known) or 'nothing'}.")
     base = layout.cache_folder() / "hub" / name

@@ -45,7 +45,9 @@ LOWERED = "-lowered"
 """Ending of the name of a build whose graphs are lowered, not compiled. No recipe's name ends so."""
 ROUNDINGS, CALIBRATION = "roundings.npz", "calibration"
 TIMING_CACHE = "timing.cache"
-"""In a build's folder: files from which `build` makes engines again. The runtime never reads them."""
+"""In a build's folder: files from which `build` makes engines again, and a folder of layers that an unfinished build
+has calibrated. The runtime never reads them.
+"""
 _MOST_PARTS, _LONGEST_NAME = 3, 255
 """Bounds of a file's path in a bundle, in parts (`engines/<target>/<file>`) and in characters."""
 
@@ -83,8 +85,10 @@ def new_names(layer: int) -> tuple[str, str]:
 
 
 def short_name(name: str) -> str:
-    """Return a cache's name in ONNX Runtime's engines: `past_key_values.17.key` -> `past_key_17`, `present.17.key` ->
-    `key_17`, `new.17.key` -> `new_key_17`: it copies them at every run, and 15 characters need no allocation.
+    """Return the name of a cache in ONNX Runtime's engines: `past_key_values.17.key` -> `past_key_17`,
+    `present.17.key` -> `key_17`, `new.17.key` -> `new_key_17`.
+
+    ONNX Runtime copies the names of inputs and outputs at every run; names of up to 15 characters need no allocation.
     """
     prefixes = {"past_key_values": "past_", "present": "", "new": "new_"}
     parts = name.split(".")

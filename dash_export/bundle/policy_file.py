@@ -67,7 +67,9 @@ def policy_path(given: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise PolicyError or OutputError where a policy may not be written: another's file, a link, a bundle."""
+    """Raise PolicyError for a name that is not NAME.safetensors, and where `save_policy` would write over something
+    that is no policy and no card; OutputError for a link or a mount point, and inside bundles.
+    """
     if path.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
     check_outside_bundles(path)
@@ -91,7 +93,8 @@ def check_replaceable(path: Path) -> None:
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Mapping[str, Any]) -> None:
     """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
-    PolicyError for a policy that does not fit `spec`, and as `check_replaceable`.
+    PolicyError for a policy that does not fit `spec`, a name that is not `.safetensors`, and where something that is no
+    policy lies there; OutputError for a link and inside bundles.
     """
     import safetensors.numpy
 
@@ -116,7 +119,9 @@ def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
 
 
 def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
-    """Load the policy in `path` (or of that name) for the model that `spec` describes. Raises PolicyError."""
+    """Load the policy in `path` (or of that name, `policy_path`) for the model that `spec` describes. Raises
+    PolicyError when there is no such file, when it is damaged or no policy, or when it is for another model.
+    """
     path = policy_path(path)
     try:
         metadata, tensors = _opened(path)

@@ -139,7 +139,9 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(target: str, **changes: str | None) -> Recipe:
-    """Read a recipe by the path of a .toml file, by its name, or by a build's: `cpu-int8`. Raises RecipeError."""
+    """Read a recipe by the path of a .toml file, by its name, or by the name of a build: `cpu-int8` is `cpu` with int8
+    weights. `changes`: what else `with_weights` changes. Raises RecipeError.
+    """
     given = {option: value for option, value in changes.items() if value is not None}
     if Path(target).suffix == ".toml":
         return with_weights(_read(Path(target)), **given)

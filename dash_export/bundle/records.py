@@ -1,4 +1,6 @@
-"""The records of a bundle, with checks: `manifest.json` (what was exported), `build.json` (engines)."""
+"""The records of a bundle, with checks of their contents: `manifest.json` (the model, its graphs, its policy, the
+SHA-256 of every file) and `build.json` (the engines for a target and how long each takes there).
+"""
 
 import hashlib
 import json
@@ -64,7 +66,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine, none of them if first = last + 1; a unit if `gated`."""
+    """Layers [first, last] compiled as one engine; a unit if `gated`. `embed`: the embedding is in it; `head`: the head
+    is. An empty range (first = last + 1) is the embedding or the head alone.
+    """
 
     first: int
     last: int
@@ -95,7 +99,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled engine. `file`: relative to the bundle; `bytes`: of all that it maps; `key`: hash of its inputs."""
+    """One compiled engine. `file`: relative to the bundle; `bytes`: size of all that the engine maps (weights that are
+    also stored packed count once); `key`: hash of its inputs; `seconds`: how long it took to make.
+    """
 
     file: str
     bytes: Bytes
@@ -105,7 +111,9 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """Agreement of engines with graphs: engine -> kind of output -> relative RMS error; `compared`: what, and where."""
+    """Agreement of engines with their portable graphs. `engines`: engine -> kind of output -> relative root mean square
+    error; `compared` says what was compared, and where.
+    """
 
     compared: str
     engines: dict[str, dict[str, NotNegative]]

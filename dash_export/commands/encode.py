@@ -44,7 +44,9 @@ def encode_inputs(
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Encode pictures, or a text or `lines`. Print a row for each, or write `output`. Raises RequestError."""
+    """Encode a picture or all pictures in a folder; for a text encoder a text, or the `lines` of a file. Print a row
+    for each, or write `output`. Raises RequestError.
+    """
     takes, path = runtime.bundle.manifest.model.takes, Path(given)
     inputs: Sequence[Any] = lines or [given]
     names = list(inputs)

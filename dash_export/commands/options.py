@@ -151,7 +151,9 @@ def print_refused(refused: list[dict[str, Any]]) -> None:
 
 
 def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add BUNDLE, --target, --kinds, --also, --budget and --skipped, packed into one argument: `load()`."""
+    """Add BUNDLE, --target, --kinds, --also, and --budget (by default `budgets`) or --skipped. The command receives
+    them as one argument `load`, which calls `load_candidates`.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)

@@ -23,7 +23,9 @@ _BEGINNING = 8192
 
 
 def check_reports(*outputs: Path) -> None:
-    """Raise RequestError for a file that is no report of ours, OutputError for a place in a bundle or work folder."""
+    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this
+    program's, OutputError for a place in a bundle or a work folder.
+    """
     for path in outputs:
         ours = not os.path.lexists(path)
         if not ours and not path.is_symlink():
@@ -39,7 +41,9 @@ def check_reports(*outputs: Path) -> None:
 
 
 def save_report(path: Path, content: str | bytes) -> Path:
-    """Write a report and return its path. Raises what `check_reports` raises."""
+    """Write a report and return its path. Where `path` has meanwhile become a file that is no report of this program's,
+    write to a free name beside it: the content took minutes to measure.
+    """
     check_reports(path)  # again: measuring took minutes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

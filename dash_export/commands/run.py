@@ -32,7 +32,9 @@ _PATH = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options for every prompt. `max_tokens` None: the library's default; `templated`: by the chat template."""
+    """Options for every prompt of this call. `max_tokens` None: the library's default; `templated`: prompts are put
+    into the model's chat template.
+    """
 
     runtime: DashRuntime
     session: Session

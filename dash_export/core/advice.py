@@ -20,14 +20,18 @@ def shipped_policies() -> list[str]:
 
 
 def quick_training(parameters: int) -> tuple[int, str]:
-    """Return the minutes of `train --effort quick` on 2 cores, and what a full training gains, by the nearest size."""
+    """Return the minutes that `train --effort quick` takes on 2 cores, and what a training at full length gains: those
+    of the model that is nearest in size, the minutes in proportion.
+    """
     size, minutes, saved = min(_ANCHORS, key=lambda anchor: abs(log(parameters / anchor[0])))
     gain = f"about {saved} % of the decode time for 2 % of perplexity on its own answers"
     return max(1, round(minutes * parameters / size)), gain
 
 
 def policy_command(model: ModelFacts, source: str | None = None) -> str:
-    """Return one sentence with the command that gets the model a token policy. `source`: the model as it was given."""
+    """Return one sentence with the command that gets the model a token policy, at its end. `source`: the model as the
+    user gave it; None where that is not known.
+    """
     given = "MODEL" if source is None else quote(source)
     if model.takes == "texts":
         return "No policy can be trained for a text encoder so far: it runs every layer."

@@ -24,7 +24,9 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Mode:
-    """Times of another dispatch mode: `asks` as the table's, `saved` as a fraction of what skipping saves by that."""
+    """Times of another dispatch mode than a cost table's. `asks`: as the table's. `saved`: what skipping saves there,
+    as a fraction of what it saves by the table.
+    """
 
     asks: NotNegative
     saved: Annotated[float, Within(1e-3, 1e3)]
@@ -35,9 +37,10 @@ class CostTable:
     """Measured on `device`: medians in microseconds at `context` cached tokens.
 
     `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
-    skipping it saves, as a fraction of `dense_us`; units with equally many layers share one value. `asks`: what
-    evaluating the policy adds to a token on a GPU, as the same fraction. `dispatch`: the mode of all these times;
-    `modes`: the others measured.
+    skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
+    one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
+    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times;
+    `modes`: the others that were measured.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -53,7 +56,9 @@ class CostTable:
     modes: dict[str, Mode] = field(default_factory=dict)
 
     def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
-        """Predict decode time [tokens], over dense, of skips [units, tokens]. `asked`: the policy was evaluated."""
+        """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:
+        the policy was evaluated for them.
+        """
         found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
         return found
 
@@ -70,9 +75,10 @@ class CostTable:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting. Per token of the calibration text, or per held-out picture: mean layers run, mean time as
-    a fraction of dense, mean divergence from dense (`Measure`), and, of text, perplexity over dense's. `differing` of
-    the `judged` have another answer: another next token, another class, or without classes a cosine under COSINE.
+    """One calibrated setting. Per token of the calibration text, or per held-out picture, at this trade-off: mean
+    layers run, mean time as a fraction of dense, mean divergence from the dense mode of the same build (`Measure`),
+    and, of text, perplexity over that mode's. `differing` of the `judged` tokens or pictures have another answer than
+    in that mode: another next token, another class, or without classes a cosine under COSINE.
     """
 
     trade_off: NotNegative
@@ -85,7 +91,9 @@ class DialPoint:
 
 
 def in_mode(cost: CostTable, dial: tuple[DialPoint, ...], dispatch: str) -> tuple[CostTable, tuple[DialPoint, ...]]:
-    """Return the cost table and dial of another dispatch mode: the same decisions, that mode's times, if measured."""
+    """Return the cost table and dial of another dispatch mode: with the same decisions, and the times of that mode. As
+    they are where it was not measured.
+    """
     mode = cost.modes.get(dispatch)
     if mode is None:
         return cost, dial
@@ -137,7 +145,9 @@ MEASURES = {
 
 
 def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | None:
-    """Return the budget that loses as much as `measure` allows, interpolated; None where it saves less than WORTH."""
+    """Return the budget that loses as much as `measure` allows on the calibration data, interpolated; None where that
+    budget saves less than WORTH of the time.
+    """
     points = sorted(dial, key=lambda point: -point.time)
     lost = [measure.lost(point) for point in points]
     after = next((index for index, own in enumerate(lost) if own > measure.allowed), len(points))
@@ -150,9 +160,12 @@ def recommended_budget(dial: Sequence[DialPoint], measure: Measure) -> float | N
     return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
 
 
-def trade_off_for(dial: Sequence[DialPoint], **asked: float) -> float:
-    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`,
-    whichever is given, interpolated geometrically. Raises PolicyError without a table, or for an amount out of reach.
+def trade_off_for(
+    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> float:
+    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
+    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
+    when there is no table, or when the amount is beyond what the policy reaches.
     """
     if not dial:
         raise PolicyError(
@@ -160,16 +173,16 @@ def trade_off_for(dial: Sequence[DialPoint], **asked: float) -> float:
             "`dash-export build` on the device; or give the trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
-    ((name, wanted),) = asked.items()
-    if name == "budget":
-        wanted, amounts = 1 - wanted, [1 - point.time for point in points]
-    elif name == "skipped":
-        amounts = [points[0].layers - point.layers for point in points]
+    if budget is not None:
+        wanted, amounts = 1 - budget, [1 - point.time for point in points]
+    elif skipped is not None:
+        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
     else:
-        amounts = [point.kl for point in points]
+        assert max_kl is not None
+        wanted, amounts = max_kl, [point.kl for point in points]
     after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
     if after is None:
-        raise out_of_reach(max(amounts), **asked)
+        raise out_of_reach(max(amounts), budget=budget, skipped=skipped, max_kl=max_kl)
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
@@ -184,8 +197,9 @@ def trade_off_at_most(dial: Sequence[DialPoint], at_most: float, confidence: flo
     """Return the largest trade-off of the dial at which at most a share `at_most` of answers differs from dense, with
     this confidence, for data like the calibration's. Raises PolicyError where the dial cannot promise that.
 
-    Learn then Test (arXiv 2110.01052) by fixed sequence, from dense on, each by the exact binomial test. Tokens of one
-    answer depend on each other: for text it is an estimate.
+    Learn then Test (arXiv 2110.01052) by fixed sequence: trade-offs are tested from dense on, each by the exact
+    binomial test of "more than `at_most` differ", up to the first that the test does not reject. Tokens of one answer
+    depend on each other: for text it is an estimate.
     """
     points = sorted(dial, key=lambda point: point.trade_off)[1:]
     judged = min((point.judged for point in points), default=0)
@@ -211,15 +225,22 @@ def binomial(count: int, trials: int, share: float) -> float:
     return float(min(1.0, np.exp(terms).sum()))
 
 
-def out_of_reach(most: float, **asked: float) -> PolicyError:
-    """Return the error for an amount beyond `most`. The limit that it tells is rounded so that it may be asked for."""
-    ((name, amount),) = asked.items()
-    said, digits = {
-        "budget": ("A budget of {:g} is below", 3),
-        "skipped": ("Skipping {:g} layers of a token is above", 2),
-        "max_kl": ("A KL of {:g} nats is above", 4),
-    }[name]
-    limit = floor(round(10.0**digits * most, 6)) / 10.0**digits
-    limit, end = (1 - limit, "least") if name == "budget" else (limit, "most")
-    reached = f"the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
-    return PolicyError(f"{said.format(amount)} {reached}")
+def out_of_reach(
+    most: float, *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
+) -> PolicyError:
+    """Return the error for the amount that is given, beyond what a policy reaches with all its units skipped: `most`,
+    of the time saved or of the amount. The limit that it tells is rounded so that it may be asked for.
+    """
+    if budget is not None:
+        asked, limit, end = f"A budget of {budget:g} is below", 1 - _floor(most, 3), "least"
+    elif skipped is not None:
+        asked, limit, end = f"Skipping {skipped:g} layers of a token is above", _floor(most, 2), "most"
+    else:
+        asked, limit, end = f"A KL of {max_kl:g} nats is above", _floor(most, 4), "most"
+    return PolicyError(
+        f"{asked} the {limit:g} that this policy reaches with all its units skipped: give at {end} that."
+    )
+
+
+def _floor(amount: float, digits: int) -> float:
+    return floor(round(10.0**digits * amount, 6)) / 10.0**digits

@@ -1,4 +1,7 @@
-"""Divergence of next-token distributions, row by row over the whole vocabulary, in nats; two rows at a time (cache)."""
+"""Divergence of one next-token distribution from another, row by row over the whole vocabulary, in nats (numpy only).
+
+Two rows are processed at a time: what is made of them stays in the caches of a CPU.
+"""
 
 from collections.abc import Iterator
 
@@ -14,7 +17,9 @@ _ROWS = 2
 
 
 class DenseRows:
-    """Reference p = softmax(logits [rows, vocab]), of the same build's dense mode. Raises BackendError for NaN."""
+    """Reference distributions p = softmax(logits), logits [rows, vocab]: those of the dense mode of the same build.
+    Raises BackendError for NaN or infinity, and so does `kl`.
+    """
 
     def __init__(self, logits: Logits) -> None:
         self._log_p = np.empty(logits.shape, np.float32)

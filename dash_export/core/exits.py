@@ -53,14 +53,18 @@ def check_exits(units: Sequence[Unit], num_layers: int) -> None:
 
 
 def moves(answer: Floats, before: Sequence[Floats], centre: Floats) -> Floats:
-    """Return the moves [n, MOVES] of an answer [n, hidden]. `before`: answers of the exits before, last one first."""
+    """Return the moves [n, MOVES] of an answer [n, hidden]. `before`: the answers of the exits before, last one first;
+    0 for those that there are not.
+    """
     gaps = [np.log(gap(answer, other) + LEAST) for other in (centre[None], *before[:BEFORE])]
     gaps += [np.zeros(len(answer))] * (1 + BEFORE - len(gaps))
     return np.stack([*gaps, *(each * each for each in gaps)], axis=1)
 
 
 def gap(left: Floats, right: Floats) -> Floats:
-    """Return 1 - cosine of rows [n, hidden]: half the square of unit vectors' distance, exact for small ones."""
+    """Return 1 - cosine of the rows of two arrays [n, hidden]: half the square of the distance of unit vectors, which
+    is exact for small ones.
+    """
     apart = _unit(left) - _unit(right)
     found: Floats = 0.5 * (apart * apart).sum(axis=1)
     return found

@@ -68,7 +68,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelFacts(ABC):
-    """Facts of any model that is a stack of layers. `hidden_size`: of the state which all layers read and add to."""
+    """Facts of any model that is a stack of layers: what units, policies, costs and builds are about. `hidden_size`:
+    that of the state which all layers read and add to.
+    """
 
     name: str
     model_type: str
@@ -106,7 +108,9 @@ class ModelFacts(ABC):
 
     @abstractmethod
     def network_shapes(self, units: int, given: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return the shapes of a policy network for so many units. `given`: its shapes, for a free dimension."""
+        """Return the shapes of a policy network's weights for so many units. `given`: the shapes that it has, from
+        which a free dimension is taken.
+        """
 
     @abstractmethod
     def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:

@@ -144,8 +144,8 @@ class Token:
         if setting.at_most is not None:
             trade_off = trade_off_at_most(served.dial, setting.at_most, setting.confidence)
         elif trade_off is None and setting.given != ("max_layers",):
-            name = next(name for name in setting.given if name != "max_layers")
-            trade_off = trade_off_for(served.dial, **{name: getattr(setting, name)})
+            wanted = {name: getattr(setting, name) for name in ("budget", "skipped", "max_kl")}
+            trade_off = trade_off_for(served.dial, **wanted)
         rule = decision_rule(units, served.cost.cost, trade_off or 0.0, setting.max_layers, served.model.num_layers)
         return SessionRules(rule, served.cost, setting.budget if setting.hold else None)
 

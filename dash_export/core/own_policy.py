@@ -78,7 +78,9 @@ class OwnRule:
 
 
 def load_policy(text: str) -> Policy:
-    """Load `package.module:Class` or `path/file.py:Class`; the current folder is not searched. Raises PolicyError."""
+    """Load `package.module:Class` or `path/to/file.py:Class` and make it without arguments. Modules are the installed
+    ones: the current folder is not searched. Raises PolicyError.
+    """
     module, _, name = text.rpartition(":")
     if not module or not name:
         raise PolicyError(f"{text!r:.60} is no policy of your own. {WRITTEN}")

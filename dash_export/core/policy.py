@@ -49,17 +49,20 @@ def half(array: Float32Array) -> Float32Array:
 
 
 Weights = Mapping[str, Float32Array]
-"""Weights by name. Of a bypass: none, or `weight` [hidden, columns] and `bias` [columns], as the module says."""
+"""Weights by name. Those of a bypass, the replacement of a skipped unit: none, or `weight` [hidden, columns] and `bias`
+[columns], with the columns of the update (`hidden`), then those of K and V of each layer but the first.
+"""
 
 
 @dataclass(frozen=True)
 class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
-    `read`: the layer whose input decides. `network`: float32; None without a token policy. `bypasses`: one per unit.
-    `static_order`: units in the order in which a static policy skips them; empty where they are not ranked.
-    `final_norm` [hidden]: gain of the trained model's final norm, which tells it from others of its shape. `answers`:
-    its held-out answers, as a .jsonl file (`text/chats.py`), on which a build calibrates its dial.
+    `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
+    a token policy. `bypasses`: one per unit. `static_order`: indices of units in the order in which a static policy
+    skips them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that
+    the policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of
+    that model, as a .jsonl file (`text/chats.py`), on which a build calibrates its dial.
     """
 
     units: tuple[Unit, ...]

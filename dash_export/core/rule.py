@@ -21,10 +21,11 @@ from dash_export.errors import PolicyError
 
 @dataclass(frozen=True)
 class State:
-    """Tokens of a step, when their units are decided. The arrays are the runtime's own memory: copy what you keep.
+    """Tokens of a step, with what is known when their units are decided. The arrays are the runtime's own memory: read
+    them, and copy what you keep.
 
-    `hidden` float32 [tokens, hidden]: enters the first unit. `damage` float32 [units, tokens], nats: of the bundle's
-    network, zeros without one. `positions`, `tokens` int64 [tokens].
+    `hidden` float32 [tokens, hidden]: the state that enters the first unit. `damage` float32 [units, tokens], nats: the
+    output of the bundle's network, zeros where it has none. `positions`, `tokens` int64 [tokens].
     """
 
     hidden: npt.NDArray[np.float32]
@@ -50,9 +51,9 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """Rule that skips a unit where damage is below its limit (trade_off * cost, nats): 0 never skips, infinity always.
-    Units after the last limit never are. `sizes`: layers of each unit; `fewest`: layers that every token skips at
-    least.
+    """Rule that skips a unit where damage is below the unit's limit (trade_off * cost, nats); damage is never negative,
+    so a limit of 0 never skips, and one of infinity always does. Units after the last limit are never skipped. `sizes`:
+    layers of each unit; `fewest`: layers that every token skips at least; `asks` as in `Rule`.
     """
 
     limits: tuple[float, ...] = ()
@@ -69,7 +70,9 @@ class DecisionRule:
         return (*self.limits, *(0.0,) * (units - len(self.limits)))
 
     def skips(self, damage: Damages) -> Skips:
-        """Return skipped [units, tokens]. For `fewest` it also skips the units that do least damage per layer."""
+        """Return skipped [units, tokens] for damage [units, tokens]. Where `fewest` asks a token to skip more than the
+        limits do, it also skips the units that do least damage per layer.
+        """
         exact = damage.astype(np.float64)
         below: Skips = exact < np.array(self.limits_of(len(damage)))[:, None]
         if not self.fewest:
@@ -82,7 +85,9 @@ class DecisionRule:
         return below | forced
 
     def leaves(self, place: int, damage: Damages) -> npt.NDArray[np.bool_]:
-        """Return which pictures leave at unit `place`, for damage [n]: all, if the next one skips under `fewest`."""
+        """Return which pictures leave at unit `place` of an encoder, for its damage [n]. All do where leaving at the
+        next one would skip less than `fewest`.
+        """
         found: npt.NDArray[np.bool_] = damage.astype(np.float64) < self.limits_of(place + 1)[place]
         return found | (sum(self.sizes[place + 1 :]) < self.fewest)
 

@@ -106,7 +106,9 @@ class Sampler:
         return Draw(sharpness, s.top_k, s.top_p, lowest, self._share)
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
-        """Return a token id, given logits [vocab] float32 (unchanged) and the tokens so far. Raises BackendError."""
+        """Return a token id, given logits [vocab] float32, which stay unchanged, and the tokens so far. Raises
+        BackendError where the logits are not numbers.
+        """
         s = self._sampling
         if self._begins is None:
             self._begins = len(context)
@@ -205,7 +207,9 @@ BLOCK = 512
 
 
 def drawn(weights: Weights, share: float) -> int:
-    """Return the place at which the running sum of weights passes `share` of all: by blocks, twice as fast."""
+    """Return the place at which the running sum of the weights passes `share`, in [0, 1), of all: first among sums of
+    BLOCK weights, as a running sum over a vocabulary takes twice as long as all else here.
+    """
     block, left = _passed(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)), share)
     place, _ = _passed(weights[block * BLOCK : (block + 1) * BLOCK], left)
     return block * BLOCK + place

@@ -93,7 +93,9 @@ def layers_text(layers: Iterable[int]) -> str:
 
 
 def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
-    """Raise PolicyError unless units are separate, in rising order, and `read`, whose input decides, before them."""
+    """Raise PolicyError unless the units are separate ranges of the model's layers in rising order, and `read`, the
+    layer whose input decides, lies before the first unit.
+    """
     before = 0
     for unit in units:
         if not before <= unit.first <= unit.last < num_layers:
@@ -120,7 +122,9 @@ def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Act
 
 
 def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
-    """Return the skipped units [units, tokens] of a map [tokens, layers]. Raises PolicyError for parts of units."""
+    """Return the skipped units [units, tokens] of a skip map [tokens, layers]. Raises PolicyError where the map skips
+    a part of a unit, or a layer that is in no unit.
+    """
     skipped = np.array([actions[:, unit.first] == Action.SKIP for unit in units], np.bool_).reshape(-1, len(actions))
     if not np.array_equal(layer_actions(skipped, units, actions.shape[1]), actions):
         raise PolicyError(f"These actions skip parts: units are skipped whole. Units: {units_text(units)}.")

@@ -99,7 +99,9 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically: old or new content after a kill or loss of power. Raises OutputError for a link."""
+    """Replace a file by an atomic rename: after a kill or a loss of power it has either the old or the new content.
+    Text is written as UTF-8. Raises OutputError for a link, which may lead anywhere.
+    """
     if path.is_symlink():
         raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
     temporary = path.with_name(f"{TEMPORARY}{path.name}")

@@ -1,7 +1,7 @@
 """Outputs while they are written: who may write one (file locks), where it lies until it is whole (a work folder).
 
-Locks are advisory (`flock`): the death of a writer releases them. A folder is emptied or replaced only where it bears
-this program's mark.
+Locks are advisory (`flock`): the death of a writer releases them. A lock file says who holds it, for the error message
+that others get. A folder is emptied or replaced only where it bears this program's mark.
 """
 
 import errno
@@ -66,7 +66,9 @@ def locked(output: Path, command: str) -> Iterator[None]:
 
 @contextmanager
 def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: bool = False) -> Iterator[None]:
-    """Lock the folder itself, alone or `shared`. Raises BusyError, with what the files `holders` say, or `wait`s."""
+    """Lock the folder itself, alone or `shared` with others. Raises BusyError, with what the lock files `holders` say,
+    where it is locked; or, with `wait`, waits until it is free.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:  # it existed: another is just taking its place
@@ -240,7 +242,9 @@ def work_of(output: Path) -> Path:
 
 
 def work_folder(output: Path, command: str) -> Path:
-    """Return `<output>.unfinished`, new or as a killed run of `command` left it. Raises OutputError for any other."""
+    """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run of `command` left
+    the folder. Raises OutputError for a folder that is not this program's, or that is another command's.
+    """
     folder = own_folder(work_of(output))
     _check_ours(folder)
     with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
@@ -281,7 +285,9 @@ def _check_ours(folder: Path) -> None:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove a marked folder, the mark last, so that another run can finish. Raises OutputError for another's."""
+    """Remove a folder that bears the mark, the mark last: after a kill the next run may then remove the rest. Raises
+    OutputError for a folder without the mark that is not empty.
+    """
     _check_ours(folder)
     for path in folder.iterdir():
         if path.name != MARK:
@@ -301,7 +307,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it: the next run finishes that."""
+    """Remove the work folder on an error or Ctrl-C, unless the old output lies in it already: the next run finishes
+    the replacement, as it does after a kill.
+    """
     try:
         yield
     except BaseException:

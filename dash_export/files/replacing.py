@@ -22,7 +22,8 @@ from dash_export.files.outputs import MARK, REPLACED, bears_mark, locked, remove
 
 def put_in_place(work: Path, output: Path, ours: Sequence[str]) -> None:
     """Rename the finished work folder of a command to `output`. What exists there stays, except for the entries `ours`
-    (paths below it). Raises OutputError where they may not be replaced. The caller holds the lock of `output`.
+    (paths below it), all of which the new folder has or goes without. Raises OutputError where they may not be replaced
+    (`check_movable`). The caller holds the lock of `output`.
     """
     check_movable(output, ours)
     sync(work)
@@ -73,8 +74,9 @@ def _move_others(old: Path, new: Path, ours: Iterable[str]) -> None:
 
 
 def check_movable(output: Path, ours: Sequence[str] = ("",)) -> None:
-    """Raise OutputError where `put_in_place` would fail halfway: for a link on the way to `ours` (by default the output
-    itself), and at or below the output for a mount point and a folder that may not be written.
+    """Raise OutputError where `put_in_place` would fail halfway or touch what is not the output's: for a link on the
+    way to `ours` (by default the output itself), and at or below the output for a mount point (which can neither be
+    renamed across nor removed) and a folder that may not be written.
     """
     if not os.path.lexists(output):
         return

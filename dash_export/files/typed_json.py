@@ -1,4 +1,6 @@
-"""JSON and TOML -> frozen dataclasses, checked field by field; `check_fields` does so for a dataclass a caller made."""
+"""JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named.
+The fields of a dataclass that a caller made are checked in the same way (`check_fields`).
+"""
 
 import re
 from collections.abc import Callable, Iterable

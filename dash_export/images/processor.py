@@ -80,7 +80,9 @@ class ImageProcessor:
 
     @classmethod
     def parse(cls, text: str, name: str = "preprocessor_config.json") -> ImageProcessor:
-        """Read the JSON of a `preprocessor_config.json` or `processor_config.json`. Raises CheckpointError."""
+        """Read the JSON of a `preprocessor_config.json` or `processor_config.json`. Raises CheckpointError, which says
+        what is wrong in `name`, or what of it is not supported.
+        """
         try:
             data = json.loads(text)
             data = data.get("image_processor", data)
@@ -97,7 +99,9 @@ class ImageProcessor:
         return height, width
 
     def __call__(self, image: Source, name: str = "") -> Pixels:
-        """Return a picture as [3, height, width]. Raises RequestError as `read_image`, or if too thin."""
+        """Return a picture as [3, height, width]. Raises RequestError as `read_image` does, and for a picture too long
+        and thin to be resized.
+        """
         name = name or name_of(image)
         picture = read_image(image, name)
         parts = picture.split() if self.exact else [picture]

@@ -68,7 +68,9 @@ def read_image(source: Source, name: str = "", most_pixels: int = MOST_PIXELS) -
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the pictures in a folder, at any depth, sorted, without hidden ones. Raises RequestError for none."""
+    """Return the pictures in a folder and in the folders within, sorted. Hidden ones are left out; links to folders
+    are not followed. Raises RequestError where there is none.
+    """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     shown_ones = [path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if files := [path for path in shown_ones if path.is_file()]:

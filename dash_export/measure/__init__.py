@@ -1,4 +1,8 @@
-"""Measuring what skipping costs and saves. This file holds the defaults of all measurements, and imports nothing."""
+"""Measuring what skipping costs and saves: scores of texts and tasks, decode times, rates, frontier, profile,
+pictures, report.
+
+This file holds the defaults of all measurements, and imports nothing.
+"""
 
 LIMIT = 32
 """Most windows of a text, items of a task, or pictures."""

@@ -1,4 +1,7 @@
-"""Breakdown of a token's time: figures of lanes, whose tokens have timestamps (`probe.py`)."""
+"""Breakdown of a token's time: figures of lanes, whose tokens have timestamps (`probe.py`).
+
+All timestamps of a token cost about a microsecond, 0.02 % of a token that takes 5 ms.
+"""
 
 import os
 import platform
@@ -29,8 +32,8 @@ PARTS = {
     "sampling": "sampling and text",
     "host": "other host gaps",
 }
-"""Parts of a token's time. On a CPU damage is an output of the segment before the first unit: its time is that one's.
-"""
+"""Parts of a token's time; of engines on a device by its clock. On a CPU damage is an output of the segment before the
+first unit: its time is part of that one's."""
 BUSY = 0.5
 """Load per core before the profile, above which other work disturbs the timings."""
 Spread = dict[str, float]
@@ -132,7 +135,9 @@ def device_times(lane: Lane) -> list[dict[str, Any]]:
 
 
 def conditions(found: dict[str, Any]) -> list[str]:
-    """Return lines about a profile: model, targets, machine, course; a warning if other work disturbed it."""
+    """Return lines about a profile: its model, targets and machine; the load before it; what was decoded; and a warning
+    if other work disturbed it.
+    """
     machine = found["machine"]
     targets = ", ".join(dict.fromkeys(lane["target"] for lane in found["lanes"]))
     lines = [

@@ -32,7 +32,9 @@ class Candidate:
         return self.runtime.session_with(self.setting)
 
     def taken(self, actions: Actions) -> tuple[int, float, float]:
-        """Return of a skip map [tokens, layers] the tokens, mean layers run and predicted mean time over dense."""
+        """Return from a skip map [tokens, layers]: the number of tokens, the mean number of layers that they ran, and
+        their mean decode time as a fraction of dense, predicted from the build's cost table.
+        """
         if not len(actions):
             return 0, float(self.runtime.engines.model.num_layers), 1.0
         skips = unit_skips(actions, self.runtime.bundle.manifest.policy.units)
@@ -68,9 +70,9 @@ def setting_record(setting: Setting) -> dict[str, Any]:
 def settings_at(
     runtime: DashRuntime, kinds: Iterable[str] | None, dial: str, values: Sequence[float]
 ) -> tuple[list[Setting], list[dict[str, Any]]]:
-    """Return (settings, refused settings as JSON with the reason): dense, every kind at every value of `dial`, then
-    policies of the user's own. `kinds` None: all that the bundle has an order or a network for. Raises PolicyError when
-    only dense is left.
+    """Return (settings, refused settings as JSON with the reason). Settings are dense first, then every kind at every
+    value of `dial`, then each policy of the user's own once; refused are those that this bundle cannot give. `kinds`
+    None: all kinds that the bundle has an order or a network for. Raises PolicyError when only dense is left.
     """
     policy = runtime.bundle.manifest.policy
     wanted = (
@@ -97,7 +99,9 @@ def settings_at(
 def candidates(
     runtime: DashRuntime, settings: Iterable[Setting], others: Sequence[tuple[str, DashRuntime]] = ()
 ) -> list[Candidate]:
-    """Return a candidate per setting, dense first, then one per other build. Raises RequestError for other tokens."""
+    """Return a candidate per setting of one build, dense first, then one per other build, by its name and dense. Raises
+    RequestError for a build with other tokens: its predictions cannot be compared.
+    """
     for _, other in others:
         same = other.text.tokenizer.get_vocab() == runtime.text.tokenizer.get_vocab()
         same &= other.engines.model.vocab_size == runtime.engines.model.vocab_size

@@ -42,8 +42,10 @@ class Point:
     @property
     def exchange_rate(self) -> Interval | None:
         """Per cent of perplexity paid per per cent of decode time saved, both measured; of a slower build, what the
-        first one's dense mode pays and saves beside it. Distances of the two's bounds are added as squares (method of
-        variance estimates recovery). None where the time may be as before; without bounds where the time has none.
+        first one's dense mode pays and saves beside it. Its bounds are the rates at the
+        bounds of the two, which are independent: their distances are added as squares (the method of variance
+        estimates recovery). None where the interval of the time does not tell whether any was saved or lost; without
+        bounds where the time has none.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
@@ -93,8 +95,9 @@ def frontier(
 
 
 def token_kl_share(points: Sequence[Point]) -> list[float | None]:
-    """Return for each point the token policy's KL at the point's time (straight lines from dense on), as a share of its
-    KL. None for dense and the token policy, and where the curve does not reach.
+    """Return for each point: the token policy's KL at the point's time, as a share of the point's KL. The curve of the
+    token policy consists of straight lines that begin at dense. None for dense and the token policy itself, and where
+    the curve does not reach.
     """
     curve = sorted(
         (1 - point.time, point.kl.value)

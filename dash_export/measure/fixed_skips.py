@@ -18,7 +18,9 @@ WINDOWS, TOKENS, DENSE = 4, 128, 32
 
 
 def perplexity_factor(runtime: DashRuntime, skip: tuple[int, ...], progress: Progress = no_progress) -> float:
-    """Return perplexity on some windows of the shipped prose with these layers skipped, over dense's. It is cached."""
+    """Return perplexity on some windows of the shipped prose with these layers skipped, over dense's. It is measured
+    once for a build and these layers; where the cache folder cannot be written, each time.
+    """
     build = runtime.build
     engines = {name: engine.key for name, engine in build.engines.items()}
     file = cache_folder() / "skips" / f"{content_key(build.bundle_key, engines, skip)}.json"

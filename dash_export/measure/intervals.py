@@ -30,7 +30,9 @@ class Interval:
 def interval(
     sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
 ) -> Interval:
-    """Return the ratio sum(sums) / sum(counts) over items, `transform`ed; `counts` is one per item by default."""
+    """Return the ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean);
+    `transform` is a function of the ratio, like `np.exp` for perplexity.
+    """
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
 

@@ -1,4 +1,7 @@
-"""Pictures of a frontier, a skip map and a profile (matplotlib, extra `profile`), readable without colour."""
+"""Pictures of a frontier, a skip map and a profile (matplotlib, extra `profile`).
+
+White paper, Okabe-Ito colours, readable without colour, no pyplot state.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,9 @@ def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], measure: s
 
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
 def skip_map_figure(tokens: Sequence[str], actions: Actions, units: Sequence[Unit], title: str) -> Figure:
-    """Draw a skip map, actions [tokens, layers]: tokens down with their text, layers across."""
+    """Draw a skip map, actions [tokens, layers]: tokens down with their text, layers across. On top is the share of
+    tokens that skip each layer, at the side the number of layers that each token runs.
+    """
     count, layers = actions.shape
     colours = {"run": RUN, "skip": SKIP, "always runs": ALWAYS}
     gated = [layer for unit in units for layer in unit.layers]

@@ -29,7 +29,9 @@ DECISION, SAMPLING, WHOLE = -3, -2, -1
 
 
 class Probe:
-    """Timer of a decode step on a CPU: it wraps the step's launches, and as a rule it times decisions."""
+    """Timer of a decode step on a CPU: it wraps the step's launches, and replaces the session's rule to time decisions.
+    The decode loop itself is unchanged: the wrapped launches run the same engines on the same memory.
+    """
 
     def __init__(self, step: BoundStep, session: Session) -> None:
         self.step = step

@@ -22,9 +22,9 @@ _Dense = tuple[DenseRows, TokenIds]
 
 @dataclass(frozen=True)
 class Result:
-    """Measurement of one candidate over one text or task. `layers` run and `time` (predicted, of the build's own dense
-    time): means over the `tokens` at which skipping was allowed. `items`: windows, prompts or questions; `figures` by
-    name.
+    """Measurement of one candidate over one text or task. `layers`: mean layers run; `time`: decode time as a fraction
+    of the build's own dense time, predicted from its cost table; both over the `tokens` at which skipping was allowed.
+    `items`: number of windows, prompts or questions; `figures`: results by name.
     """
 
     build: str
@@ -48,8 +48,10 @@ def score(
     name: str = "text",
 ) -> list[Result]:
     """Return one result per candidate, teacher-forced. `kl`: KL(dense || candidate), nats per token; `perplexity`, and
-    its ratio to dense's; `top1`: share of tokens after which both predict the same token. Positions from the item's
-    prefix on are counted. `name`: the text's, for the progress.
+    its ratio to dense's, item by item; `top1`: share of tokens after which candidate and dense predict the same token.
+
+    Positions from the item's prefix on are counted: their layers may be skipped, and what they predict is scored.
+    `name`: the text's, for the progress.
     """
     rows: list[list[tuple[float, float, float]]] = [[] for _ in candidates]
     actions: list[list[Actions]] = [[] for _ in candidates]

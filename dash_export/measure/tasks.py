@@ -35,7 +35,9 @@ _OPTIONS = {"max_gen_toks", "temperature", "top_k", "top_p", "until", "do_sample
 
 
 class DashLM(TemplateLM):  # type: ignore[misc]
-    """A candidate as lm-eval's model. Contexts are dense. `actions`: skip maps of tokens that might skip."""
+    """A candidate as lm-eval's model. Contexts are dense, like prompts; what follows is under the setting. `actions`
+    collects the skip maps of the tokens that might skip.
+    """
 
     def __init__(self, candidate: Candidate, progress: Progress = no_progress) -> None:
         super().__init__()
@@ -113,7 +115,8 @@ class DashLM(TemplateLM):  # type: ignore[misc]
 
 def load_tasks(names: Iterable[str], include_path: Path | None, limit: int) -> dict[str, Any]:
     """Return lm-eval's tasks by name; a group or tag is all of its tasks. `include_path`: a folder of YAML files beside
-    lm-eval's own. Requests are built once, so that a fault is told before anything is measured. Raises RequestError.
+    lm-eval's own. The requests of the first `limit` items are built once, so that a fault of a task or its data is told
+    before anything is measured. Raises RequestError for it, and for an unknown name.
     """
     names = list(names)
     manager = TaskManager(include_path=include_path, include_defaults=False)

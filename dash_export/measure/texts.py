@@ -27,7 +27,9 @@ class JudgedText(NamedTuple):
     items: list[Continuation]
 
     def stretches(self, count: int, length: int) -> list[TokenIds]:
-        """Return `count` times `length` tokens, spread over all items, which are repeated where they are too short."""
+        """Return `count` times `length` tokens, spread over all items one after the other, which are repeated where
+        they are too short: to be decoded for their time.
+        """
         ids = np.concatenate([item.ids for item in self.items])
         ids = np.tile(ids, -(-length // len(ids)))
         return [ids[start : start + length] for start in np.linspace(0, len(ids) - length, count).astype(int)]
@@ -77,7 +79,11 @@ def _written(runtime: DashRuntime, chat: Chat, tokens: int) -> Continuation | No
 def windows(
     runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
 ) -> list[TokenIds]:
-    """Return up to `count` windows of `window` tokens. Raises RequestError where they do not fit text or context."""
+    """Return up to `count` windows of `window` tokens of a text, by `Text.windows`.
+
+    Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
+    that has fewer than 2 tokens after its dense prefix.
+    """
     longest = runtime.engines.model.max_positions
     if window < prefix + 2:
         raise RequestError(f"A window must be longer than its dense prefix of {prefix} tokens by two or more.")

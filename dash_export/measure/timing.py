@@ -52,7 +52,9 @@ def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name:
 
 
 def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
-    """Return the cached tokens before `decoded` ones: `context`, or the cost table's. Raises RequestError."""
+    """Return the number of cached tokens before `decoded` ones: `context`, or with None that of the build's cost table.
+    Raises RequestError where context and decoded tokens do not fit.
+    """
     longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
     if context is None:
         context = max(DENSE_POSITIONS, min(candidates[0].runtime.cost.context, longest - decoded))
@@ -79,7 +81,10 @@ class Timing:
     prompt_ms: float
 
     def at(self, predicted: float) -> Timing:
-        """Return this timing moved to other tokens, of which `predicted` is predicted, if anything was skipped."""
+        """Return this timing moved to other tokens, for which the cost table predicts `predicted`. A policy skips more
+        on some texts than on others, and more tokens are scored than timed. Where hardly anything was skipped, the
+        timing stays as it is.
+        """
         if 1 - self.predicted < 0.02:
             return self
         scale = (1 - predicted) / (1 - self.predicted)
@@ -120,10 +125,11 @@ def decode_times(
 
 @dataclass(frozen=True)
 class ProcessFigures:
-    """Figures of one process, after its first `SETTLE` tokens. `first_seconds`: per token of the first candidate,
-    median of turns; `predicted`: by the cost table, of dense; `ratio`: that, plus how much longer the turns took
-    (`trimmed`), each over the first candidate's turn beside it; `peak_memory`: bytes; `prompt_seconds`: by the
-    candidate and the first one.
+    """Figures of one process, without its first `SETTLE` tokens where there are more. `first_seconds`: per token of the
+    first candidate, the median of its turns; `predicted`: what the cost table predicts for the tokens, as a fraction of
+    dense; `ratio`: that, plus how much longer the turns took (`trimmed`), each as a fraction of the first candidate's
+    turn beside it; `peak_memory`: most resident bytes; `prompt_seconds`: of the whole prompt, by the candidate and by
+    the first one.
     """
 
     first_seconds: float

@@ -15,8 +15,8 @@ _TOKENS, _HOST, _ENGINES, _POLICY = 1, 2, 3, 4
 
 
 def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
-    """Return Trace Event Format's JSON: events of the first `tokens` tokens of each lane's first round, in microseconds
-    since the earliest began. A device's streams are tracks.
+    """Return the JSON object format of the Trace Event Format: complete events of the first `tokens` tokens of each
+    lane's first round. Times are microseconds since the earliest of these tokens began. A device's streams are tracks.
     """
     start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
     events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]

@@ -24,7 +24,9 @@ OTHER_MODEL = 0.01
 
 
 def check_model(policy: SkipPolicy, checkpoint: AnyCheckpoint) -> None:
-    """Raise PolicyError for the policy of another model: final norms differ, if not those of all fine-tunes."""
+    """Raise PolicyError when the policy was trained with another model, even with one of the same shape. A fine-tune
+    that left the final norm unchanged passes as the model itself.
+    """
     check_policy(policy, checkpoint.spec)
     known = policy.final_norm
     if known is None:
@@ -72,7 +74,9 @@ def _weight_in_memory(name: str, array: Float32Array) -> Weight:
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
-    """Return the checkpoint without these units. Raises PolicyError for others, and for bypasses without weights."""
+    """Return the checkpoint without these units of the policy. Raises PolicyError when they are not units of the
+    policy, or when the bypass of one of them has no weights.
+    """
     check_model(policy, checkpoint)
     places = units_of((layer for unit in units for layer in unit.layers), policy.units)
     bypasses = {policy.units[place]: policy.bypasses[place] for place in places}

@@ -20,7 +20,9 @@ from dash_export.models.spec import DecoderSpec, Float32Array
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"
 )  # fmt: skip
-"""Every `model_type` of a decoder: a module of `families`, so named, with a function `decoder(config)`."""
+"""Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
+a function `decoder(config)`; its name is added here.
+"""
 ENCODERS = (
     "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip_vision_model", "siglip_vision_model"
 )  # fmt: skip
@@ -48,7 +50,9 @@ Number = TypeVar("Number", int, float)
 
 
 def decoder_spec(config: Config, name: str = "") -> DecoderSpec:
-    """Return the decoder of a config; its `name` loses unprintable characters. Raises CheckpointError."""
+    """Return the decoder that a config describes. Its `name` loses all unprintable characters, which a terminal could
+    obey. Raises CheckpointError for an unknown family or an unsupported option.
+    """
     family = config.get("model_type")
     if family not in FAMILIES:
         known = ", ".join((*FAMILIES, *ENCODERS, *TEXT_ENCODERS))

@@ -121,7 +121,9 @@ def labels(config: Config) -> int:
 
 
 def renamed(layers: str, table: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function from names here to names in a file: `layers` for `model.layers`, and a `table`."""
+    """Return a function from names here to names in a file. `layers`: what a file writes for `model.layers`; `table`:
+    the file's name for each name here, without the layer and without `.weight` or `.bias`.
+    """
 
     def name(own: str) -> str:
         layer, rest = "", own

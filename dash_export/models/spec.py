@@ -299,7 +299,9 @@ class AnyCheckpoint:
         return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
-        """Raise CheckpointError when a file changed since opening: the rest would be of another model."""
+        """Raise CheckpointError when a file is not the one it was at opening: what was read before and after the change
+        would be of two models (or texts).
+        """
         for path, known in self.seen.items():
             if not path.exists() or identity(path) != known:
                 raise CheckpointError(f"{path} changed while it was read. Wait until it is whole, and run this again.")

@@ -23,7 +23,9 @@ from dash_export.models.torch_model import LayerInputs, embedded, instead, logit
 
 @dataclass(frozen=True)
 class Pass:
-    """Logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units]."""
+    """Result of a pass: logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units]
+    (0 without a network).
+    """
 
     logits: npt.NDArray[np.float32]
     actions: npt.NDArray[np.int8]

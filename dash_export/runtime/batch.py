@@ -26,8 +26,8 @@ PAUSE = 1e-3
 @dataclass
 class Batch:
     """At most `size` sequences that decode together, made by `DashRuntime.batch()`, for one thread and one stream at a
-    time. The session `prompts` prefills one prompt after another and keeps the last one's KV cache: a prefix that the
-    next prompt shares is not computed again.
+    time. When a sequence ends, the next prompt takes its place. The session `prompts` prefills one prompt after another
+    and keeps the last one's KV cache: a prefix that the next prompt shares (a system prompt) is not computed again.
     """
 
     engines: EngineSet | DeviceEngines
@@ -40,7 +40,9 @@ class Batch:
         self._stream_now: object = None
 
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
-        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError with `max_tokens`."""
+        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError where the prompt and
+        `max_tokens` do not fit together.
+        """
         ids = self.prompts.checked_ids(prompt, fresh=True)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids

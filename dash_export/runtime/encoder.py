@@ -95,7 +95,9 @@ class Encoder:
         return _in_order([places for places, _ in groups], [self.encode(array) for _, array in groups])
 
     def encode(self, array: npt.NDArray[Any]) -> Encoded:
-        """Encode prepared pictures, float32 [n, 3, height, width], or token ids [n, length]. Raises RequestError."""
+        """Encode prepared pictures, [n, 3, height, width] float32, or texts of one length, token ids [n, length].
+        Raises RequestError for another shape, for numbers that are not finite and ids that do not exist.
+        """
         if fault := self.engines.model.input_fault(array):
             raise RequestError(fault)
         began = time.perf_counter()
@@ -118,7 +120,9 @@ class Encoder:
         )
 
     def stream(self, inputs: Iterable[Any], size: int = 1) -> Iterator[Encoded]:
-        """Yield results as inputs come, `size` at a time. The next ones are read while these are computed."""
+        """Yield the results of pictures or texts as they come, `size` at a time. The next ones are read and prepared
+        while these are computed.
+        """
         if size < 1:
             raise RequestError(f"size, the inputs of a batch, must be at least 1, not {size}.")
         coming = iter(inputs)

@@ -110,7 +110,9 @@ class Score:
 
 
 def answer_length(prompt: int, max_tokens: int | None, free: int, most: int = MAX_TOKENS) -> int:
-    """Return how many tokens an answer may have; `max_tokens` None: `most`, or what is `free`. Raises RequestError."""
+    """Return how many tokens an answer to `prompt` tokens may have. `max_tokens` None: `most`, or what the `free`
+    positions allow. Raises RequestError, and ContextLengthError where prompt and answer do not fit together.
+    """
     if max_tokens is None:
         max_tokens = max(1, min(most, free - prompt))
     max_tokens = index(max_tokens)
@@ -165,7 +167,9 @@ class Turn:
         guide: Guide | None = None,
         after: int | None = None,
     ) -> None:
-        """Start an answer. `guide`: of the grammar, if read; `after`: the prompt's last token, if text goes on."""
+        """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already.
+        `after`: the prompt's last token, where the answer goes on with its text.
+        """
         self._text, self._max_tokens = text, max_tokens
         self._logprobs, self._ignores_eos = sampling.logprobs, sampling.ignore_eos
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop, after)

@@ -65,7 +65,9 @@ class Rows:
     def begin(
         self, prompt: Session, logits: Logits, turn: Turn, rules: SessionRules, tag: Any, max_tokens: int
     ) -> Response:
-        """Add a row for what `prompt` has prefilled, unless its first response is also the last. Raises DashError."""
+        """Add a row for what `prompt` has prefilled and return its first response. Add no row where this response is
+        also the last. Raises DashError.
+        """
         slot = len(self.rows)
         self._reserve(len(prompt.tokens) + min(max_tokens, self._kv_step))
         self.cache.take(slot, prompt.cache)

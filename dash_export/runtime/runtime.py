@@ -121,8 +121,9 @@ class DashRuntime:
     @property
     def recommended(self) -> Setting:
         """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
-        perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that saves less than 5 %
-        or times are of another dispatch. It is not held.
+        perplexity on the calibration text (0.01 of the cosine for an encoder), or dense, where that budget saves less
+        than 5 % of the time or times are of another dispatch. It is not held: the same trade-off skips less of a text
+        where skipping costs more.
         """
         measure = self.bundle.manifest.measure
         budget = recommended_budget(self.build.dial, measure) if self._times_hold else None
@@ -131,8 +132,9 @@ class DashRuntime:
     # --- sessions
 
     def session(self, policy: str | None = None, **amounts: Any) -> Session:
-        """Begin a new conversation. `policy`: `dense`, `static`, `token`, or `module:Class`, a policy of your own;
-        without it the `amounts` decide (fields of `Setting`), and without amounts it is dense. Raises PolicyError.
+        """Begin a new conversation. `policy`: `dense` (the kill switch), `static`, `token`, or `module:Class`, a policy
+        of your own; without it the amounts decide, and without amounts it is dense. `amounts`: the fields of `Setting`
+        that say how much is skipped. Raises PolicyError.
         """
         return self.session_with(Setting(policy, **amounts))
 
@@ -155,7 +157,9 @@ class DashRuntime:
         return not self.cost.segment_us or self.dispatch == self.cost.dispatch
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
-        """Begin a new conversation under a rule, or a policy of your own (docs/own-policy.md). Raises PolicyError."""
+        """Begin a new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md).
+        Raises PolicyError for what is none, and for a policy of your own on a GPU target.
+        """
         if isinstance(rule, Policy):
             rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
         elif not isinstance(rule, SessionRules) and not hasattr(rule, "asks"):
@@ -166,7 +170,9 @@ class DashRuntime:
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
-        """Return the encoder under a policy, as `session` takes it. Raises PolicyError and BundleError."""
+        """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for
+        an encoder decides for a picture, not for a token. Raises PolicyError, and BundleError for a causal LM.
+        """
         return self.encoder_with(Setting(policy, **amounts))
 
     def encoder_with(self, setting: Setting) -> Encoder:
@@ -221,7 +227,9 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """Answer all prompts, up to `size` together. Raises as `Batch.checked`, then an answer's error."""
+        """Generate an answer to each prompt, with up to `size` prompts decoded together. Raises what `Batch.checked`
+        raises before any answer begins, and the error of an answer that fails.
+        """
         refuse_one_text(prompts)
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]

@@ -68,7 +68,9 @@ def read_length(session: Session, left: int) -> int:
 
 
 def read(session: Session, tokens: TokenIds) -> BoundStep | DeviceStep:
-    """Prefill tokens [n] (`read_length`) in one pass. Return the step, with logits and final states of all tokens."""
+    """Prefill tokens [n], n by `read_length`, as a session does, densely and in one pass. Return the step, whose logits
+    [1, n, vocab] and final states [1, n, hidden] are those of all tokens, and valid until the next one.
+    """
     session.reserve(len(tokens))
     step = session.bound(len(tokens), session.engines.mixes)
     step.prefill(tokens)

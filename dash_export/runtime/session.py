@@ -70,7 +70,9 @@ class Session:
         return self.engines.model.max_positions - int(self.cache.length)
 
     def cancel(self) -> None:
-        """End the running stream with its next token. Safe to call from another thread or a signal handler."""
+        """End the running stream with its next token; a prompt is computed to its end. Safe to call from another
+        thread or a signal handler.
+        """
         self._cancelled = True
 
     def reset(self) -> None:
@@ -153,7 +155,9 @@ class Session:
     # --- known tokens
 
     def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
-        """Run tokens or embeddings [n, hidden] densely after the cached ones. Return the last logits [vocab]."""
+        """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely after the cached tokens.
+        Return the logits [vocab] after the last one.
+        """
         if (ids is None) == (embeddings is None):
             raise RequestError("Give ids or embeddings, one of them.")
         pending = np.array(self._pending, np.int64)
@@ -181,7 +185,9 @@ class Session:
         return np.array(self._hidden)
 
     def restart(self, ids: Prompt) -> Logits:
-        """Return the logits [vocab] after `ids` as a conversation of its own; cached tokens that begin it stay."""
+        """Return the logits [vocab] after `ids` as a conversation of its own. Cached tokens that `ids` begins with stay
+        as they are: those of an answer keep the K and V of their skips.
+        """
         known = self.checked_ids(ids, fresh=True)
         check_room(len(known), 0, self.engines.model.max_positions)
         self.rewind_to(known)
@@ -199,11 +205,12 @@ class Session:
         return logits.copy(), actions
 
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
-        """Score a text as decode under the policy would see it: in one pass (CPU), else token by token. It ends the
-        conversation.
+        """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
+        differ (CPU), else token by token. This ends the conversation of the session.
 
-        The first `prefix` tokens, two at least, are dense. `actions` int8 [tokens, layers] forces every action instead.
-        A budget means its calibrated trade-off here. Raises PolicyError for actions of another shape.
+        The first `prefix` tokens, two at least, are dense, like a prompt. `actions` int8 [tokens, layers] forces every
+        action instead. A budget means its calibrated trade-off here: only decode adjusts the trade-off. Raises
+        PolicyError for actions of another shape.
         """
         return score(self, self.checked_ids(ids, fresh=True), prefix, actions, keep_logits)
 

@@ -42,7 +42,9 @@ _Queue = TypeVar("_Queue", bound=Queue)
 
 
 class Endpoint(Generic[_Queue]):
-    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, with its wait."""
+    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included. Who
+    inherits says what is asked of it.
+    """
 
     posts: ClassVar[Posts]
     """What is asked of it."""

@@ -121,7 +121,9 @@ class Door(HttpToolsProtocol):
         self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer with the error that was found and close. An answer that is under way is not written into."""
+        """Answer with the error that was found, or as to what is no HTTP, and close. An answer that is under way is
+        not written into.
+        """
         if self._answering:
             self.transport.close()
         elif not self._leaving and not self.transport.is_closing():

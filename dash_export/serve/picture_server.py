@@ -162,7 +162,9 @@ class PictureQueue:
             self._entered -= 1
 
     async def encode(self, urls: Sequence[str], rule: Rule, http: HttpRequest, until: float) -> list[Encoded]:
-        """Encode the pictures of a request. Raises RequestError, DeadlineError and ClientDisconnect."""
+        """Encode the pictures of a request. Raises RequestError for one that cannot be read, DeadlineError, and
+        ClientDisconnect.
+        """
         found, room, loop = list[Encoded](), REQUEST_PIXELS, asyncio.get_running_loop()
         encoder = self._encoder.under(rule)
         for first in range(0, len(urls), self.batch):

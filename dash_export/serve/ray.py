@@ -40,7 +40,9 @@ class AppArguments(BaseModel):
 
 
 class EveryNode(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is not there where this is checked
-    """Router to the replicas of all nodes. Ray's own asks other nodes only when the address's own has long queues."""
+    """Router of requests to the replicas of all nodes. Ray's own asks those of other nodes only when the replicas of
+    the address's own node refuse, and these have a long queue.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

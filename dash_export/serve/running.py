@@ -66,7 +66,9 @@ class RunningAnswers:
         return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist(), "layers": len(token.actions)}}
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
-        """Return the chosen token, then the likeliest, as chats list them; nothing for one that ends a chat's turn."""
+        """Return the chosen token, then the most likely ones, as chat completions list them. Return nothing for a token
+        that ends a chat's turn: it is no part of the answer.
+        """
         text = self.scheduler.runtime.text
         if token.token in text.eos_ids and self.asked.operation == "chat":
             return []
@@ -101,7 +103,9 @@ class RunningAnswers:
 
 
 class Arrival(NamedTuple):
-    """A request whose body was read: its bytes, when (`time.perf_counter`), and what gives its place back."""
+    """A request whose body has been read: its bytes, when that was, in seconds of `time.perf_counter`, and the function
+    that gives its place back (`Server.entering`).
+    """
 
     size: int
     began: float
@@ -130,7 +134,9 @@ async def begin(
     arrival: Arrival,
     reading: Reading | None = None,
 ) -> RunningAnswers:
-    """Submit `n` answers to each prompt, all or none; a thread runs `encode`. Raises HttpError and DashError."""
+    """Submit the `n` answers to each prompt, all or none. `encode` makes the token ids, in a thread; how long that may
+    take is told by its size. Raises HttpError and DashError.
+    """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
     sampling = asked.sampling(logprobs)
@@ -216,7 +222,9 @@ def chat_ids(request: ChatRequest, scheduler: Scheduler) -> list[int]:
 
 
 class AnswerStream(StreamingResponse):
-    """Server-sent events of one request, whose answers are closed however the response ends, or if it never begins."""
+    """Server-sent events of one request. Its answers are closed however the response ends: a client may disconnect
+    before the first event is asked for.
+    """
 
     def __init__(self, answers: RunningAnswers, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -235,7 +243,9 @@ def event(value: Mapping[str, Any]) -> str:
 
 
 async def answer_tokens(running: RunningAnswers) -> AsyncIterator[list[tuple[int, Token]]]:
-    """Yield what came since the last, as (index of the answer, token). Raises the error of an answer that fails."""
+    """Yield (index of the answer, token) of all answers, those at once that came since the last were yielded. Raises
+    the error of an answer that fails.
+    """
     left = len(running.answers)
     while left:
         tokens, error = list[tuple[int, Token]](), None
@@ -280,7 +290,9 @@ async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[l
 async def parsed_request(
     server: Endpoint[Any], kind: type[_Asked], http: HttpRequest
 ) -> AsyncIterator[tuple[_Asked, Arrival]]:
-    """Yield the body as `kind`, and what arrived; until the block ends it counts as entering. Raises HttpError."""
+    """Read the body; yield it as `kind`, and what arrival. The request counts as one that is entering until the block
+    ends. Raises HttpError, which names the wrong field.
+    """
     body = bytearray()
     try:
         try:

@@ -96,7 +96,9 @@ def _arguments(function: Function, place: int) -> dict[str, Any]:
 
 
 def split_calls(text: str, parallel: bool = True) -> tuple[str, list[dict[str, Any]]]:
-    """Return an answer's text without its calls, and these; only the first unless `parallel`. A broken call stays."""
+    """Return an answer's text without its calls, and the calls as OpenAI has them; only the first one unless
+    `parallel`. A broken call stays in the text.
+    """
     calls: list[dict[str, Any]] = []
     words, at = "", 0
     while (start := text.find(BEGIN, at)) >= 0:

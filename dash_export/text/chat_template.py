@@ -26,7 +26,9 @@ os.register_at_fork(before=_RENDERS.acquire, after_in_parent=_RENDERS.release, a
 
 
 class ChatTemplate:
-    """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it and its child process."""
+    """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it. The child process starts
+    with the first render and ends with this object.
+    """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self.source, self._special = source, dict(special)

@@ -29,7 +29,9 @@ DIAL_ANSWERS = 16
 
 
 class Chat(NamedTuple):
-    """A prompt: its first messages, and the user's `later` turns, each after an answer; the model's first `answer`."""
+    """A prompt: the messages that it begins with, and the user's later turns, each after an answer. `answer`: the
+    model's own to the messages, where it is known.
+    """
 
     messages: list[dict[str, str]]
     later: tuple[str, ...] = ()

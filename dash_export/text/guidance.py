@@ -35,7 +35,9 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
-    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError instead."""
+    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that begins with
+    "The model's tokenizer" and `what`.
+    """
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):

@@ -56,7 +56,11 @@ class TrainingSettings:
         return replace(cls(), **EFFORTS[effort])
 
     def shortened(self) -> TrainingSettings:
-        """Return the settings of a training as short in its other stages as in the tuning, to try it out."""
+        """Return the settings of a training that is as short in its other stages as in the tuning, to try it out: no
+        stage takes more steps; candidates are as far apart as the search is shorter than by default; half as many
+        windows are in a step, and half as many batches are judged, as there are steps; four prompts a step are
+        continued, by 16 tokens a step.
+        """
         most, half = self.tuning_steps, (self.tuning_steps + 1) // 2
         stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
         return replace(

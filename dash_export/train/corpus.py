@@ -1,7 +1,8 @@
 """Text to learn from: windows of token ids, each with a dense prefix, as decode will see them.
 
-The prefix is the prompt of a chat, or a random number of tokens of a passage of text. Half of the windows are of the
-model's own answers (own_answers.py), which are what a deployed policy acts on.
+A policy acts after a prompt: the prompt is dense, and what follows may be skipped. So every window says how many of its
+first tokens are dense: the prompt of a chat, or a random number of tokens of a passage of text. Half of the windows are
+of the model's own answers (own_answers.py), which are what a deployed policy acts on.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ OWN_SHARE = 0.5
 
 
 class Batch(NamedTuple):
-    """Windows: ids int64, and `dense` (run every layer) and `counted` (text past the prefix) bool [batch, tokens]."""
+    """Windows of text. ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: tokens that run every layer,
+    and tokens whose divergence counts: those past the prefix that are text, not padding.
+    """
 
     ids: torch.Tensor
     dense: torch.Tensor
@@ -32,7 +35,9 @@ class Batch(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """Token ids int64 [tokens]. `prefix`: the prompt's length, None for prose, which begins with `beginning`."""
+    """One piece of text as token ids int64 [tokens]. `prefix`: length of its prompt, None for prose without a prompt;
+    windows of prose begin with `beginning`.
+    """
 
     ids: torch.Tensor
     prefix: int | None = None
@@ -41,7 +46,9 @@ class Passage(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Passages by source. OWN_SHARE of what is drawn is own answers; other sources are drawn equally often."""
+    """Passages by source. Own answers are OWN_SHARE of what is drawn; the other sources are drawn equally often,
+    whatever their size; within one, passages are drawn by length.
+    """
 
     sources: dict[str, list[Passage]] = field(default_factory=dict)
 
@@ -55,7 +62,9 @@ class Corpus:
         return {name: Corpus(part) for name, part in ((OWN, own), ("texts", texts)) if part}
 
     def frequent(self, vocab: int, most: int) -> torch.Tensor:
-        """Return `most` tokens, in rising order: the most frequent ones, then those of the lowest ids."""
+        """Return `most` tokens of a vocabulary, in rising order: the corpus's most frequent ones and, where it has
+        fewer, those of the lowest ids, which are the earliest merges of a tokenizer.
+        """
         counts = torch.zeros(vocab, dtype=torch.int64)
         for passages in self.sources.values():
             for passage in passages:
@@ -92,7 +101,9 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
 
 
 def kept_places(tokens: int, most: int) -> list[int]:
-    """Return at most `most` places of a prompt's tokens: a quarter from its beginning, the others from its end."""
+    """Return the places of a prompt's tokens that are kept, at most `most`: a quarter from its beginning (a BOS, the
+    head of the chat template), the others from its end.
+    """
     if tokens <= most:
         return [*range(tokens)]
     first = most // 4
@@ -100,7 +111,9 @@ def kept_places(tokens: int, most: int) -> list[int]:
 
 
 def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float) -> tuple[Corpus, Corpus]:
-    """Read plain texts as (training, held-out) corpora; the end of each is held out. Raises RequestError."""
+    """Read plain text files as (training, held-out) corpora: the last `held_out` share of each file is held out. Raises
+    RequestError for a file that is missing, not text or too short.
+    """
     beginning = tuple(text.beginning.tolist())
     if window < len(beginning) + DENSE_POSITIONS + 2:
         raise RequestError(

@@ -30,7 +30,9 @@ def exit_read(state: Floats, special: int, epsilon: float) -> Floats:
 
 
 def guard_read(state: Floats, special: int, epsilon: float) -> Floats:
-    """Return what the guard reads [n, features] of a state, normed: class token, mean and spread of patches."""
+    """Return what the guard reads [n, features] of a state [n, tokens, hidden]: the class token, mean and spread of the
+    patches, all normed without gain (the formula of `graphs/portable/encoder_graphs.py`).
+    """
     read = unit_normed(state, epsilon)
     patches = read[:, special:]
     parts = [patches.mean(axis=1), patches.std(axis=1)]
@@ -65,7 +67,9 @@ def folded(fit: Callable[[npt.NDArray[np.bool_]], Weights], x: Floats, columns: 
 
 
 def fitted_exit(x: Floats, ends: Floats, hidden: int) -> tuple[dict[str, Floats], Floats]:
-    """Return an exit, and its pooled vectors for unseen pictures. `ends` [n, columns]: `hidden` pooled, the rest."""
+    """Return an exit, and the pooled vectors that it would give to pictures that it has not seen. `ends` [n, columns]:
+    the pooled vector of `hidden` numbers, then what else the head gives.
+    """
 
     def unseen(ridge: float) -> Floats:
         return folded(lambda learnt: regression(x[learnt], ends[learnt], ridge), x, ends.shape[1])[:, :hidden]
@@ -124,7 +128,9 @@ def fitted_guard(features: Floats, components: int) -> dict[str, Floats]:
 
 
 def distances(guard: Weights, features: Floats) -> Doubles:
-    """Return distances [n, 2] from what the guard learnt: mean square of components, square of what lies outside."""
+    """Return distances [n, 2] from the pictures that the guard learnt from: mean square of the components, and the
+    square of what lies outside of them.
+    """
     centred = (features - guard["mean"]).astype(np.float64)
     read = centred @ guard["components"].astype(np.float64)
     outside = (centred**2).sum(axis=1) - ((read * guard["spread"]) ** 2).sum(axis=1)

@@ -1,7 +1,8 @@
 """A policy for an image encoder from unlabelled pictures, in minutes: exits, what predicts the damage of leaving at
 one, and a guard against foreign pictures (`core/exits.py` has the formulas).
 
-One dense pass keeps a few pooled vectors of each layer. All else is ridge regression on these, without torch.
+One dense pass over the pictures keeps a few pooled vectors of each layer. All else is ridge regression on these: no
+gradient is taken and no torch is needed. A share of the pictures is only judged on; the dial is made of these.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def train_on_images(
     settings: ImageSettings | None = None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
-    """Train a policy for an image encoder and write it to `output` (`.safetensors`, and a JSON card beside it). `units`
-    follow each other up to the last layer. A killed training goes on. Raises CheckpointError, PolicyError and
-    RequestError.
+    """Train a policy for an image encoder on pictures and write it to `output` (`.safetensors`, and a JSON card beside
+    it). `units` follow each other up to the last layer: there is an exit before each. A training that was killed goes
+    on where it was. Raises CheckpointError, PolicyError and RequestError.
     """
     output, settings = output_path(output), settings or ImageSettings()
     check_replaceable(output)

@@ -1,15 +1,17 @@
 """Losses: divergence from the dense model, damage regression, and the two tunings.
 
 Damage regression teaches the network what skipping costs, from forward passes alone. The target is the divergence of a
-skipped pass from the dense one, per token; the prediction is the sum of the damages of the units skipped:
+skipped pass from the dense one, per token; the prediction is the sum of the damages of the units that token skipped:
 
     loss = (sqrt(sum of damages + SOFTENING) - sqrt(KL + SOFTENING))^2
 
-Tuning moves bypasses and network together: for a window at trade-off λ a rollout costs KL + λ * time. The bypasses
-follow the gradient of the KL, the network the straight-through one of its decisions (Bengio et al. 2013, arXiv
-1308.3432): the forward pass takes the decision, the backward pass sigmoid((limit - damage) / (SOFTNESS * limit)). So a
-decision gets the gradient of its effect on this token and, through the KV cache, on later ones; not of what the unit's
-own K and V do. The roots make the damage learnt a little low.
+Thresholding the result is the one-step greedy policy of the Markov decision process (docs/method.md). Tuning then moves
+bypasses and network together: for a window at trade-off λ a rollout costs KL + λ * time. The bypasses follow the
+gradient of the KL. A decision has no gradient; the network follows the straight-through one (Bengio et al. 2013, arXiv
+1308.3432): the forward pass takes the decision, the backward pass its softened form, sigmoid((limit - damage) /
+(SOFTNESS * limit)). So every decision of a token gets the gradient of its effect on this token and, through what later
+layers write to the KV cache, on later ones; not of what the unit's own K and V do, which are chosen without a gradient.
+The roots make the damage learnt the mean KL less the variance of sqrt(KL + SOFTENING): a little low.
 
 Losses compare distributions over the corpus's most frequent tokens (`GatedModel.common`), figures over all.
 """
@@ -43,7 +45,9 @@ class Divergence(NamedTuple):
 
 
 def dense_logits(head: Head, states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the logits of states [n, hidden], LOGITS at a time, before the cap and in the dtype of the states."""
+    """Yield the logits of states [n, hidden], LOGITS at a time, before the cap and in the dtype of the states: a list
+    of them may be compared with several others.
+    """
     with torch.no_grad():
         for block in torch.split(states, max(1, LOGITS // len(head.weight))):
             yield block @ head.weight.T
@@ -115,9 +119,9 @@ def regression_loss(
 ) -> torch.Tensor:
     """Return the loss of the damage regression over one batch, with a gradient for the network's weights.
 
-    Half of the windows skip at random, at a rate drawn per window: this tells units apart. The other half, if
-    `on_policy`, follow the network, at a trade-off drawn per window, with EXPLORATION: the policy will meet such
-    states.
+    Half of the windows skip at random, independently per token and unit, at a rate drawn per window: this exploration
+    tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
+    (nats per dense token time), with EXPLORATION: the policy will meet such states, over the whole dial.
     """
     ids, dense, counted = (part.repeat(MASKS, 1) for part in batch)
     windows = len(ids)
@@ -138,7 +142,9 @@ def regression_loss(
 def tuning_loss(
     model: GatedModel, modules: SkipModules, trade_offs: tuple[float, float], batch: Batch, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return (KL + λ * time) / λ over one batch, but for a constant: high trade-offs must not outweigh all others."""
+    """Return (KL + λ * time) / λ over one batch, but for a constant. The division keeps high trade-offs from
+    outweighing all others, though not wholly: KL grows as about λ^3. It has gradients for bypasses and network.
+    """
     ids, dense, counted = batch
     drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]
     cost = modules.cost(model.spec)
@@ -158,7 +164,9 @@ def tuning_loss(
 def static_loss(
     model: GatedModel, modules: SkipModules, order: Sequence[int], batch: Batch, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return the KL where the first units of a static `order` are skipped, up to half of the layers."""
+    """Return the KL where the first units of a static `order` are skipped. Their number is drawn per window, up to half
+    of the model's layers. It has gradients for the bypasses.
+    """
     ids, dense, counted = batch
     sizes = [len(modules.units[place].layers) for place in order]
     largest = max(1, int((np.cumsum(sizes) <= model.spec.num_layers / 2).sum()))

@@ -44,7 +44,9 @@ class Head(NamedTuple):
 
 
 class SkipModules(nn.Module):
-    """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions."""
+    """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
+    tokens [..., hidden]. Every bypass has weights.
+    """
 
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
@@ -141,8 +143,10 @@ class GatedModel:
     def rollout(
         self, ids: torch.Tensor, modules: SkipModules, decide: Decide, dense: torch.Tensor, soften: Soften | None = None
     ) -> Rollout:
-        """Run one pass over ids [batch, tokens]; tokens where `dense` is true run every layer. With `soften`, decisions
-        have the gradient of their softened form (straight-through).
+        """Run one pass over ids [batch, tokens]; tokens where `dense` [batch, tokens] is true run every layer.
+
+        Gradients flow as torch's mode says. With `soften`, decisions have the gradient of their softened form
+        (straight-through).
         """
         hidden, inputs = self._embedded(ids)
         hidden = self._layers(range(modules.read), hidden, inputs)
@@ -237,8 +241,9 @@ def always(units: int, places: Sequence[int]) -> Decide:
 
 
 def saved(spec: DecoderSpec, layers: int) -> float:
-    """Return the fraction of a token's time that skipping a unit of `layers` layers saves, estimated by bytes; below 0
-    where the bypass is larger. The cost table of a build measures it.
+    """Return the fraction of a token's time that skipping a unit of `layers` layers saves, as estimated before any
+    engine is built; below 0 where the bypass is larger. Decode is bound by memory traffic, so this is a fraction of
+    bytes: (layers * a layer's - the bypass's) / (all layers' + the head's). The cost table of a build measures it.
     """
     layer = layer_size(spec)
     bypass = spec.hidden_size * (spec.hidden_size + 2 * spec.key_value_size * layers)

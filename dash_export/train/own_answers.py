@@ -126,7 +126,9 @@ def answers(
     each: Callable[[int, list[list[int]]], None] = lambda *_: None,
 ) -> list[list[int]]:
     """Return up to `tokens` tokens after each prompt, with the token that ends the answer. `model` is of transformers.
-    `made`: first tokens of the answers, of an interrupted call; `each(longest, answers)` is called after every token.
+
+    `made` are the first tokens of the answers, of a call that was interrupted; `each` is called after every token with
+    the length of the longest answer and with the answers so far.
     """
     answers = [list(answer) for answer in made] or [list[int]() for _ in rows]
     live = [place for place, answer in enumerate(answers) if not _ended(answer, tokens, ends)]

@@ -21,11 +21,15 @@ from dash_export.train.model import GatedModel, SkipModules, always
 LENGTHS = (1, 2, 3, 4, 6)
 """Numbers of layers that a candidate may have."""
 LAUNCH = 0.002
-"""Cost of one more engine, as a fraction of a small model's token; half before the tuning, which halves damages."""
+"""Cost of one more engine, whether its unit is skipped or not, as a fraction of a small model's token. Half of it is
+used before the tuning, which about halves damages.
+"""
 GRID = 8
 """Number of trade-offs at which a gain is judged."""
 GROUP = 4
-"""First layers whose candidates have their sums in memory at once: 0.1 GB for a 135M, 4.6 GB for an 8B."""
+"""Number of first layers whose candidates have their sums in memory at once: 0.1 GB for a 135M, 4.6 GB for an 8B. The
+search goes over its text once for each such group.
+"""
 
 Windows = Sequence[tuple[Batch, list[torch.Tensor]]]
 """Batches, each with the `dense_logits` at the counted positions."""
@@ -33,7 +37,9 @@ Windows = Sequence[tuple[Batch, list[torch.Tensor]]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit. `damage`: mean of skipping it alone (nats); `saved`, mean `gain`: fractions of a token's time."""
+    """A unit. `damage`: mean damage of skipping it alone, nats per token; `saved`: what a skip of it saves; `gain`: its
+    mean gain per token, skipped or not; both as fractions of a token's time.
+    """
 
     unit: Unit
     damage: float
@@ -42,8 +48,9 @@ class Candidate:
 
 
 def candidate_groups(num_layers: int, every: int = 1) -> list[list[Unit]]:
-    """Return all units that are tried, in groups by GROUP; their first layers are `every` layers apart. Those in the
-    first sixth are not tried: a state that early says too little.
+    """Return all units that are tried, in groups by GROUP; their first layers are `every` layers apart. The first sixth
+    of the layers is in none, nor are layers 0 and 1: the policy reads the input of the layer before the first unit, and
+    that early it says too little.
     """
     firsts = range(max(2, num_layers // 6), num_layers, every)
     groups = (firsts[start : start + GROUP] for start in range(0, len(firsts), GROUP))
@@ -51,7 +58,9 @@ def candidate_groups(num_layers: int, every: int = 1) -> list[list[Unit]]:
 
 
 def ruled_units(num_layers: int) -> tuple[Unit, ...]:
-    """Return units by a rule, for a training without a search: a sixth of the layers each, as searches found them."""
+    """Return units by a rule, for a training without a search: from a fifth of the layers on to the last but one, a
+    sixth of them each. The searches for 24 and 30 layers found units of 2 to 6 layers there.
+    """
     first, size = max(2, round(num_layers / 5)), max(1, round(num_layers / 6))
     return tuple(Unit(a, min(a + size, num_layers - 1) - 1) for a in range(first, num_layers - 1, size))
 
@@ -62,7 +71,9 @@ def mean_gain(damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[
 
 
 def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Candidate, ...]:
-    """Return separate candidates with the largest sum of gains less LAUNCH / 2 each; none where none gains."""
+    """Return the candidates, no two with a layer in common, with the largest sum of gains less LAUNCH / 2 each; none
+    where none gains.
+    """
     ending: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         ending.setdefault(candidate.unit.last, []).append(candidate)
@@ -77,7 +88,9 @@ def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Ca
 
 
 def units_that_pay(units: Sequence[Unit], gains: Sequence[float]) -> tuple[int, ...]:
-    """Return the places of tuned units with the largest sum of gains less LAUNCH for each engine."""
+    """Return the places of the units to keep, now that they are tuned: those with the largest sum of gains less LAUNCH
+    for each engine. An engine is a unit, or the layers between two; what comes before and after all is one anyway.
+    """
     best: list[tuple[float, tuple[int, ...]]] = []  # of the sets that end with each unit
     for place, (unit, gain) in enumerate(zip(units, gains, strict=True)):
         before = [(0.0, tuple[int, ...]())]
@@ -109,7 +122,8 @@ def greedy_order(
     sizes: Sequence[int], damage: Callable[[tuple[int, ...]], float], progress: Progress = no_progress
 ) -> tuple[int, ...]:
     """Return the places of all units, of `sizes` layers, in the order in which a static policy skips them: each step
-    adds the unit with the least added `damage` per layer. Only the first half is searched.
+    adds the unit with the least added `damage` (of a set of places) per layer. Only the first half is searched; the
+    rest is as the last step ranks it, because nobody skips nearly everything.
     """
     chosen, known, done = list[int](), 0.0, 0
     left, searched = list(range(len(sizes))), (len(sizes) + 1) // 2

@@ -21,7 +21,9 @@ OTHER = 1.5
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages with their steps and forward passes, the time of a pass here (s), and the memory needed (bytes)."""
+    """Stages with their steps and with the forward passes that they take, the time of a pass on this device (s), and
+    the memory that the training needs (bytes).
+    """
 
     steps: dict[str, int]
     passes: dict[str, float]
@@ -94,7 +96,9 @@ def _memory(spec: DecoderSpec, settings: TrainingSettings, dtype: torch.dtype, d
 
 
 def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:
-    """Return the callback of the stages, which tells `progress` the forward passes done of the whole training."""
+    """Return the progress callback of the stages. It tells `progress` the forward passes done of the whole training
+    (`passes`: those of each stage), so that the pace says how much time is left.
+    """
     total = round(sum(passes.values()))
 
     def told(name: str, done: int, steps: int) -> None:

@@ -35,7 +35,9 @@ class Processes:
                     distributed.all_reduce(tensor)
 
     def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace gradients by their means over all processes, 0 where none has one: optimisers pass over none."""
+        """Replace gradients by their means over all processes: a bypass may be used in the windows of one alone, or of
+        none. Then its gradient is 0, for one process as for several: optimisers pass over what has none.
+        """
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad / self.count for each in parameters]
         self.add_up(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -62,7 +64,9 @@ def local_rank() -> int:
 
 @contextmanager
 def joined(most: int) -> Iterator[Processes]:
-    """Join the processes that torchrun started, `most` at most, or be the only one. Raises DashError."""
+    """Join the processes that torchrun started; without it, be the only one. Raises RequestError for more than `most`,
+    and DashError where they do not find one another.
+    """
     count = _told("WORLD_SIZE", 1)
     if count == 1:
         yield ALONE

@@ -61,7 +61,9 @@ class Run:
         return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
 
     def share(self, stage: str, step: int) -> tuple[Batch, np.random.Generator, float]:
-        """Return this process's share of `batch`, a generator of its own, and the weight of its mean loss among all."""
+        """Return this process's share of `batch`, a generator of its own, and the weight of the share's mean loss among
+        those of all processes: their tokens differ in number.
+        """
         (batch, rng), processes = self.batch(stage, step), self.processes
         if processes.count == 1:
             return batch, rng, 1.0

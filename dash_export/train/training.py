@@ -57,17 +57,20 @@ def train(
     planned: Callable[[Plan], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> SkipPolicy:
-    """Train a policy of `kind` (`token` or `static`) and write it to `output` (`.safetensors`, and a JSON card beside
-    it).
+    """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
+    card beside it).
 
-    Without `units`, a search finds those that gain most. `start`: a trained policy that training goes on from, for
-    other text, or for another model of the same shape; only the tuning is done, and `units` are some of its own. A
-    network that did not read the layer before the first unit is learnt anew.
+    Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
+    tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
+    beginning, and only the tuning steps are done. `units` are then some of its units, or several side by side made one.
+    A network that did not read the layer before the first unit is learnt anew. Without prompts its held-out answers are
+    kept: a build sets its dial on what a model decodes.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model answers itself; without any, the
-    prompts that come with this package are answered (by a model without a chat template their texts are read). A killed
-    training goes on in `<output>.unfinished`. `planned` is told the plan before the model is read; `progress(name,
-    done, total)` counts forward passes. Raises CheckpointError, PolicyError and RequestError.
+    prompts that come with this package are answered (by a model without a chat template their texts are read). The
+    unfinished work lies in `<output>.unfinished`, where a killed training goes on. `planned` is told the plan before
+    the model is read; `progress(name, done, total)` counts forward passes over all stages. Raises CheckpointError,
+    PolicyError and RequestError.
 
     In processes that torchrun started this is one training: each takes its share, and the first one writes.
     """

@@ -24,7 +24,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Work:
-    """State (tensors, plain values) that the stages save in `folder`, of the training `key` and undamaged."""
+    """State that the stages save in `folder`: tensors and plain values. `key` changes with anything the training
+    depends on. State of another training is not used, nor is damaged state, which torch would not notice.
+    """
 
     folder: Path
     key: str

@@ -32,7 +32,6 @@ from typing import Any
 import click
 import numpy as np
 from common import held_out, print_json
-from started_server import serving
 
 from dash_export.commands.tables import print_table
 from dash_export.core.kinds import Setting

@@ -1,4 +1,6 @@
-"""Engines of a device launched one at a time, on given states: what each gives, and how long the device took."""
+"""Engines of a device launched one at a time, on states that are given: what each gives is read back, to be compared,
+and how long the device took.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class LoneEngines(BoundEngines):
         self.place()
 
     def run(self, place: int, bypass: bool, state: Floats | None) -> Floats:
-        """Run a segment or its bypass on a state [sequence, hidden], or on the tokens. Return its state or logits."""
+        """Run the segment at `place`, or its bypass, on a state [sequence, hidden]; None: on the tokens. Return the
+        state that it gives or, of the last segment, the logits [1, vocab] of the last token.
+        """
         if state is not None:
             self._give(place, state)
         self._stamped(place, bypass, MAIN)
@@ -49,7 +53,9 @@ class LoneEngines(BoundEngines):
         return self._logits.host[0].copy() if is_last else self._floats(self._state.host)
 
     def damage(self, state: Floats | None = None) -> Floats:
-        """Return the damage [units] of a state [1, hidden]; None: what last entered the segment before units."""
+        """Return what the policy says [units] of a state [1, hidden]; None: of the one that the segment before the
+        first unit was last given.
+        """
         if state is not None:
             self._give(self.engines.first - 1, state)
             self.device.synchronize(MAIN)

@@ -119,7 +119,9 @@ class BoundEngines:
             launch(POLICY)
 
     def launch(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
-        """Enqueue the policy, a segment or a bypass, and the cache writes left to the runtime, in one kernel."""
+        """Enqueue the policy, or a segment or its bypass with the cache writes that its engine leaves to the runtime:
+        of all new rows in one kernel, to the positions of the tokens, which it reads when it runs.
+        """
         part = self.parts[place]
         launch = self._policy if place == POLICY else part.bypass if bypass else part.run
         assert launch is not None

@@ -103,11 +103,14 @@ class Cuda:
         return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
-        """Raise BackendError with the command `rebuild` where engines were compiled for another device or version."""
+        """Raise BackendError with the command `rebuild` where the build's engines were not compiled for this device and
+        this version. Without a backend's own checks accept every build.
+        """
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
-        """Raise BackendError where `engines` (bytes of each file; loaded ones do not count) and a session's `cache`
-        have no room; only warn where host and device share memory.
+        """Check for free memory before anything is loaded. `engines`: bytes of each engine file (loaded ones do not
+        count); `cache`: bytes of one session's cache. Raises BackendError where so much is not free; only warns where
+        host and device share their memory.
         """
         loaded = {path for path, _ in self.engines}
         weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
@@ -176,7 +179,9 @@ class Cuda:
         return array
 
     def copy(self, stream: str, to: Any, source: Any) -> None:
-        """Copy all of `source` to `to`: memory of the device, or a pinned array that stays as it is until then."""
+        """Enqueue a copy of all of `source` to `to`: memory of the device, or a pinned host array, which must not
+        change until the stream has passed the copy.
+        """
         rt = self.rt
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
@@ -255,8 +260,9 @@ class Cuda:
 
 
 class PromptMemory:
-    """Memory of one session's prompts: each step takes over the buffers of the one before, in the same order, whatever
-    its length. A buffer that is too small is replaced by one of at least twice its size.
+    """Memory of one session's prompts. Every step of many tokens asks for the same buffers in the same order, so each
+    step takes over the buffers of the step before, whatever its length. A buffer that is too small is replaced by one
+    of at least twice its size.
     """
 
     def __init__(self, device: Cuda) -> None:

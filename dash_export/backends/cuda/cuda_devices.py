@@ -1,5 +1,6 @@
-"""CUDA devices, listed by the driver through ctypes: no package is needed, and a missing driver or device is no crash,
-as it may be in TensorRT.
+"""CUDA devices, listed by the driver itself through ctypes: no package is needed, and a missing driver is no crash.
+
+TensorRT's own `Runtime` may segfault where there is no device, so every GPU backend asks this module first.
 """
 
 import ctypes

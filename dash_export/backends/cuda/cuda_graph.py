@@ -1,4 +1,8 @@
-"""CUDA graphs with decisions: a unit is two IF nodes (run, skip; CUDA 12.4). Not yet run on a GPU."""
+"""CUDA graphs with decisions in them: capture and conditional nodes.
+
+A unit is two IF nodes, one for each side (run, skip), which need CUDA 12.4. A kernel sets their predicates. Not yet run
+on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,11 @@ BODY = "body"
 
 
 class CudaGraph:
-    """Work that is recorded once and launched again and again; what CUDA holds of it is freed with this object.
-    `decide`, `branch` and `follow` are called while it is recorded. Then streams wait for one another as ever, and the
-    host for nothing.
+    """Work that is recorded once and launched again and again: an executable graph, and the graph it was instantiated
+    from, which owns the bodies of its conditional nodes. Both are freed with this object.
+
+    `decide`, `branch` and `follow` are called by the step while it is recorded. All work that streams are given
+    meanwhile is recorded. Streams must wait for one another as ever; the host must not wait for anything.
     """
 
     def __init__(self, cuda: Cuda, stream: str, units: int, step: Callable[[CudaGraph], None]) -> None:
@@ -68,7 +74,9 @@ class CudaGraph:
     # --- while it is recorded
 
     def decide(self, stream: str, damage: CudaMemory, limits: CudaMemory, skipped: CudaMemory) -> None:
-        """Record all decisions: skipped [units] where damage < limits [sequences, units] for every sequence."""
+        """Record all decisions, one per unit: skipped [units] (bool) is true where damage [sequences, units] (float32)
+        < limits [sequences, units] (float64) for every sequence, as in `DecisionRule.skips`.
+        """
         rt, graph = self._cuda.rt, self._recorded(stream)[0]
         for index in np.ndindex(self._handles.shape):
             self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
@@ -78,15 +86,18 @@ class CudaGraph:
         self._cuda.kernel("decide", stream, (1, 1, 1), 32, memories, sizes)
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
-        """Record a branch: `run` or `skip`, as decided, before what follows. Each is recorded now, on one stream."""
+        """Record a branch: one of `run` and `skip`, as decided about the unit, runs before what follows in `stream`.
+        Each side is recorded now, on the stream that it is given and on no other.
+        """
         for side, fill in enumerate((run, skip)):
             self._node(stream, int(self._handles[unit, side]), fill)
 
     def follow(
         self, stream: str, logits: CudaMemory, draws: CudaMemory, ids: CudaMemory, positions: CudaMemory
     ) -> None:
-        """Record the step to the next token: ids [sequences] are drawn from logits as `draws` say, but for rounding,
-        and positions go on by one.
+        """Record the step from one token to the next: ids [sequences] (int64) become those that are drawn from logits
+        [sequences, vocab] (float32) as `draws` [sequences] (`sampling.Draw`, float64) say, but for rounding; positions
+        [sequences] (int64) go on by one.
         """
         sequences = ids.nbytes // 8
         vocab = logits.nbytes // 4 // sequences

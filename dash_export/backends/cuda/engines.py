@@ -32,15 +32,20 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """Counterpart of `EngineSet` on a device, whose caches do not grow (`kv_capacity`, `sequences` of the recipe)."""
+    """Counterpart of `EngineSet` on a device. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
+    its `sequences` bounds how many sequences decode together.
+    """
 
     mixes = takes_embeddings = gives_state = grows = shows_states = False
     mixed = ()
     timed = timed_token
 
     def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:
-        """Load all engines. `device` becomes `overlapped` where steps cannot be recorded. Raises BundleError where the
-        policy cannot be asked, BackendError where there is no room.
+        """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
+        where steps cannot be recorded.
+
+        Raises BundleError where the policy's engine is missing, or the segment before the first unit does not begin at
+        the state that the policy reads, and BackendError where the device has no room.
         """
         recipe = build.recipe
         assert recipe.engine is not None
@@ -102,7 +107,9 @@ class DeviceEngines:
 
 
 class DeviceCache(Sequences):
-    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim]."""
+    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines'
+    type. Rows of a sequence from its length on are free.
+    """
 
     def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
         super().__init__(sequences)
@@ -119,7 +126,9 @@ class DeviceCache(Sequences):
         """What the last step has launched ahead; whoever writes to the cache after it takes this away."""
 
     def reserve(self, rows: int) -> None:
-        """Allocate the whole capacity, once. Raises ContextLengthError for more `rows` than it, BackendError."""
+        """Allocate memory for the whole capacity, once. Raises ContextLengthError where `rows` exceed the capacity, and
+        BackendError where so much is not free.
+        """
         if rows > self.capacity:
             raise ContextLengthError(
                 f"These engines hold {self.capacity} tokens and {rows} are wanted: shorten the prompt, or build with a "

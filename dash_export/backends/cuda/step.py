@@ -56,7 +56,9 @@ Tokens = int | npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ahead:
-    """A step that was launched before its tokens were known. `side`: the place of its results."""
+    """A step that was launched before its tokens were known: those that the device drew, at these positions. `side`:
+    the place of its results.
+    """
 
     actions: Actions
     positions: tuple[int, ...]

@@ -15,7 +15,10 @@ BEGUN, DONE = "step begun", "step done"
 
 
 class TimedStep(DeviceStep):
-    """A step whose tokens are not launched ahead, as `DeviceEngines.step_kind`. `began`: when (`perf_counter_ns`)."""
+    """A step of tokens that are not launched ahead. Set as `DeviceEngines.step_kind` before a session is made.
+
+    `began`: when the host began to launch it (`perf_counter_ns`).
+    """
 
     began = 0
 
@@ -34,7 +37,10 @@ class TimedStep(DeviceStep):
 
 
 class PiecesStep(TimedStep):
-    """A step that is launched piece by piece in every mode. `launched`: when the host began and ended each piece."""
+    """A step that is launched piece by piece in every mode, dense tokens too, with the times of each piece.
+
+    `launched`: when the host began and ended to launch the piece of that place (a segment's, or POLICY).
+    """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -64,6 +70,8 @@ class PiecesStep(TimedStep):
         self.launched[place] = began, perf_counter_ns()
 
     def ran(self, place: int) -> tuple[int, int]:
-        """Return when a piece began and ended, in `perf_counter_ns`, had the device begun when the host did."""
+        """Return when the device began and ended a piece of the last step, as `perf_counter_ns` would say it if the
+        device had begun the step when the host did.
+        """
         begun, done = (1e3 * self.device.between(BEGUN, f"{place} {end}") for end in ("begun", "done"))
         return self.began + int(begun), self.began + int(done)

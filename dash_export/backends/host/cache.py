@@ -13,8 +13,9 @@ import numpy.typing as npt
 from dash_export.core.facts import DecoderFacts
 
 TILE = 16
-"""Rows in a tile. Kernels take up to 16 rows at a time, and may round leftover ones differently: a prompt gives the
-same with a cached prefix only where the rest begins at a multiple of TILE.
+"""Rows in a tile. Some kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), others up to 16, and they
+may round leftover rows differently. A prompt whose prefix is cached gives the same result as a new prompt if the part
+to compute begins at a multiple of TILE.
 """
 
 
@@ -24,7 +25,9 @@ def whole_tiles(tokens: int) -> int:
 
 
 def pass_length(left: int, most: int) -> int:
-    """Return how many tokens the next pass takes: whole TILEs but for the end, and never the last one alone."""
+    """Return how many tokens of a prompt the next pass takes, of `left`: whole TILEs, but for the prompt's end. The
+    last of several passes never has one token alone.
+    """
     chunk = whole_tiles(most) or most
     return max(chunk - TILE, 2) if left == chunk + 1 and chunk > 2 else min(left, chunk)
 
@@ -75,8 +78,9 @@ class KVCache(Sequences):
         vars(self).update(vars(larger))
 
     def alone(self, index: int) -> KVCache:
-        """Return a cache of sequence `index` alone, in a mapping of its own: many sizes leave gaps in what `malloc`
-        has. Raises MemoryError.
+        """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length. It is kept, not
+        computed with, in a mapping of its own: many sizes that come and go leave gaps between what `malloc` places.
+        Raises MemoryError.
         """
         twin, capacity = KVCache(self._model, self._step), self.lengths[index]
         shape = (*self._block.shape[:2], 1, self._block.shape[3], capacity, self._block.shape[5])

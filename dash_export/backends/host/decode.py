@@ -65,8 +65,9 @@ class EngineSet:
 
     @cached_property
     def mixed(self) -> Sequence[HostEngine]:
-        """Mixed engines, one per unit, for rows that skip differently: loaded when first needed, for they hold the
-        weights again. Raises BundleError where a file was replaced meanwhile.
+        """Mixed engines, one per unit, for steps whose rows skip differently. They hold the units' weights once more,
+        so they are loaded when first needed. Raises BundleError where a file of the build was replaced since the other
+        engines were loaded.
         """
         self._bundle.check_same(self._seal)
         files = [self.build.engines[MIXED + unit.name].file for unit in self.units]

@@ -1,4 +1,6 @@
-"""The loop of an encoder on the host: at each exit some pictures leave, and the others go on, computed once."""
+"""The loop of an encoder on the host: run layers up to the next exit, decide for each picture whether it leaves there,
+and go on with the others. Nothing is computed twice.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ class EncoderEngines:
         return shapes.get(name, (tokens, model.hidden_size))
 
     def timed(self, _context: int, batch: int = 1) -> Timed:
-        """Return (0, (name, run, bypass) of every segment and of the policy, None) for `batch` pictures, as `Timed`."""
+        """Return (0 cached tokens, (name, run, bypass) of every segment and of the policy, None), bound to memory of
+        their own for `batch` pictures, to be timed one by one.
+        """
         state: Arrays = {self.model.input_name: self.model.example(batch)}
         found: list[tuple[str, Launch, Launch | None]] = []
         for place, item in enumerate(self.segments, 1):

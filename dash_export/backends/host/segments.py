@@ -53,7 +53,9 @@ class SegmentEngines:
 
 
 def load_segments(bundle: Bundle, build: Build, backend: HostBackend) -> list[SegmentEngines]:
-    """Load all segments. A policy that is no part of an engine runs before the layer whose input it reads."""
+    """Load the engines of all segments. Where a decision is about a token and the policy's engine is not part of
+    another one, it runs in its segment, before the layer whose input it reads.
+    """
     policy, found = bundle.manifest.policy, []
 
     def load(name: str) -> HostEngine:

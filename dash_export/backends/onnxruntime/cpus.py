@@ -1,4 +1,6 @@
-"""Facts of the processor: cores and memory of this process or its container (Linux control groups, v2), load."""
+"""Facts of the processor: cores and memory that this process may use, load. A container's limits are those of its
+control groups (Linux, version 2).
+"""
 
 import os
 import time
@@ -14,13 +16,17 @@ def allowed_processors() -> set[int]:
 
 
 def usable_cores() -> int:
-    """Return how many threads decode best: one per physical core, of those that a container may use."""
+    """Return how many threads decode best: one per physical core, or what a container may use of them, for more would
+    be stopped for a part of the time.
+    """
     quotas = [int(told[0]) // int(told[1]) for _, told in _limits("cpu.max")]
     return max(1, min([physical_cores(), *quotas]))
 
 
 def physical_cores() -> int:
-    """Return the physical cores among the allowed processors: hyper-threads share the multipliers."""
+    """Return the number of physical cores among the allowed processors (hyper-threads share the multipliers that decode
+    needs).
+    """
     allowed, cores = allowed_processors(), set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -82,7 +88,9 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process had resident (getrusage begins with the parent's), else 0."""
+    """Return the most bytes that this process had resident, 0 where there is no Linux. (The figure of getrusage begins
+    with the parent's memory at the fork.)
+    """
     found = _proc("self/status", "VmHWM")
     return int(found.split()[0]) * 1024 if found else 0
 

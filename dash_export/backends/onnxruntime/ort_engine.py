@@ -143,7 +143,9 @@ class OrtEngine:
 
 
 def fitted_shape(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """Return the shape as a graph wants it, which may have one dimension of rows for [batch, sequence], or None."""
+    """Return an array's shape as a graph wants it, or None where it does not fit. A lowered graph may have one
+    dimension of rows in the place of [batch, sequence].
+    """
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):

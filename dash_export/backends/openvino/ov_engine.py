@@ -78,7 +78,9 @@ class OvEngine:
         self._idle: list[ov.InferRequest] = []
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
-        """Fix all addresses. Raises BackendError where the graph wants another array or another shape of it."""
+        """Fix the addresses of all inputs and outputs. Raises BackendError where the graph wants an array that is not
+        there, or another shape of it.
+        """
         bound = []
         for ports, arrays in ((self._inputs, inputs), (self._outputs, outputs)):
             for name, port in ports.items():

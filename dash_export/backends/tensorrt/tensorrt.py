@@ -1,4 +1,6 @@
-"""TensorRT engines on CUDA streams. Those of one stream run one after another and share scratch memory."""
+"""TensorRT engines on CUDA streams. Engines of one stream run one after another, so they share one block of scratch
+memory. The policy's stream has its own block.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class TensorRT(Cuda):
         return TensorRTEngine(self, path, stream)
 
     def scratch(self, stream: str) -> CudaMemory:
-        """Return a stream's scratch block; launches bound before a larger engine came keep the old one."""
+        """Return the scratch block of all engines loaded for a stream. When an engine that needs more is loaded later,
+        a new block is made; launches bound to the old block keep it.
+        """
         wanted = max(each.scratch_bytes for (_, name), each in self.engines.items() if name == stream)
         if stream not in self._scratch or self._scratch[stream].nbytes < wanted:
             self._scratch[stream] = self.memory(wanted)

@@ -122,7 +122,9 @@ class OrtWriter(ProductWriter):
         return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)
 
     def keeps_rows(self, kind: str) -> bool:
-        """Return whether the embedding keeps the file's blocks: of under 8 bits, or not those of a tied head."""
+        """Return whether the embedding keeps the file's blocks: where these have less than 8 bits, unless its codes of
+        8 bits are those of a tied head, too.
+        """
         return BLOCKS[kind].bits < 8 and not (self.facts.tie_embeddings and kind not in FOUR_BITS)
 
     def layer(self, layer: int, state: State, choice: Choice | None) -> State:
@@ -205,7 +207,9 @@ class OrtWriter(ProductWriter):
         return self.op("Add", [hidden, parts.pop(0)], f"{name}/updated"), parts
 
     def new_rows(self, unit: Unit, projected: Sequence[ir.Value]) -> None:
-        """Output K and V for the host to write: fewer nodes than caches in the graph, and no transposed heads."""
+        """Output K and V as [batch, sequence, kv_heads * head_dim] for the host to write into the caches. This takes
+        fewer nodes than caches in the graph, and no transposed heads.
+        """
         heads = self.facts.num_kv_heads
         for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
             name = f"{unit.bypass}/layer_{layer:02d}"
@@ -262,7 +266,9 @@ class OrtWriter(ProductWriter):
         return normed, total
 
     def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
-        """Norm each head, or all at once (`norms_after`), and multiply by `times`: GroupQueryAttention cannot."""
+        """Norm each head of [batch, sequence, heads * head_dim], or all at once (`norms_after`), and multiply by
+        `times`; GroupQueryAttention cannot.
+        """
         weight = self.initializer(f"{node}/gain", self.array(gain) * np.float32(times))
         if self.traits.norms_after:
             return self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)

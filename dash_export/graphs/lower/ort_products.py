@@ -83,7 +83,9 @@ class ProductWriter(StoredWriter):
         return self.split(value, sizes, f"{value.name}/sizes", f"{value.name}/split")
 
     def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
-        """Return source @ weights + biases, side by side, quantised as the recipe says; the first `times` a factor."""
+        """Return source @ weights + biases. The matrices [in, out] lie side by side, quantised where the recipe says
+        so. The first matrix and its bias are multiplied by `times`.
+        """
         rows, widths = self.shape(weights[0])[0], [self.shape(weight)[1] for weight in weights]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
         given = [self.weights.get(weight.removesuffix("weight") + "bias") for weight in weights]

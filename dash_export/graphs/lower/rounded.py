@@ -21,7 +21,9 @@ FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "i
 
 
 def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
-    """Return the precision of the weights of a node `layer_NN/...`, `bypass_AA-BB/...`; `gated`: layers of units."""
+    """Return the precision of a node's weights. A layer's nodes are named `layer_NN/...`, those of a unit's bypass
+    `bypass_AA-BB/...`. `gated`: the layers of all units.
+    """
     part, _, rest = node.partition("/")
     if part == "head":
         return recipe.head
@@ -34,7 +36,9 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
 
 
 def block_of(rows: int, wanted: int) -> int | None:
-    """Return `wanted`, halved until it divides the input size (down to 64, if it is larger), else None."""
+    """Halve `wanted` until it divides the matrix's input size (576 takes 64), down to 64 unless it is smaller itself;
+    None if no such size does.
+    """
     least = min(wanted, 64)
     while wanted >= least:
         if rows % wanted == 0:
@@ -102,7 +106,9 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
 
 
 def roundings_lookup(path: Path) -> Roundings:
-    """Return a lookup in a file of roundings, if it is there. It raises BundleError when the file is damaged."""
+    """Return a lookup in a file of roundings; without the file every matrix is rounded to nearest. The lookup of a
+    matrix raises BundleError when the file is damaged.
+    """
 
     def rounded(node: str) -> Rounded | float | None:
         if not path.is_file():

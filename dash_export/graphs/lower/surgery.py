@@ -113,7 +113,9 @@ def drop_unused_inputs(graph: ir.Graph) -> None:
 
 
 def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
-    """Save a lowered graph. Large weights that `extended`, finished engines, have too stay in the files of those."""
+    """Save a lowered graph. Large weights whose bytes the finished engines `extended` have stay in the files of those,
+    whatever their names and shapes are there.
+    """
     graphs = [load_graph(other).graph for other in extended]
     found = [value.const_value for graph in graphs for value in graph.initializers.values()]
     known = {_digest(tensor): tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)}

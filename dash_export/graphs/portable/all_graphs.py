@@ -54,4 +54,6 @@ def _table(checkpoint: AnyCheckpoint, folder: Path) -> list[Path]:
 
 
 MAKERS: dict[type[AnyCheckpoint], ModuleType] = {Checkpoint: portable, EncoderCheckpoint: encoder_graphs}
-"""Kind of checkpoint -> the module with `embed_graph`, `layer_graph`, `bypass_graph`, `policy_graph`, `head_graph`."""
+"""Checkpoint of a kind of model -> the module that makes its graphs: `embed_graph`, `layer_graph`, `bypass_graph`,
+`policy_graph` and `head_graph`.
+"""

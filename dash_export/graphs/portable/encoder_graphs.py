@@ -34,7 +34,9 @@ GUARD = ("mean", "components", "spread", "limit")
 
 
 def embed_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
-    """Return the graph pixel_values [batch, 3, height, width] or input_ids [batch, tokens] -> hidden_out."""
+    """Return the graph pixel_values [batch, 3, height, width] float32, or input_ids [batch, tokens] int64 -> hidden_out
+    [batch, tokens, hidden].
+    """
     spec = checkpoint.spec
     if isinstance(spec, TextSpec):
         return _words_graph(checkpoint, spec)
@@ -114,7 +116,9 @@ def layer_graph(checkpoint: EncoderCheckpoint, layer: int) -> ir.Model:
 
 
 def head_graph(checkpoint: EncoderCheckpoint) -> ir.Model:
-    """Return the graph hidden -> pooled [batch, hidden], states and, of a classifier, logits [batch, labels]."""
+    """Return the graph hidden -> pooled [batch, hidden], states [batch, tokens, hidden] and, where the model has a
+    classifier, logits [batch, labels].
+    """
     spec = checkpoint.spec
     g = EncoderWriter("head", "Final norm and pooling.", spec, checkpoint)
     hidden = g.state_input()

@@ -97,7 +97,9 @@ def _blocks(name: str, weight: Weight) -> list[ir.LazyTensor]:
 
 
 def fold_conversions(model: ir.Model) -> None:
-    """Replace nodes that only convert constants by their results. Raises BundleError for unknown or odd ones."""
+    """Replace every node that only converts constants by its result: float32, read on demand. Raises BundleError for
+    blocks of an unknown type or of another shape, and for a constant that is converted twice.
+    """
     graph, seen = model.graph, set[str]()
     for node in list(graph):
         lookups = _lookups(node)

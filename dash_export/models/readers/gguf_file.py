@@ -39,7 +39,9 @@ class GgufTensor:
     row_bytes: int
 
     def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
-        """Return the tensor as a Weight. `interleaved_heads`: heads whose adjacent rotary pairs are to be split."""
+        """Return the tensor as a model's Weight. `interleaved_heads`: number of heads whose rotary pairs are adjacent
+        rows in the file and must be split in halves; 0 for none.
+        """
         rows, packed = self.rows, self.packed
         if interleaved_heads:
             rows = partial(self._head_rows, self.rows, interleaved_heads)
@@ -84,7 +86,9 @@ class GgufTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Return (metadata, tensors by their names in the file). Raises CheckpointError, quickly, for any other file."""
+    """Return (metadata, tensors by their names in the file). Raises CheckpointError, quickly, for a file that is
+    corrupt, truncated or of another kind.
+    """
     with path.open("rb") as stream:
         header = _Header(path, stream)
         if stream.read(4) != b"GGUF":

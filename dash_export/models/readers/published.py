@@ -1,4 +1,6 @@
-"""Published folders of our families under other names: the text half of a Gemma 3 that sees, dense Granite 4."""
+"""Published folders whose model is one of our families under other names: the text half of a Gemma 3 that sees, and the
+dense models of Granite 4, which are written as hybrid ones without Mamba layers and experts.
+"""
 
 from typing import Any
 
@@ -16,7 +18,9 @@ _NAMES = (
 
 
 def family_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of our family's model. Raises CheckpointError for a Granite 4 that is not dense."""
+    """Return the config of the family's own model, the same object where it is one. Raises CheckpointError for a
+    Granite 4 that is not dense.
+    """
     if config.get("model_type") == "gemma3":
         whole = {name: one for name, one in config.items() if name not in ("text_config", "vision_config")}
         return whole | _GEMMA3 | section(config, "text_config") | {"model_type": "gemma3_text"}

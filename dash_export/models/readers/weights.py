@@ -84,7 +84,9 @@ def build_checkpoint(
 def checked_weights(
     source: str, needed: Mapping[str, tuple[int, ...]], stored: Mapping[str, Weight]
 ) -> dict[str, Weight]:
-    """Return the needed weights. Raises CheckpointError for one that is missing, of another shape, or unreadable."""
+    """Return the weights that a spec needs, out of those that are `stored`. Raises CheckpointError for one that is
+    missing, of another shape, or cannot be read.
+    """
     missing = [name for name in needed if name not in stored]
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} of {len(needed)} tensors, the first is {missing[0]}")

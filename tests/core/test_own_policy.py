@@ -143,6 +143,7 @@ thing = 3
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py.ends.py").write_text("import sys\nsys.exit(0)\n")
     return str(tmp_path / "own.py")
 
 
@@ -171,6 +172,7 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
         ("{own}:NoPolicy", r"is no policy: it needs the methods begin\(model, units, cost\) and skips\(state\)"),
         ("{own}:thing", "has no class 'thing'"),
         ("{own}.py:ByPosition", "cannot be imported: FileNotFoundError"),
+        ("{own}.ends.py:ByPosition", "cannot be imported: SystemExit"),
         ("no.such.module:ByPosition", "no.such.module cannot be imported: ModuleNotFoundError"),
         (":", "':' is no policy of your own. Write --policy module:Class"),
         ("own.py:", "Write --policy module:Class"),
@@ -187,20 +189,11 @@ def test_what_is_no_rule(rule: Any, runtime: DashRuntime) -> None:
         runtime.session_under(rule)
 
 
-def test_one_that_cannot_be_copied(own: str, runtime: DashRuntime) -> None:
+def test_what_it_does_not_take(own: str, runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match="Locks cannot be copied, as forks and batches need it"):
         runtime.session(f"{own}:Locks").fork()
-
-
-def test_amounts_mean_nothing_to_it(own: str, runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match="decides by itself: budget means nothing"):
         runtime.session(f"{own}:ByPosition", budget=0.9)
-
-
-def test_a_file_that_ends_the_program(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(PolicyError, match="cannot be imported: SystemExit"):
-        load_policy(f"{tmp_path / 'own.py'}:Policy")
 
 
 def test_the_current_folder_is_not_searched(own: str, monkeypatch: pytest.MonkeyPatch) -> None:

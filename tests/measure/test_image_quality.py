@@ -51,6 +51,8 @@ def test_figures_are_those_of_the_runtime(line: Path, runtime_of_line: DashRunti
         lengths = np.linalg.norm(found.pooled, axis=1) * np.linalg.norm(dense.pooled, axis=1)
         cosines = (found.pooled * dense.pooled).sum(axis=1) / lengths
         assert (row.cosine, row.worst) == pytest.approx((cosines.mean(), cosines.min()), abs=1e-4)
+        likeliest = [each.probabilities.argmax(axis=1) for each in (found, dense) if each.probabilities is not None]
+        assert row.same_class == pytest.approx(np.mean(np.equal(*likeliest)))
         assert row.guarded == pytest.approx(found.guarded.mean())
         assert row.layers == pytest.approx((found.actions == 0).sum(axis=1).mean())
     assert rows[1].predicted == pytest.approx(1 - sum(runtime_of_line.cost.cost))

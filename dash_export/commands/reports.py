@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,14 +45,21 @@ def save_report(path: Path, content: str | bytes) -> Path:
     """Write a report and return its path. Where `path` has meanwhile become a file that is no report of this program's,
     write to a free name beside it: the content took minutes to measure.
     """
-    check_reports(path)  # again: measuring took minutes
+    free = path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+        check_reports(path)
+    except RequestError:
+        names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+        free = next(name for name in names if not os.path.lexists(name))
+        check_reports(free)
+        click.echo(f"{path} is no report of ours any more: it is kept, and {free} is written.", err=True)
+    try:
+        free.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(free, content)
     except OSError as error:  # name the file: a command writes several
-        error.filename = error.filename or str(path)
+        error.filename = error.filename or str(free)
         raise
-    return path
+    return free
 
 
 @contextmanager

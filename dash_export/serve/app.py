@@ -165,7 +165,7 @@ class Endpoint(Generic[_Queue]):
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.served, self.posts)
+        return document(self.served, bool(self._keys), self.posts)
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""

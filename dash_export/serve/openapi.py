@@ -56,8 +56,8 @@ def _parameter(name: str, where: str, models: Collection[str]) -> dict[str, Any]
     return {"name": name, "in": where, "required": True, "schema": {**_TEXT, "enum": [*models]}}
 
 
-def document(models: Collection[str], posts: Posts) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a server with these models."""
+def document(models: Collection[str], keyed: bool, posts: Posts) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these models. `keyed`: it asks for an API key."""
     asked: list[Any] = [(model, "validation") for _, model, *_ in posts.values()]
     components = models_json_schema(asked, ref_template="#/components/schemas/{model}")[1]["$defs"]
     components["Error"] = {
@@ -94,4 +94,10 @@ def document(models: Collection[str], posts: Posts) -> dict[str, Any]:
     else:
         del paths["/tokenizer_info"]
     info = {"title": "dash-export", "version": __version__, "description": "OpenAI's API, with `dash`: how fast."}
-    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
+    made: dict[str, Any] = {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
+    if keyed:
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"key": []}]
+        for path in ("/health", "/metrics"):
+            paths[path]["get"]["security"] = []
+    return made

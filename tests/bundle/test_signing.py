@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle.bundle import Bundle
+from dash_export.bundle.layout import SIGNATURE
 from dash_export.bundle.signing import TRUSTED_KEY, check_signed
 from dash_export.errors import BundleError, OutputError
+from dash_export.files.outputs import locked
 from tests.commands.helpers import done, refused
 
 PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
@@ -122,3 +125,17 @@ def test_what_a_key_asks_for(own_bundle: Path, signed: tuple[Path, Path], monkey
     monkeypatch.setenv(TRUSTED_KEY, str(signed[1]))
     with pytest.raises(BundleError, match="no key at"):
         DashRuntime.load(own_bundle, "portable", trusted_key="")
+
+
+def test_two_at_once(own_bundle: Path, tmp_path: Path) -> None:
+    private, _ = keys(tmp_path, "mine")
+    with locked(own_bundle / SIGNATURE, "sign"):
+        assert "manifest.json.sig is being written by dash-export sign" in refused("sign", own_bundle, "--key", private)
+
+
+def test_a_signature_of_gigabytes(own_bundle: Path, signed: tuple[Path, Path]) -> None:
+    os.truncate(own_bundle / "manifest.json.sig", 3 << 30)
+    began = time.monotonic()
+    with pytest.raises(BundleError, match="at most 1048576 are read"):
+        DashRuntime.load(own_bundle, "portable", trusted_key=signed[1])
+    assert time.monotonic() - began < 5

@@ -4,10 +4,11 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from dash_export.bundle.layout import REPORT
 from dash_export.files.outputs import locked
 from tests.commands.helpers import dash, done, refused
 from tests.measure.test_tasks import ANSWERS, CHOICES, QUESTIONS, write_task
@@ -133,3 +134,30 @@ def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "dash_export.measure.tasks", raising=False)
     assert "pip install 'dash-export[eval]'" in refused("eval", tiny_root, *TARGET, "--tasks", "arc_easy")
+
+
+def test_what_was_measured_is_lost_neither_way(
+    tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text)
+    options = (*begin, "--kinds", "static", "--skipped", "1", "--rounds", 0)
+    with monkeypatch.context() as late:  # what is in the way has come after it was looked for
+        late.setattr("dash_export.commands.frontier.sole_writer", MagicMock())
+        (tmp_path / "f.png").mkdir()
+        (tmp_path / "old.svg").write_text(REPORT)
+        (tmp_path / "f.svg").symlink_to("old.svg")
+        (tmp_path / "f.json").write_text("mine")
+        (tmp_path / "f-2.json").write_text("mine too")
+        result = done(*options, "-o", tmp_path / "f")
+    assert f"f.json is no report of ours any more: it is kept, and {tmp_path / 'f-3.json'} is written" in result.stderr
+    assert json.loads((tmp_path / "f-3.json").read_text())["points"]
+    assert (tmp_path / "f-2.png").is_file()
+    assert (tmp_path / "f-2.svg").is_file()
+    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "f.svg")] == ["mine", "mine too", REPORT]
+    with monkeypatch.context() as closed:  # whoever read what is printed has gone
+        closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
+        with suppress(BrokenPipeError):
+            dash(*options, "-o", tmp_path / "g")
+    assert (tmp_path / "g.png").is_file()
+    for nameless in (".", "..", "/", tmp_path / ".."):
+        assert "is a folder: give -o a name" in refused(*options, "-o", nameless)

@@ -319,3 +319,15 @@ def test_a_prompt_without_an_answer_stops_no_other(
     ):  # fmt: skip
         assert expected in result.stderr
     assert [line[:3] for line in result.stdout.splitlines() if line[1:3] == ": "] == ["0: ", "3: "]
+
+
+def test_one_token_has_no_speed(tiny_root: Path) -> None:
+    figures = run_json(tiny_root, "hello", *FP32, *DENSE, "--max-tokens", 1)["statistics"]
+    assert figures["tokens"] == 1  # type: ignore[index]
+    assert not {"tokens_per_second", "layers_per_token"} & figures.keys()  # type: ignore[attr-defined]
+
+
+def test_default_length_fits_the_context(tiny_root: Path) -> None:
+    found = run_json(tiny_root, "a" * 400, *FP32)
+    statistics = found["statistics"]
+    assert statistics["prompt_tokens"] + statistics["tokens"] <= 512  # type: ignore[index]

@@ -83,6 +83,21 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     assert runtime.engines.records, "a token whose actions are known is a graph too"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_tokens_launched_ahead_are_those_waited_for(dispatch: str, gpu_runtime: LoadGpu) -> None:
+    runtime = recorded(gpu_runtime(dispatch))
+    assert runtime.engines.launches_ahead, "see the log for why not"  # type: ignore[union-attr]
+    for setting in ({"policy": "dense"}, {"policy": "static", "skipped": 4}, {"policy": "token", "skipped": 5}):
+        for ids in prompts(runtime):
+            answer = runtime.session(**setting).generate(ids.tolist(), 48).tokens.tolist()
+            session = runtime.session(**setting)
+            token, waited = int(session.prefill(ids).argmax()), []
+            for _ in answer:
+                waited.append(token)
+                token = int(session.decode_one(token)[0].argmax())
+            assert answer == waited
+
+
 @pytest.mark.parametrize("sampling", [Sampling(0.8, seed=1), Sampling(1.0, top_k=40, top_p=0.9, seed=2)], ids=str)
 def test_a_token_that_is_drawn_ahead_is_the_host_s(
     sampling: Sampling, gpu_runtime: LoadGpu, monkeypatch: pytest.MonkeyPatch

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.host.cache import KVCache
 from dash_export.errors import BackendError, BundleError
-from dash_export.runtime.rows import NO_MEMORY
+from dash_export.runtime.rows import NO_MEMORY, Rows
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.http_errors import http_error
 from dash_export.serve.protocol import ChatRequest
@@ -22,7 +23,7 @@ from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
 from dash_export.text.tokenizer import Text
 from tests.serve.conftest import Serve
-from tests.serve.test_app import MESSAGES
+from tests.serve.test_app import DENSE, MESSAGES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASKED: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
@@ -214,3 +215,56 @@ def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture)
             assert (said.status, str(said)) == (500, MISTAKE)
     assert caplog.text.count("/secret") >= 2
     assert str(http_error(BackendError(NO_MEMORY))) == NO_MEMORY, "that is for the client to know"
+
+
+def test_memory_for_one_that_is_not_there(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone fails, with an answer: the others go on."""
+    sound = KVCache.reserve
+
+    def short(self: KVCache, rows: int) -> bool:
+        if rows > 300 and len(self.lengths) > 1:
+            raise MemoryError
+        return sound(self, rows)
+
+    monkeypatch.setattr(KVCache, "reserve", short)
+    address = serve(rows=3)
+    body = {"model": "tiny", "max_tokens": 60, "temperature": 0, **DENSE}
+    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(httpx.post, f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}) for _ in range(2)]
+        reply = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": [5] * 320}, timeout=20)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (500, NO_MEMORY)
+        for other in others:
+            assert other.result().json()["choices"][0]["text"] == alone
+
+
+def test_memory_that_a_row_grows_out_of(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone fails, in the middle of its answer."""
+    address = serve(rows=3)
+    body = {"model": "tiny", "max_tokens": 100, "temperature": 0, **DENSE}
+    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
+    sound, began = KVCache.reserve, Rows.begin
+
+    def short(self: KVCache, rows: int) -> None:
+        if rows > 256 and len(self.lengths) > 1:
+            raise MemoryError
+        sound(self, rows)
+
+    def with_room_for_a_token(rows: Rows, *given: Any) -> Any:
+        return began(rows, *given[:-1], 1)
+
+    monkeypatch.setattr(KVCache, "reserve", short)
+    monkeypatch.setattr(Rows, "begin", with_room_for_a_token)
+    asked = [body | {"prompt": prompt} for prompt in ("hello", [5] * 230, "hello")]
+    with ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda one: httpx.post(f"{address}{COMPLETIONS}", json=one), asked))
+    assert (replies[1].status_code, replies[1].json()["error"]["message"]) == (500, NO_MEMORY)
+    assert [replies[place].json()["choices"][0]["text"] for place in (0, 2)] == [alone, alone]
+
+
+def test_a_body_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "BODY_SECONDS", 0.2)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
+        assert b" 408 " in slow.recv(200)

@@ -10,6 +10,8 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
+from tests.serve.conftest import Serve
+
 CHECKS = (not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
           checks.response_schema_conformance)  # fmt: skip
 
@@ -53,12 +55,15 @@ def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
     assert (200 if mode is GenerationMode.POSITIVE else 400) in seen
 
 
-def test_the_document(address: str) -> None:
-    said = httpx.get(f"{address}/openapi.json").json()
+def test_the_document(serve: Serve) -> None:
+    said = httpx.get(f"{serve(keys=['secret'])}/openapi.json").json()
     assert set(said["paths"]) == {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize",
         "/v1/models", "/v1/models/{name}", "/tokenizer_info", "/health", "/metrics",
     }  # fmt: skip
+    assert said["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert said["security"] == [{"key": []}]
+    assert said["paths"]["/health"]["get"]["security"] == []
     chat = said["components"]["schemas"]["ChatRequest"]
     assert chat["properties"]["model"]["examples"] == ["tiny"]
     assert chat["additionalProperties"] is False

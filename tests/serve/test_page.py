@@ -276,3 +276,14 @@ def test_axe_finds_nothing(open_page: OpenPage, scheme: str, width: int) -> None
         page.keyboard.press("Escape")
     page.get_by_role("button", name="Edit").press("Enter")
     check("edit")
+
+
+def test_damaged_records_are_no_conversations(page: Any) -> None:
+    for name, text in {"settings": "{", "chat.5": "{", "chat.6": "[]", "chat.x": "[]", "chat.7": "[null, 3]"}.items():
+        page.evaluate("([name, text]) => { localStorage[`dash-export.${name}`] = text }", [name, text])
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    assert page.locator("#chats li").count() == 0
+    page.click("text=Settings")
+    assert page.input_value("#length") == "512"
+    assert page.told == []

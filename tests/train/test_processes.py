@@ -9,6 +9,7 @@ import torch
 
 from dash_export.bundle.policy_file import load_policy
 from dash_export.errors import DashError, RequestError
+from dash_export.files.outputs import locked
 from dash_export.models import Checkpoint
 from dash_export.train import TrainingSettings
 from dash_export.train.closed_form import Sums
@@ -116,3 +117,14 @@ def test_gradients_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
     Processes(2, 0).average_gradients([used, unused])
     assert used.grad.tolist() == [2.0, 3.0]
     assert unused.grad.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_where_one_fails_the_others_end(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    """Nothing waits for ever, and the one that failed says why. Here the first finds the output locked."""
+    output = tmp_path / "policy.safetensors"
+    with locked(output, "train"):
+        ran = torchrun(2, checkpoint.source, "-o", output, "--text", prose, "--units", "2-3,4", *OPTIONS)
+    assert ran.returncode
+    assert "is being written by dash-export train" in ran.stderr
+    assert not output.exists()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from dash_export import DashRuntime
 from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule, skips_for, static_rule
+from dash_export.runtime import Response
 from dash_export.runtime.results import Generation
 from dash_export.runtime.rows import Rows
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 from tests.backends.cuda.conftest import DISPATCH, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard
+from tests.serve.test_scheduler import until_the_last
 
 PROMPTS = (IDS[:20], IDS[20:29], IDS[3:36], IDS[30:35])
 
@@ -108,8 +111,10 @@ def test_a_server_answers_from_a_device(on_card: MakeOnCard, host: Host) -> None
     asked = [np.concatenate([IDS[:40], IDS[at : at + 3]]) for at in range(7)]
     scheduler.start()
     try:
-        streams = [scheduler.stream(Request(ids, 8)) for ids in asked]
-        found = [Generation.gathered(list(stream)).tokens.tolist() for stream in streams]
+        told: list[SimpleQueue[Response]] = [SimpleQueue() for _ in asked]
+        for ids, queue in zip(asked, told, strict=True):
+            scheduler.submit(Request(ids, 8), queue.put)
+        found = [Generation.gathered(until_the_last(queue)).tokens.tolist() for queue in told]
         assert scheduler.figures["known_tokens"] > 0
     finally:
         scheduler.close(10)

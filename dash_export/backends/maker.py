@@ -36,6 +36,8 @@ class Backend(ABC):
     """Increased whenever the lowering changes, so that engines of an earlier revision are not reused."""
     compiles = False
     """Whether there is something to `compile`, which a device can do without onnx."""
+    encodes = False
+    """Whether it makes engines for encoders, too."""
     always_verifies = False
     """Whether a build compares its graphs with the portable ones unasked."""
 
@@ -77,10 +79,10 @@ class Backend(ABC):
 
     def check_model(self, manifest: Manifest) -> None:
         """Raise BackendError where this recipe has no engines for such a model."""
-        if manifest.model.decides == "input" and self.recipe.dialect != "portable":
+        if manifest.model.decides == "input" and not self.encodes:
             raise BackendError(
-                f"The recipe {self.recipe.name!r} is for causal LMs. An encoder runs its portable graphs: give "
-                "--target portable or openvino."
+                f"The recipe {self.recipe.name!r} is for causal LMs. An encoder runs its portable graphs (--target "
+                "portable or openvino), or TensorRT's engines."
             )
 
     def needs_another_machine(self) -> bool:

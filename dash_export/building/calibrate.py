@@ -57,9 +57,9 @@ _INVERSE_BYTES = 40
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     """Return the key of what calibrated engines depend on besides their own graphs: the text, and the layers whose
-    outputs are their inputs. "" where nothing is calibrated.
+    outputs are their inputs. "" where nothing is calibrated, as for an encoder.
     """
-    if recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
+    if bundle.manifest.model.decides == "input" or recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
         return ""
     text = sha256_file(resource_folder("calibration") / TEXT)
     return content_key(text, graphs_key(bundle, ["embed", *_layers(bundle)]))

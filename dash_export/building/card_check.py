@@ -110,7 +110,7 @@ class Outcome:
 
 def card_target(bundle: Bundle, target: str | None) -> str:
     """Return the GPU target to check: the given one, or the only one of the bundle. Raises BundleError, and
-    BackendError for a target without a card.
+    BackendError for a target without a card and for an encoder.
     """
     found = [target] if target else bundle.targets()
     names = {name.removesuffix(LOWERED) for name in found if target or bundle.load_build(name).recipe.on_device}
@@ -118,6 +118,11 @@ def card_target(bundle: Bundle, target: str | None) -> str:
         said = f"has builds for several cards ({', '.join(sorted(names))})" if names else "has no build for a GPU"
         raise BundleError(f"{bundle.root} {said}: give the one to check, like --target jetson-orin-nano.")
     (name,) = names
+    if bundle.manifest.model.decides == "input":
+        raise BackendError(
+            f"{bundle.root} is an encoder's, and --card checks causal LMs. Compare it on the card: dash-export run "
+            f"{bundle.root} DIR -o card.npz --policy dense --target {name}, and the same with --target portable."
+        )
     if not bundle.recipe(name).on_device:
         raise BackendError(f"{name!r} is a target without a card: `dash-export build --verify` checks its engines.")
     return name

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from dash_export.backends.maker import Backend
 from dash_export.bundle.bundle import Bundle
-from dash_export.bundle.layout import ROUNDINGS
+from dash_export.bundle.layout import POOLED, ROUNDINGS
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import MIXED, POLICY, Segment
 from dash_export.core.units import Unit
@@ -116,7 +116,8 @@ def write_whole(model: ir.Model, path: Path) -> Path:
 
 def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:
     """Compose an engine's portable graphs: each reads the state that the one before gives, the policy the state that
-    enters the layer it reads. The first output is the last state or the logits. Not for mixed engines.
+    enters the layer it reads. The first output is the last state, the logits or, of an encoder, the pooled vector. Not
+    for mixed engines.
     """
     if graph.name != graph.segment.name:  # a bypass, or the policy
         return load_graph(bundle.graph(graph.parts[0]))
@@ -127,7 +128,7 @@ def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:
         outputs = absorb(g, load_graph(bundle.graph(name)), {} if state is None else {"hidden": state})
         if name == f"layer_{bundle.manifest.policy.read:02d}":
             read = state if state is not None else next(item for item in g.graph.inputs if item.name == "hidden")
-        end = "logits" if "logits" in outputs else "hidden_out"
+        end = next(name for name in (POOLED, "logits", "hidden_out") if name in outputs)
         state = outputs.pop(end)
         state.name = f"{name}/{end}"
         g.graph.outputs.extend(outputs.values())

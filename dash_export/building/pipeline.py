@@ -117,7 +117,7 @@ def _build(bundle: Bundle, backend: Backend, verify: bool, measure: bool, progre
         from dash_export.building.engine_graphs import artifacts  # needs onnx: a device may lack it
 
         jobs = list(artifacts(backend, bundle, segments, folder, progress))
-        if backend.on_device:
+        if backend.on_device and bundle.manifest.model.decides == "token":
             from dash_export.building.reference_walk import reference_artifact
 
             wanted = verify or backend.always_verifies or backend.run_obstacle() is None

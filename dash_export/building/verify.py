@@ -23,12 +23,15 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, ROUNDINGS, past_names
 from dash_export.bundle.recipe import Recipe, WeightsRecipe
 from dash_export.bundle.records import MIXED, POLICY, Segment, Verification
+from dash_export.core.exits import BEFORE
 from dash_export.errors import BackendError
 from dash_export.files.artifacts import TEMPORARY, Progress, no_progress
 from dash_export.graphs.lower.rounded import roundings_lookup
 
 STEPS = ((0, 24), (24, 1), (25, 6))
 """(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""
+INPUTS = 2
+"""Pictures or texts that an encoder is compared on."""
 CAPACITY = 48
 """Rows of the KV cache here: graphs are the same at every capacity, and a small cache is quick on a CPU."""
 Floats = npt.NDArray[np.float32]
@@ -62,7 +65,7 @@ def verify_engines(
     roundings = roundings_lookup(folder / ROUNDINGS)
     made = engine_graphs(bundle, segments, backend.on_device)
     graphs = [graph for graph in made if not engines or graph.name in engines]
-    walk = _Walk(bundle)
+    walk = _InputWalk(bundle) if bundle.manifest.model.decides == "input" else _Walk(bundle)
     errors: dict[str, dict[str, float]] = {}
     for done, graph in enumerate(graphs, 1):
         # Where the engines are or will be, for /tmp may be memory. What a kill leaves, the next build removes.
@@ -86,6 +89,36 @@ def verify_engines(
             "export the model again, and tell us if that does not help."
         )
     return Verification(words, errors)
+
+
+class _InputWalk:
+    """Walk of two inputs of noise through the portable segments of an encoder. `state`: what enters the next one."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, self.model = bundle, bundle.manifest.encoder
+        self.state: npt.NDArray[Any] = self.model.example(INPUTS)
+        shape = (BEFORE, INPUTS, self.model.hidden_size)
+        answers = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        self._before = {f"before_{at}": answer for at, answer in enumerate(answers, 1)}
+
+    def compare(self, graph: EngineGraph, run: Run, folder: Path) -> dict[str, float]:
+        """Return errors by kind of output. After a segment's own engine, `state` becomes its portable graph's output.
+        A hidden state is judged by the segment's update alone. Foreign counts as 1.
+        """
+        entering = {"hidden": self.state, self.model.input_name: self.state} | self._before
+        both = [
+            {kind: np.nan_to_num(array.astype(np.float32), posinf=1.0) for kind, array in each(entering).items()}
+            for each in (graph_run(write_whole(portable(self.bundle, graph), folder / "portable.onnx")), run)
+        ]
+        wanted, found = both
+        updated = self.state if self.state.ndim == 3 else np.zeros(1, np.float32)
+        if graph.name == graph.segment.name and not graph.segment.head:
+            self.state = wanted["hidden_out"]
+        return {
+            kind: relative([(wanted[kind] - base, found[kind] - base, base)])
+            for kind in sorted(wanted)
+            for base in (updated if kind == "hidden_out" else np.zeros(1, np.float32),)
+        }
 
 
 class _Walk:

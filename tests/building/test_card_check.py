@@ -25,6 +25,7 @@ from tests.building.test_references import BREAKS, break_engine
 from tests.commands.helpers import dash, refused
 from tests.standin import installed
 from tests.standin.cuda import Card
+from tests.tiny_encoder import encoder_bundle
 
 STEPS = [step.name for step in card_check.STEPS]
 QUICK = {"jetson-orin-nano", "rtx", "K and V swapped", "a bypass that swaps K and V", "another policy"}
@@ -201,3 +202,10 @@ def test_which_target(own: Path, tiny_root: Path) -> None:
     assert "'cpu' is a target without a card" in refused("doctor", "--card", own, "--target", "cpu")
     assert Bundle.open(own).targets() == ["mine-lowered"]
     assert not list(Path().glob("*-card.*"))
+
+
+def test_an_encoder_is_compared_otherwise(tmp_path: Path) -> None:
+    root = encoder_bundle(tmp_path)
+    assert "--card checks causal LMs. Compare it on the card: dash-export run" in refused(
+        "doctor", "--card", root, "--target", "jetson-orin-nano"
+    )

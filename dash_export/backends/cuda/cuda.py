@@ -25,6 +25,7 @@ from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.cuda_graph import CudaGraph
+    from dash_export.backends.cuda.device_encoder import DeviceEncoder
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.bundle.bundle import Bundle
 
@@ -136,11 +137,14 @@ class Cuda:
         """Load an engine of the backend. Raises BackendError when the backend refuses the file."""
         raise NotImplementedError
 
-    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> DeviceEngines:
+    def load_build(self, bundle: Bundle, build: Build, dispatch: str) -> DeviceEngines | DeviceEncoder:
         """Load all engines of a build. Raises BackendError where they do not fit this device."""
+        from dash_export.backends.cuda.device_encoder import DeviceEncoder
         from dash_export.backends.cuda.engines import DeviceEngines
 
         self.accept(build, bundle.build_command(build.target))
+        if bundle.manifest.model.decides == "input":
+            return DeviceEncoder(bundle, build, self)
         return DeviceEngines(bundle, build, self, dispatch)
 
     # --- memory

@@ -82,7 +82,7 @@ class GpuBackend(Backend):
 class LoweringBackend(GpuBackend):
     """Lowered graphs for another machine, which compiles them. They are a build of their own, named after it."""
 
-    always_verifies = True
+    encodes = always_verifies = True
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(replace(recipe, name=f"{recipe.name}{LOWERED}"))

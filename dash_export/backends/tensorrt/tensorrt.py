@@ -79,7 +79,7 @@ class TensorRTEngine:
             for profile in range(engine.num_optimization_profiles)
         )
         self._engine = engine
-        entry = "hidden" if "hidden" in inputs else "input_ids"
+        self._entry = entry = next((name for name in ("hidden", "input_ids") if name in inputs), names[0])
         self._most = [
             engine.get_tensor_profile_shape(entry, profile)[2][1] for profile in range(engine.num_optimization_profiles)
         ]
@@ -88,9 +88,10 @@ class TensorRTEngine:
         self._free: defaultdict[tuple[int, bool], list[Any]] = defaultdict(list)
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
-        # Of one token, because fallback kernels would be recorded for good, and of whole chunks of prompts, which come
-        # again. Lengths of other prompts are many.
-        eager = shapes.get("hidden", shapes.get("input_ids", (1, 1)))[1] in (1, self._most[profile])
+        # Of one token, because fallback kernels would be recorded for good, and of whole chunks of prompts and single
+        # pictures, which come again. Lengths of other prompts, and numbers of pictures, are many.
+        rows, tokens = shapes[self._entry][:2]
+        eager = tokens == 1 or (tokens == self._most[profile] and rows == 1)
         device, free = self._device, self._free[profile, eager]
         context = free.pop() if free else self._new_context(profile, eager)
         for name, shape in shapes.items():

@@ -128,6 +128,8 @@ class Toolkit:
         if not begins or not hasattr(network, "add_attention_v2"):
             return
         inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
+        if "position_ids" not in inputs:  # an encoder's: there is no cache
+            return
         outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
         positions = network.add_cast(inputs["position_ids"], trt.int32).get_output(0)
         last = network.add_reduce(positions, trt.ReduceOperation.MAX, 1 << 1, False).get_output(0)

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from dash_export.backends.cuda.cuda_devices import cuda_devices
 from dash_export.backends.cuda.cuda_maker import GpuBackend, LoweringBackend
+from dash_export.backends.cuda.device_encoder import BATCH
 from dash_export.backends.maker import Backend
 from dash_export.backends.tensorrt.trt_api import PORTABLE_SINCE, Profile, load_toolkit
 from dash_export.bundle.layout import TIMING_CACHE
+from dash_export.bundle.records import Manifest
+from dash_export.core.facts import EncoderFacts, TextFacts
 from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ FP8_SINCE = 8.9
 """Lowest compute capability with fp8 (Ada; Hopper and later have it, too)."""
 INT4_BLOCKS = (64, 128)
 """Inputs that share a scale, as NVIDIA documents them ("Quantization Schemes" of TensorRT's documentation)."""
+USUAL_TOKENS, USUAL_BATCH = 128, 8
+"""Tokens of a text, and inputs at a time, that an encoder's kernels are chosen for."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
@@ -35,6 +40,9 @@ class RtxBackend(GpuBackend):
     """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
 
     compiles = True
+    encodes = True
+    _encoder: EncoderFacts | None = None
+    """The model, where it is an encoder."""
 
     def faults(self) -> Iterator[str]:
         recipe, engine, precisions = self.recipe, self.recipe.engine, self.recipe.precisions.values()
@@ -54,6 +62,9 @@ class RtxBackend(GpuBackend):
                 yield f"'fp8' needs compute capability {FP8_SINCE} or newer: {taken}."
             if recipe.weights.rounding != "gptq":
                 yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
+
+    def check_model(self, manifest: Manifest) -> None:
+        self._encoder = manifest.encoder if manifest.model.decides == "input" else None
 
     def build_obstacle(self) -> str | None:
         package = self.recipe.backend
@@ -104,6 +115,12 @@ class RtxBackend(GpuBackend):
 
     def _profiles(self) -> dict[str, Profile]:
         """Return (smallest, best, largest) sizes, (sequences, tokens of each), of each profile that `_bind` uses."""
+        if (encoder := self._encoder) is not None:
+            most = encoder.max_positions if isinstance(encoder, TextFacts) else encoder.tokens
+            best = min(most, USUAL_TOKENS)
+            if self.engine.profiles == 1:
+                return {"both": ((1, 1), (1, best), (BATCH, most))}
+            return {"one": ((1, 1), (1, best), (1, most)), "several": ((2, 1), (USUAL_BATCH, best), (BATCH, most))}
         chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
         if self.engine.profiles == 1:
             return {"both": ((1, 1), (1, 1), (most, chunk))}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dash_export.bundle.layout import FINAL_STATE
+from dash_export.bundle.layout import FINAL_STATE, POOLED, STATES
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import Manifest
 from dash_export.core.facts import rope_tables
@@ -21,20 +21,30 @@ from dash_export.errors import BackendError
 from dash_export.graphs.lower.rounded import Roundings, to_nearest
 from dash_export.graphs.lower.surgery import constant_value, drop_unused_inputs
 from dash_export.graphs.lower.trt_decompose import FLOAT32, Chain, decompose
+from dash_export.graphs.lower.trt_encoder import lower_encoder
 from dash_export.graphs.lower.trt_quantize import quantize_weights
 from dash_export.graphs.portable.writer import constant
 
-FLOAT32_OUTPUTS = ("logits", "damage")
+FLOAT32_OUTPUTS = ("logits", "damage", "foreign", POOLED, STATES)
+FLOAT32_INPUTS = ("pixel_values", "before_1", "before_2", "before_3")
+"""Inputs and outputs that the host writes and reads."""
+NO_FLOATS = ("Shape", "Greater")
+"""Operators that read floats and give none."""
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def lower(model: ir.Model, manifest: Manifest, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
     """Lower a portable segment, bypass or policy of a bundle to the recipe's GPU dialect, in place.
 
-    `hidden`, caches and weights get the recipe's activation type; `logits` and `damage` stay float32.
+    `hidden`, caches and weights get the recipe's activation type; what the host reads and writes stays float32, and so
+    do an encoder's exits and policy. The weights of an encoder are not quantised.
     """
     assert recipe.engine is not None
     graph, capacity = model.graph, recipe.engine.kv_capacity
+    if manifest.model.decides == "input":
+        lower_encoder(model, manifest.encoder, recipe.dialect)
+        set_activation_type(graph, DTYPES[recipe.engine.activations])
+        return model
     sizes = {"capacity": capacity} | ({"batch": 1} if recipe.engine.sequences == 1 else {})
     graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # no output on a device
     _fix_shapes(graph, sizes)
@@ -114,7 +124,7 @@ def _scale_queries(graph: ir.Graph) -> None:
 def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
     """Convert float32 to `dtype` in every node except those that `_stays_float32` names; weights follow their node.
 
-    Inputs and outputs follow too, except `logits` and `damage`, which the host reads as float32.
+    Inputs and outputs follow too, except those that the host reads and writes, as float32.
     """
     made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
@@ -138,7 +148,7 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
         return value is not None and value.dtype in (ir.DataType.FLOAT, dtype)
 
     for value in graph.inputs:
-        if is_float(value):
+        if is_float(value) and value.name not in FLOAT32_INPUTS:
             value.type = ir.TensorType(dtype)
     for node in list(graph):
         wanted = ir.DataType.FLOAT if _stays_float32(node) else dtype
@@ -148,7 +158,7 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
         for output in node.outputs:
             if node.op_type == "QuantizeLinear":
                 output.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-            elif floats:
+            elif floats and node.op_type not in NO_FLOATS:
                 output.type = ir.TensorType(wanted)
     for index, value in enumerate(list(graph.outputs)):
         wanted = ir.DataType.FLOAT if value.name in FLOAT32_OUTPUTS else dtype
@@ -160,4 +170,5 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 def _stays_float32(node: ir.Node) -> bool:
     """Return whether a node stays float32: a norm's sums overflow float16, and a damage meets a threshold."""
-    return FLOAT32 in node.meta or node.op_type == "RMSNormalization" or str(node.name).startswith("policy/")
+    norms = ("RMSNormalization", "LayerNormalization")
+    return FLOAT32 in node.meta or node.op_type in norms or str(node.name).startswith("policy/")

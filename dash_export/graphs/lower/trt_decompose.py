@@ -34,7 +34,7 @@ def decompose(model: ir.Model, capacity: int) -> None:
         if node.op_type == "RMSNormalization":
             _norm(graph, node)
         elif node.op_type == "RotaryEmbedding":
-            _rotary(graph, node)
+            rotary(graph, node)
     if attentions := [node for node in graph if node.op_type == "Attention"]:
         step = _Step(graph, attentions[0], capacity)
         for node in attentions:
@@ -83,8 +83,10 @@ def _norm(graph: ir.Graph, node: ir.Node) -> None:
     c.finish(c.op("Mul", [scaled, gain], "gained"))
 
 
-def _rotary(graph: ir.Graph, node: ir.Node) -> None:
-    """Decompose RoPE: [a cos - b sin, b cos + a sin] for the halves a, b of every head."""
+def rotary(graph: ir.Graph, node: ir.Node) -> None:
+    """Decompose RoPE of [batch, heads, tokens, head_dim]: [a cos - b sin, b cos + a sin] for the halves a, b of every
+    head.
+    """
     c = Chain(graph, node, str(node.name))
     value, cos, sin, positions = node.inputs
     rest = None

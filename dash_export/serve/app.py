@@ -1,5 +1,5 @@
 """The endpoint: OpenAI's API over the queues of one or several bundles, as an ASGI application. `Server` is that of
-causal LMs; that of image encoders is in picture_server.py.
+causal LMs; those of encoders are in picture_server.py and text_server.py.
 
 The fields that are read are in protocol.py and responses.py. Errors have OpenAI's form and our wording.
 """

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from queue import SimpleQueue
 
 import httpx
@@ -14,8 +15,10 @@ from dash_export.backends.host.decode import BoundStep
 from dash_export.runtime import Response
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.text_server import TextQueue, TextServer
 from dash_export.serve.tickets import Request
 from tests.listening import listening
+from tests.tiny_texts import text_bundle
 
 Serve = Callable[..., str]
 MakeScheduler = Callable[..., Scheduler]
@@ -87,3 +90,16 @@ def client(address: str) -> openai.OpenAI:
 def http(address: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=address, timeout=30) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_bundle(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def text_address(text_root: Path) -> Iterator[str]:
+    """A server of the tiny text encoder under the name `tiny`."""
+    queue = TextQueue(DashRuntime.load(text_root, "portable"), batch=2)
+    with listening(TextServer({"tiny": queue}, drain=5.0).app) as found:
+        yield found

@@ -37,8 +37,11 @@ PASSES = 2
 """Batches at a time: one that is computed, and one that is read meanwhile."""
 HOLDS = ("object", "data", "model", "usage", "dash")
 """What an answer always has."""
-Group = tuple[Sequence[int] | npt.NDArray[np.intp], npt.NDArray[Any]]
-"""Places of some of a request's inputs, and these, as the encoder takes them."""
+Facts = dict[str, Any]
+Group = tuple[Sequence[int], npt.NDArray[Any], Sequence[Facts]]
+"""Places of some of a request's inputs, these as the encoder takes them, and what is told about each."""
+MOST_CLASSES = 5
+"""Classes that are told of an input, the most probable ones."""
 
 
 class EncodingRequest(Asked):
@@ -124,24 +127,28 @@ class EncoderQueue(ABC):
             self.figures[ended] += 1
             self._entered -= 1
 
-    async def encode(self, inputs: Sequence[Any], rule: Rule, http: HttpRequest, until: float) -> tuple[Encoded, int]:
-        """Return the results of a request's inputs, and how many tokens these were. `until`: in seconds of
-        `time.monotonic`. Raises RequestError for an input that cannot be read, DeadlineError, and ClientDisconnect.
+    async def encode(
+        self, inputs: Sequence[Any], rule: Rule, http: HttpRequest, until: float
+    ) -> tuple[Encoded, int, list[Facts]]:
+        """Return the results of a request's inputs, how many tokens these were, and what is told about each. `until`:
+        in seconds of `time.monotonic`. Raises RequestError for an input that cannot be read, DeadlineError, and
+        ClientDisconnect.
         """
         places, found, tokens, loop = list[Any](), list[Encoded](), 0, asyncio.get_running_loop()
-        encoder, groups = self.encoder.under(rule), self.groups(inputs)
-        while sum(map(len, places)) < len(inputs):
+        encoder, groups, facts = self.encoder.under(rule), self.groups(inputs), dict[int, Facts]()
+        while len(facts) < len(inputs):
             async with self._passes:
                 if not self.alive or time.monotonic() > until:
                     raise DeadlineError("The time that this request had is over." if self.alive else
                                         "The server is closing.")  # fmt: skip
                 if await http.is_disconnected():
                     raise ClientDisconnect
-                some, array = await loop.run_in_executor(self._reading, _read, groups)
+                some, array, about = await loop.run_in_executor(self._reading, _read, groups)
                 found.append(await loop.run_in_executor(self._computing, encoder.encode, array))
             places.append(some)
+            facts.update(zip(some, about, strict=True))
             tokens += len(array) * encoder.engines.model.length(array)
-        return in_order(places, found), tokens
+        return in_order(places, found), tokens, [facts[place] for place in range(len(inputs))]
 
     def told(self, found: Encoded, rule: Rule) -> dict[str, Any]:
         """Return what was run for the inputs of a request; `time_of_dense` is by the build's cost table."""
@@ -164,6 +171,20 @@ def _read(groups: Iterator[Group]) -> Group:
         raise BackendError(NO_MEMORY) from error
 
 
+def _each(found: Encoded) -> Iterator[Facts]:
+    """Yield what was run for each input, and its most probable classes where the model has some."""
+    for place, taken in enumerate(found.actions):
+        told = {"skipped_layers": taken.nonzero()[0].tolist(), "layers": len(taken)}
+        told["guarded"] = bool(found.guarded[place])
+        if found.probabilities is not None:
+            each = found.probabilities[place]
+            told["classes"] = [
+                {"name": found.classes[one], "probability": round(float(each[one]), 6)}
+                for one in np.argsort(-each, kind="stable")[:MOST_CLASSES].tolist()
+            ]
+        yield told
+
+
 async def encodings(server: EncoderServer, http: HttpRequest) -> Response:
     """Answer with a vector of length 1 for each picture or text, and with what was run for it."""
     async with parsed_request(server, server.posts[http.url.path][1], http) as (request, arrival):
@@ -174,13 +195,13 @@ async def encodings(server: EncoderServer, http: HttpRequest) -> Response:
         until = float("inf") if seconds is None else time.monotonic() + seconds
         with queue.entered():
             arrival.leave()  # others may be parsed meanwhile; the body still counts
-            found, tokens = await queue.encode(inputs, rule, http, until)
+            found, tokens, facts = await queue.encode(inputs, rule, http, until)
     told = queue.told(found, rule)
     server.metrics.encoded(name, queue.takes, time.perf_counter() - arrival.began, found.actions, told)
     vectors = found.pooled.astype(np.float64)
     data = listed_vectors([*(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))], request.encoding_format)
-    for one, taken, guarded in zip(data, found.actions, found.guarded.tolist(), strict=True):
-        one["dash"] = {"skipped_layers": taken.nonzero()[0].tolist(), "layers": len(taken), "guarded": guarded}
+    for one, about, each in zip(data, facts, _each(found), strict=True):
+        one["dash"] = each | about
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "dash": told}
     return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage, "dash": told})
 

@@ -4,7 +4,7 @@ Infinity (`input` with `modality`) take. No URL is fetched and no file is opened
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,11 +12,13 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from dash_export.errors import RequestError
 from dash_export.images.sources import read_image
+from dash_export.serve.app import PAGE_PARTS
 from dash_export.serve.encoder_server import (
     HOLDS,
     EncoderQueue,
     EncoderServer,
     EncodingRequest,
+    Facts,
     Group,
     encodings,
 )
@@ -86,10 +88,11 @@ class PictureQueue(EncoderQueue):
 
     def groups(self, inputs: Sequence[str]) -> Iterator[Group]:
         """Yield the pictures of data URLs. Raises RequestError for one that cannot be read, and over REQUEST_PIXELS."""
-        room = REQUEST_PIXELS
+        room, model = REQUEST_PIXELS, self.encoder.engines.model
+        patches = [side // model.patch_size for side in model.image_size]
         for first in range(0, len(inputs), self.batch):
             places = range(first, min(first + self.batch, len(inputs)))
-            made = np.empty((len(places), 3, *self.processor.size), np.float32)
+            made, facts = np.empty((len(places), 3, *self.processor.size), np.float32), list[Facts]()
             for row, place in zip(made, places, strict=True):
                 name = f"Picture {place}"
                 image = read_image(inputs[place], name, PICTURE_PIXELS)
@@ -97,10 +100,13 @@ class PictureQueue(EncoderQueue):
                     raise RequestError(f"Up to {name.lower()} there are over {REQUEST_PIXELS} pixels in this request: "
                                        "send fewer pictures at a time, or smaller ones.")  # fmt: skip
                 row[...] = self.processor(image, name)
-            yield places, made
+                seen = [round(one, 4) for one in self.processor.seen(image.width, image.height)]
+                facts.append({"patches": patches, "seen": seen})
+            yield places, made, facts
 
 
 class PictureServer(EncoderServer):
     """Server of image encoders."""
 
+    page: ClassVar[Mapping[str, str]] = {"/": "picture_page.html", "/picture_page.js": "picture_page.js", **PAGE_PARTS}
     posts: ClassVar[Posts] = {"/v1/embeddings": (encodings, PicturesRequest, "Read pictures into vectors.", HOLDS)}

@@ -41,7 +41,7 @@ class TextQueue(EncoderQueue):
         for places, group in of_each_length(ids):
             for first in range(0, len(places), self.batch):
                 some = slice(first, first + self.batch)
-                yield places[some], group[some]
+                yield places[some].tolist(), group[some], [{}] * len(group[some])
 
     def _ids(self, given: str | list[int], name: str) -> list[int]:
         if isinstance(given, str):

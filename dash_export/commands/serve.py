@@ -78,7 +78,7 @@ def command(
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses,
     /v1/embeddings, /v1/models, /health, /metrics, /openapi.json, and a page to try it at /; of encoders /v1/embeddings
-    of pictures or of texts, without a page.
+    of pictures, with such a page, or of texts.
     """
     from dash_export.serve.app import Server
     from dash_export.serve.door import HttpServer

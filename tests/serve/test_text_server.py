@@ -45,17 +45,18 @@ def test_by_openais_client(text_address: str, texts: DashRuntime, dash: dict[str
     given = [*TEXTS, *TEXTS[::-1]]
     client = openai.OpenAI(base_url=f"{text_address}/v1", api_key="none", max_retries=0)
     said = client.embeddings.create(model="tiny", input=given, extra_body={"dash": dash})
-    found = texts.encoder(**dash)(given)
-    np.testing.assert_allclose([one.embedding for one in said.data], unit(found.pooled), atol=1e-4)
+    alone = [texts.encoder(**dash)(text) for text in given]
+    pooled, actions = (np.concatenate([getattr(one, name) for one in alone]) for name in ("pooled", "actions"))
+    np.testing.assert_allclose([one.embedding for one in said.data], unit(pooled), atol=1e-4)
     assert [one.index for one in said.data] == [*range(len(given))]
-    for one, taken in zip(said.data, found.actions, strict=True):
+    for one, taken in zip(said.data, actions, strict=True):
         told = {"skipped_layers": np.flatnonzero(taken).tolist(), "layers": 5, "guarded": False}
         assert one.model_extra["dash"] == told  # type: ignore[index]
     tokens = sum(len(texts.encoder().processor.ids(text, "")) for text in given)
     assert said.usage.prompt_tokens == said.usage.total_tokens == tokens
     told = said.usage.model_extra["dash"]  # type: ignore[index]
     assert told.keys() == {"layers_per_text", "guarded", "encode_seconds", "time_of_dense"}
-    assert told["layers_per_text"] == pytest.approx((found.actions == 0).sum(axis=1).mean(), abs=1e-3)
+    assert told["layers_per_text"] == pytest.approx((actions == 0).sum(axis=1).mean(), abs=1e-3)
 
 
 def test_a_text_alone_and_token_ids(http: httpx.Client, texts: DashRuntime) -> None:

@@ -26,7 +26,7 @@ from dash_export.text.text_files import read_text
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime
     from dash_export.serve.app import Endpoint
-    from dash_export.serve.picture_server import PictureServer
+    from dash_export.serve.encoder_server import EncoderServer
     from dash_export.serve.scheduler import Scheduler
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -42,8 +42,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
-    help=f"Answers of a model that decode together, or pictures of a request; by default {ROWS}, or as many as the "
-    "engines take.",
+    help="Answers of a model that decode together, or pictures or texts of a request that an encoder computes "
+    f"together; by default {ROWS}, or as many as the engines take.",
 )
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
@@ -77,8 +77,8 @@ def command(
     write_triton: Path | None
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses,
-    /v1/embeddings, /v1/models, /health, /metrics, /openapi.json, and a page to try it at /; of image encoders
-    /v1/embeddings of pictures, without a page.
+    /v1/embeddings, /v1/models, /health, /metrics, /openapi.json, and a page to try it at /; of encoders /v1/embeddings
+    of pictures, with such a page, or of texts.
     """
     from dash_export.serve.app import Server
     from dash_export.serve.door import HttpServer
@@ -113,8 +113,8 @@ def command(
     given["hosts"] = LOCAL if host in LOCAL else None
     if any(isinstance(one.bundle.manifest.model, EncoderFacts) for one in runtimes):
         if ctx_size or write_triton:
-            raise RequestError("--ctx-size and --write-triton are of causal LMs: leave them out for an image encoder.")
-        server = picture_server(named, rows, waiting, alone, given)
+            raise RequestError("--ctx-size and --write-triton are of causal LMs: leave them out for an encoder.")
+        server = encoder_server(named, rows, waiting, alone, given)
     else:
         served = schedulers(named, rows, waiting, alone, ctx_size)
         if write_triton is not None:
@@ -169,24 +169,23 @@ def schedulers(
     return served
 
 
-def picture_server(
+def encoder_server(
     named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, given: dict[str, Any]
-) -> PictureServer:
-    """Return the server of image encoders. Raises RequestError where there is a causal LM among the bundles."""
+) -> EncoderServer:
+    """Return the server of image encoders or text encoders. Raises RequestError for bundles of several kinds."""
     from dash_export.serve.picture_server import PictureQueue, PictureServer
+    from dash_export.serve.text_server import TextQueue, TextServer
 
-    for name, runtime in named.items():
-        if runtime.bundle.manifest.model.takes == "texts":
-            raise RequestError(f"{name} is a text encoder, which is not served so far: use DashRuntime.encoder(), or "
-                               "`dash-export run BUNDLE --prompts FILE -o NAME.npz`.")  # fmt: skip
-        if not isinstance(runtime.bundle.manifest.model, EncoderFacts):
-            raise RequestError(f"{name} is a causal LM, and others of these bundles are image encoders: serve them by "
-                               "a command of their own, on another --port.")  # fmt: skip
+    kinds = {"prompt": "a causal LM", "pictures": "an image encoder", "texts": "a text encoder"}
+    name, takes = next((name, one.bundle.manifest.model.takes) for name, one in named.items())
+    if {one.bundle.manifest.model.takes for one in named.values()} != {takes}:
+        raise RequestError(f"{name} is {kinds[takes]}, and others of these bundles are not: serve each kind by a "
+                           "command of its own, on another --port.")  # fmt: skip
+    queue, server = {"pictures": (PictureQueue, PictureServer), "texts": (TextQueue, TextServer)}[takes]
     queues = {
-        name: PictureQueue(runtime, batch=rows or ROWS, waiting=waiting, setting=alone)
-        for name, runtime in named.items()
+        name: queue(runtime, batch=rows or ROWS, waiting=waiting, setting=alone) for name, runtime in named.items()
     }
-    return PictureServer(queues, **given)
+    return server(queues, **given)
 
 
 def known_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

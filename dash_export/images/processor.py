@@ -121,19 +121,32 @@ class ImageProcessor:
         """Return (places, pictures) of those that are computed together: all, as all have one size."""
         return [(np.arange(len(images)), self.batch(images))]
 
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the part of a picture of this size that comes out: left, top, right and bottom as fractions of it,
+        below 0 and above 1 where black is added.
+        """
+        (width, height), (left, top, right, bottom) = self._frame(width, height)
+        return left / width, top / height, right / width, bottom / height
+
+    def _frame(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """Return (width, height) after resizing, and (left, top, right, bottom) of what is cut out then."""
+        if self.resize:
+            other = int(self.resize[0] * max(width, height) / min(width, height))
+            height, width = (*self.resize, other)[:2] if width > height else (other, *self.resize)[-2:]
+        high, wide = self.size
+        left, top = (width - wide) // 2, (height - high) // 2
+        return (width, height), (left, top, left + wide, top + high)
+
     def _cut(self, picture: Image.Image, name: str) -> Image.Image:
         if self.exact:
             picture = picture.convert("F")
+        size, frame = self._frame(*picture.size)
         if self.resize:
-            short, long = sorted(picture.size)
-            other = int(self.resize[0] * long / short)
-            height, width = (*self.resize, other)[:2] if picture.width > picture.height else (other, *self.resize)[-2:]
-            if height * width > _MOST_RESIZED:
+            if size[0] * size[1] > _MOST_RESIZED:
+                short, long = sorted(picture.size)
                 raise RequestError(f"{name} is too long and thin ({long} x {short}): cut out the part that matters.")
-            picture = picture.resize((width, height), Image.Resampling(self.resample))
-        high, wide = self.size
-        left, top = (picture.width - wide) // 2, (picture.height - high) // 2
-        return picture.crop((left, top, left + wide, top + high))
+            picture = picture.resize(size, Image.Resampling(self.resample))
+        return picture.crop(frame)
 
 
 def _edges(key: str, value: Any, square: bool) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ class Encoder:
         return self._encode(self.processor.groups(many))
 
     def _encode(self, groups: Groups) -> Encoded:
-        return _in_order([places for places, _ in groups], [self.encode(array) for _, array in groups])
+        return in_order([places for places, _ in groups], [self.encode(array) for _, array in groups])
 
     def encode(self, array: npt.NDArray[Any]) -> Encoded:
         """Encode prepared pictures, [n, 3, height, width] float32, or texts of one length, token ids [n, length].
@@ -142,16 +142,19 @@ class Encoder:
         return self.rule.leaves(unit, damage)
 
 
-def _in_order(places: Sequence[npt.NDArray[np.intp]], results: Sequence[Encoded]) -> Encoded:
-    """Return the results of groups as one, in the order of their places; states only where all are of one group."""
+def in_order(places: Sequence[Sequence[int] | npt.NDArray[np.intp]], results: Sequence[Encoded]) -> Encoded:
+    """Return the results of groups of inputs as one, in the order of their `places`, one sequence for each group;
+    `states` only where there is one group.
+    """
     if len(results) == 1:
         return results[0]
-    order = np.argsort(np.concatenate(places))
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in results])[order] for name in _JOINED}
-    return Encoded(**arrays, states=None, seconds=sum(one.seconds for one in results))
+    order, first = np.argsort(np.concatenate(places)), results[0]
+    names = [name for name in _JOINED if getattr(first, name) is not None]
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in results])[order] for name in names}
+    return Encoded(**arrays, states=None, seconds=sum(one.seconds for one in results), classes=first.classes)
 
 
-_JOINED = ("pooled", "actions", "guarded", "damage")
+_JOINED = ("pooled", "actions", "guarded", "damage", "probabilities")
 
 
 def _pictures(root: Path, _model: EncoderFacts) -> Any:

@@ -1,5 +1,5 @@
 """The endpoint: OpenAI's API over the queues of one or several bundles, as an ASGI application. `Server` is that of
-causal LMs; that of image encoders is in picture_server.py.
+causal LMs; those of encoders are in picture_server.py and text_server.py.
 
 The fields that are read are in protocol.py and responses.py. Errors have OpenAI's form and our wording.
 """
@@ -32,7 +32,8 @@ from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import DeadlineError, Queue
 from dash_export.serve.tokens import tokenizer_info
 
-PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+PAGE_PARTS = {"/page.css": "page.css", "/parts.js": "parts.js"}
+"""Files that the pages share."""
 _PORTS = {"http": 80, "https": 443}
 _PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input"}
 ENTERING = 32
@@ -48,6 +49,8 @@ class Endpoint(Generic[_Queue]):
 
     posts: ClassVar[Posts]
     """What is asked of it."""
+    page: ClassVar[Mapping[str, str]] = {}
+    """Path -> file of the page to try it."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Endpoint(Generic[_Queue]):
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
             *(Route(path, self._keyed(post[0]), methods=["POST"]) for path, post in self.posts.items()),
+            *(Route(path, self._open(_page_file(name)), name="page") for path, name in self.page.items()),
             *self._routes(),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
@@ -190,12 +194,10 @@ class Server(Endpoint[Scheduler]):
     """Server of causal LMs."""
 
     posts: ClassVar[Posts] = POSTS
+    page: ClassVar[Mapping[str, str]] = {"/": "page.html", "/page.js": "page.js", **PAGE_PARTS}
 
     def _routes(self) -> list[Route]:
-        return [
-            *(Route(path, self._open(_page_file(name))) for path, name in PAGE.items()),
-            Route("/tokenizer_info", self._keyed(tokenizer_info)),
-        ]
+        return [Route("/tokenizer_info", self._keyed(tokenizer_info))]
 
 
 def _page_file(name: str) -> Handler:
@@ -239,5 +241,5 @@ def _error(error: HttpError) -> JSONResponse:
 async def _not_found(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "is not there" if status == 404 else f"does not take {http.method}"
-    known = [path for route in http.app.routes if "{" not in (path := route.path) and path not in PAGE]
+    known = [path for route in http.app.routes if "{" not in (path := route.path) and route.name != "page"]
     return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {', '.join(known)}."))

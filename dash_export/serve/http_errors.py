@@ -52,11 +52,12 @@ def wrong_field(error: ValidationError, body: bytes | bytearray) -> HttpError:
     codes = dict[tuple[Any, ...], str]()
     for one in mistakes:
         here, path = whole, list[Any]()
-        for part in one["loc"]:
+        absent = one["loc"][-1:] if one["type"] == "missing" else ()  # or null, which is left out
+        for part in one["loc"][: len(one["loc"]) - len(absent)]:
             with suppress(LookupError, TypeError):  # the name of a kind
                 here = here[part]
                 path.append(part)
-        path += one["loc"][-1:] if one["type"] == "missing" else ()
+        path += absent
         told.setdefault(tuple(path), []).append(one["msg"].removeprefix("Value error, "))
         codes[tuple(path)] = one["type"]
     furthest = max(told, key=len)

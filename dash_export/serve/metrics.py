@@ -51,7 +51,7 @@ class Metrics:
         self._duration = seconds("request_duration", "From asking to the last token.", _DURATIONS, "error_type")
         self._first = seconds("time_to_first_token", "From asking to the first token.", _FIRST)
         self._token = seconds("time_per_output_token", "Mean time of each token after the first.", _TOKEN)
-        text, labels = "Layers of decoded tokens, or of pictures.", ("model", "layer", "state")
+        text, labels = "Layers of decoded tokens, or of pictures or texts.", ("model", "layer", "state")
         self._layers = Counter("dash_export_layers", text, labels, registry=self._registry)
 
     def answered(self, operation: str, model: str, answer: Answer) -> None:
@@ -73,11 +73,15 @@ class Metrics:
             }
             _log(operation, model, answer.error_type or answer.finish_reason, facts | dash([answer]))
 
-    def encoded(self, model: str, seconds: float, actions: npt.NDArray[np.int8], told: Mapping[str, object]) -> None:
-        """Record a request whose pictures have been encoded: `actions` [pictures, layers]; `told`, for the log."""
+    def encoded(
+        self, model: str, takes: str, seconds: float, actions: npt.NDArray[np.int8], told: Mapping[str, object]
+    ) -> None:
+        """Record a request whose pictures or texts (`takes`) have been encoded: `actions` [inputs, layers]; `told`, for
+        the log.
+        """
         self._duration.labels("embeddings", model, "").observe(seconds)
         self._count_layers(model, actions)
-        _log("embeddings", model, "stop", {"pictures": len(actions), "seconds": round(seconds, 4), **told})
+        _log("embeddings", model, "stop", {takes: len(actions), "seconds": round(seconds, 4), **told})
 
     def _count_layers(self, model: str, actions: npt.NDArray[np.int8]) -> None:
         for layer, skipped in enumerate(actions.sum(axis=0, dtype=np.int64).tolist()):

@@ -1,14 +1,11 @@
 // The page: conversations, kept in this browser. What a model or a user wrote is only ever set as text, never as HTML.
 
-const SETTINGS = "dash-export.settings", CHAT = "dash-export.chat.", DENSE = "dense";
+import {$, DENSE, askForKey, button, headers, keep, keepSettings, listModels, make, onFull, read, say, settings, store,
+  told} from "./parts.js";
 
-const $ = id => document.getElementById(id), log = $("log"), draft = $("prompt");
-let store = {getItem: () => null, setItem() {}, removeItem() {}};
-try { store = localStorage; } catch { /* This browser keeps nothing. */ }
+const CHAT = "dash-export.chat.", log = $("log"), draft = $("prompt");
 
-const read = name => { try { return JSON.parse(store.getItem(name)); } catch { return null; } };  // null: damaged
-const settings = {model: "", budget: "", system: "", temperature: "0.3", length: "512", ...read(SETTINGS)};
-let key = settings.key ?? "";
+Object.assign(settings, {budget: "", system: "", temperature: "0.3", length: "512", ...settings});
 let chat = null;  // {id, turns}; a turn is {text, seed, answer, dense}, the last with all layers, if asked for
 let running = null;  // {answer, stop} while an answer comes in
 const updates = new Map();  // answer that is shown -> function that brings its view up to date
@@ -21,30 +18,19 @@ const chatIds = () => Object.keys(store).filter(name => name.startsWith(CHAT))
 const fresh = () => ({id: Date.now(), turns: []});
 const kept = id => ({id, turns: [read(CHAT + id) ?? []].flat().filter(turn => typeof turn?.text === "string")});
 
-function keep(name, record) {
-  try { store.setItem(name, JSON.stringify(record)); } catch {  // The browser's store is full.
-    const oldest = chatIds().at(-1);
-    if (!oldest || oldest === chat.id) return;
-    store.removeItem(CHAT + oldest);
-    keep(name, record);
-  }
-}
+onFull(() => {
+  const oldest = chatIds().at(-1);
+  if (!oldest || oldest === chat.id) return false;
+  store.removeItem(CHAT + oldest);
+  return true;
+});
 
-const keepSettings = () => keep(SETTINGS, {...settings, key: $("keep").checked ? key : undefined});
 const keepChat = ({id, turns}) => turns.length && keep(CHAT + id, turns);
 
 // ---- Elements
 
-function make(tag, traits = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), traits);
-  node.append(...children);
-  return node;
-}
-
-const button = (name, onclick) => make("button", {type: "button", onclick}, name);
 const tools = actions => make("div", {className: "tools"},
   ...Object.entries(actions).map(([name, act]) => button(name, act)));
-const say = text => { $("status").textContent = text; };  // to screen readers
 
 /** Return what a Copy button does. */
 const copier = text => async ({target}) => {
@@ -233,8 +219,6 @@ function sendDraft() {
 
 // ---- The server
 
-const headers = () => ({"content-type": "application/json", ...key && {authorization: `Bearer ${key}`}});
-
 /** Return the conversation up to `turn`, without turns that have no answer. */
 function messagesTo(turn) {
   const said = chat.turns.slice(0, chat.turns.indexOf(turn)).filter(({answer}) => answer.tokens.length);
@@ -259,7 +243,7 @@ async function ask(turn, answer, model, budget) {
     const reply = await fetch("v1/chat/completions",
       {method: "POST", signal: mine.stop.signal, headers: headers(), body: JSON.stringify(body)});
     if (reply.status === 401) askForKey();
-    if (!reply.ok) throw new Error((await reply.json().catch(() => null))?.error?.message ?? `Status ${reply.status}`);
+    if (!reply.ok) throw new Error(await told(reply));
     let began = 0;
     for await (const chunks of events(reply.body)) {
       began ||= performance.now();
@@ -301,23 +285,6 @@ function take(answer, {error, model, choices: [choice] = [], dash, usage}) {
   if (usage) answer.usage = usage.dash;
 }
 
-async function listModels() {
-  const reply = await fetch("v1/models", {headers: headers()}).catch(() => null);
-  if (reply?.status === 401) askForKey();
-  if (!reply?.ok) return;
-  const names = (await reply.json()).data.map(({id}) => id);
-  if (!names.includes(settings.model)) [settings.model] = names;
-  $("model").replaceChildren(...names.map(name => new Option(name, name, false, name === settings.model)));
-  $("refused").hidden = true;
-}
-
-function askForKey() {
-  $("locked").hidden = false;
-  $("refused").hidden = !key;
-  if (!$("settings").open) $("settings").showModal();
-  $("key").focus();
-}
-
 // ---- Start
 
 for (let part = 95; part >= 40; part -= 5) $("budget").append(new Option((part / 100).toFixed(2)));
@@ -328,14 +295,8 @@ for (const name of ["model", "budget", "system", "temperature", "length"]) {
     keepSettings();
   };
 }
-$("key").value = key;
-$("locked").hidden = !key;
-$("keep").checked = Boolean(key);
-$("keep").onchange = keepSettings;
-$("key").onchange = () => { key = $("key").value; keepSettings(); listModels(); };
 $("new").onclick = () => open(fresh());
 $("send").onclick = () => running ? running.stop.abort() : sendDraft();
-for (const one of document.querySelectorAll("[data-opens]")) one.onclick = () => $(one.dataset.opens).showModal();
 for (const one of document.querySelectorAll("#welcome button")) one.onclick = () => send(one.textContent);
 $("budget-told").textContent = $("budget-help").textContent;
 draft.onkeydown = event => {

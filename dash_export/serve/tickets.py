@@ -27,7 +27,7 @@ class DeadlineError(RequestError):
 
 
 class Queue(Protocol):
-    """Requests to one bundle, as a server sees them: `Scheduler` of a causal LM, `PictureQueue` of an encoder."""
+    """Requests to one bundle, as a server sees them: `Scheduler` of a causal LM, `EncoderQueue` of an encoder."""
 
     runtime: DashRuntime
     size: int

@@ -198,23 +198,35 @@ class TextIds:
 
     def groups(self, texts: Sequence[Any]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]]:
         """Return (places, ids int64 [n, length]) of the texts of each length. Raises RequestError."""
-        found: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for place, text in enumerate(texts):
-            ids = self._ids(text)
-            found[len(ids)].append((place, ids))
-        each = (tuple(zip(*group, strict=True)) for group in found.values())
-        return [(np.array(places, np.intp), np.array(ids, np.int64)) for places, ids in each]
+        return of_each_length([self.ids(text, f"The text {text!r:.40}") for text in texts])
 
-    def _ids(self, text: Any) -> list[int]:
+    def ids(self, text: Any, name: str) -> list[int]:
+        """Return the token ids of a text, which errors call `name`. Raises RequestError, and ContextLengthError for a
+        text too long; one far too long is not encoded.
+        """
         if not isinstance(text, str):
-            raise RequestError(f"A text must be a str, not {type(text).__name__}.")
-        ids = self._text.encode(text, limit=self._most)
-        if len(ids) > self._most:
-            said = f"The text {text[:40]!r} has {len(ids)} tokens, and {self._most} are the most"
+            raise RequestError(f"{name} must be a str, not {type(text).__name__}.")
+        if len(text) > LETTERS * max(self._most, 256):
+            said = f"{name} has {len(text)} letters, far over the {self._most} tokens that are the most"
             raise ContextLengthError(f"{said}: shorten or split it.")
+        ids = self._text.encode(text)
+        self.check_length(len(ids), name)
         if not text.strip() or not ids:
-            raise RequestError("A text is empty: give at least one word.")
+            raise RequestError(f"{name} is empty: give at least one word.")
         return ids
+
+    def check_length(self, count: int, name: str) -> None:
+        """Raise ContextLengthError for a text of more tokens than the model has positions."""
+        if count > self._most:
+            raise ContextLengthError(f"{name} has {count} tokens, and {self._most} are the most: shorten or split it.")
+
+
+def of_each_length(texts: Sequence[Sequence[int]]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]]:
+    """Return (places, token ids [n, length]) of the texts of each length."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for place, ids in enumerate(texts):
+        found[len(ids)].append(place)
+    return [(np.array(some, np.intp), np.array([texts[at] for at in some], np.int64)) for some in found.values()]
 
 
 def overlap(text: str, stop: str) -> int:

@@ -142,6 +142,28 @@ def test_a_batch_is_its_pictures() -> None:
     assert processor.batch([]).shape == (0, 3, 224, 224)
 
 
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64)])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"size": {"shortest_edge": 256}, "crop_size": 224}, {"size": {"height": 70, "width": 112}, "crop_size": 60},
+     {"size": {"shortest_edge": 80}, "crop_size": {"height": 90, "width": 70}}, {"do_resize": False, "crop_size": 60}],
+)  # fmt: skip
+def test_the_part_that_is_seen(sizes: dict[str, Any], size: tuple[int, int]) -> None:
+    """A picture whose red and green tell where a pixel lies, from 0 to 1."""
+    (width, height), off = size, {"do_normalize": False, "resample": 2}
+    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    pixels = (255 * np.dstack([across, down, np.ones_like(across)])).round().astype(np.uint8)
+    config = {"image_processor_type": "BitImageProcessor", "do_center_crop": True, **off, **sizes}
+    processor = ImageProcessor.parse(json.dumps(config))
+    red, green, blue = processor(Image.fromarray(pixels))
+    left, top, right, bottom = processor.seen(width, height)
+    for values, inside, begin, end in ((red[30], blue[30], left, right), (green[:, 30], blue[:, 30], top, bottom)):
+        expected = begin + (np.arange(len(values)) + 0.5) * (end - begin) / len(values)
+        np.testing.assert_array_equal(inside > 0.5, (expected > 0) & (expected < 1))
+        there = (expected > 0.02) & (expected < 0.98)  # resizing has less to go by at an edge
+        np.testing.assert_allclose(values[there], expected[there], atol=0.01)
+
+
 def test_a_picture_too_thin_to_resize() -> None:
     processor = ImageProcessor.parse(json.dumps(DINOV2))
     processor(picture((250, 1)))

@@ -127,6 +127,5 @@ def test_the_command_line(runtime: DashRuntime, tmp_path: Path) -> None:
 
 def test_commands_that_do_not_take_it(runtime: DashRuntime) -> None:
     bundle = (runtime.bundle.root, "--target", "portable")
-    assert "is a text encoder, which is not served so far" in refused("serve", *bundle)
     assert "is a text encoder, which nothing is measured for so far" in refused("eval", *bundle)
     assert "A text encoder is not profiled so far" in refused("profile", *bundle)

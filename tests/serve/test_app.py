@@ -214,7 +214,9 @@ def test_metrics(serve: Serve) -> None:
     assert duration == pytest.approx(first + 139 * token, rel=1e-6)
 
 
-@pytest.mark.parametrize(("path", "kind"), [("", "html"), ("page.css", "css"), ("page.js", "javascript")])
+@pytest.mark.parametrize(
+    ("path", "kind"), [("", "html"), ("page.css", "css"), ("page.js", "javascript"), ("parts.js", "javascript")]
+)
 def test_the_page(http: httpx.Client, path: str, kind: str) -> None:
     reply = http.get(f"/{path}")
     assert reply.headers["content-type"].startswith(f"text/{kind}")

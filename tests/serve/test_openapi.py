@@ -17,8 +17,9 @@ CHECKS = (not_a_server_error, checks.status_code_conformance, checks.content_typ
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
-    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+@pytest.mark.parametrize("served", ["address", "text_address"])
+def test_requests_of_the_document(request: pytest.FixtureRequest, served: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{request.getfixturevalue(served)}/openapi.json")
     seen = set()
     for found in schema.get_all_operations():
         operation = found.ok()

@@ -2,52 +2,22 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.serve.conftest import Serve, slow_down
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium")
 OpenPage = Callable[..., Any]
 SETTINGS = {"length": "12", "temperature": "0"}
 HOSTILE = "Look:\n\n1. <img src=x onerror=alert(1)> **bold** `a < b`\n\n```html\n<script>alert(2)</script>\n```\nEnd"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[OpenPage]:
-    """`open_page(address, settings, **context)`: the page with these settings, by default on the shared server. Its
-    `told` is what the browser complained about, its `sent` are bodies of requests.
-    """
-    with ExitStack() as stack:
-
-        def make(at: str = address, settings: dict[str, str] = SETTINGS, **context: Any) -> Any:
-            made = browser.new_context(**context)
-            stack.callback(made.close)
-            page = made.new_page()
-            page.set_default_timeout(60_000)  # on a busy machine
-            page.told, page.sent = [], []
-            page.on("console", lambda line: page.told.append(line.text) if line.type == "error" else None)
-            page.on("pageerror", lambda error: page.told.append(str(error)))
-            page.on("request", lambda asked: page.sent.append(asked.post_data_json) if asked.post_data else None)
-            page.add_init_script(f"localStorage['dash-export.settings'] ??= {json.dumps(json.dumps(settings))}")
-            page.goto(at)
-            return page
-
-        yield make
+def open_page(browse: OpenPage, address: str) -> OpenPage:
+    """`open_page(address, settings, **context)`: the page with these settings, by default on the shared server."""
+    return lambda at=address, settings=SETTINGS, **context: browse(at, settings, **context)
 
 
 @pytest.fixture

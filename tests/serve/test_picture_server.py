@@ -99,7 +99,14 @@ def test_infinitys_form_by_openais_client(http: httpx.Client, encoders: DashRunt
     assert told["layers_per_picture"] == 2
     assert told["guarded"] == 0
     assert told["time_of_dense"] == pytest.approx(1 - sum(encoders.cost.cost[1:]), abs=1e-3)
-    assert said.data[0].model_extra["dash"] == {"skipped_layers": [2, 3, 4], "layers": 5, "guarded": False}  # type: ignore[index]
+    each = said.data[3].model_extra["dash"]  # type: ignore[index]
+    classes = each.pop("classes")
+    assert each == {"skipped_layers": [2, 3, 4], "layers": 5, "guarded": False, "patches": [3, 3], "seen": [0, 0, 1, 1]}
+    assert found.probabilities is not None
+    order = np.argsort(-found.probabilities[3])
+    assert [one["name"] for one in classes] == [found.classes[place] for place in order]
+    probabilities = [one["probability"] for one in classes]
+    np.testing.assert_allclose(probabilities, found.probabilities[3][order], atol=1e-5)
 
 
 def test_vllms_form(http: httpx.Client, encoders: DashRuntime) -> None:
@@ -131,8 +138,10 @@ def test_a_guarded_picture_is_told_and_dense(
     body = {"input": [url(picture(1)), url(picture(2))], "dash": {"trade_off": 1e9}}
     said = http.post("/v1/embeddings", json=body).json()
     own, other = said["data"]
-    assert own["dash"] == {"skipped_layers": [1, 2, 3, 4], "layers": 5, "guarded": False}
-    assert other["dash"] == {"skipped_layers": [], "layers": 5, "guarded": True}
+    seen = {"patches": [3, 3], "seen": [0, 0, 1, 1]}
+    assert all(len(one["dash"].pop("classes")) == 3 for one in (own, other))
+    assert own["dash"] == {"skipped_layers": [1, 2, 3, 4], "layers": 5, "guarded": False, **seen}
+    assert other["dash"] == {"skipped_layers": [], "layers": 5, "guarded": True, **seen}
     assert (said["dash"]["guarded"], said["dash"]["layers_per_picture"]) == (1, 3)
     dense = encoders.encoder()([picture(2)])
     np.testing.assert_allclose(other["embedding"], unit(dense.pooled)[0], atol=1e-5)
@@ -218,7 +227,7 @@ def test_paths_models_health_and_metrics(serve_pictures: Serve) -> None:
             assert f'dash_export_{name}model="tiny"}} {count}.0' in told
         for layer, state in ((2, "skipped"), (1, "run")):
             assert f'dash_export_layers_total{{layer="{layer}",model="tiny",state="{state}"}} 3.0' in told
-        for path in ("/v1/chat/completions", "/tokenize", "/"):
+        for path in ("/v1/chat/completions", "/tokenize", "/page.js"):
             reply = http.get(path)
             assert reply.status_code == 404
             assert "Known: /v1/embeddings, /health" in reply.json()["error"]["message"]

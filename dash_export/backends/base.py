@@ -13,7 +13,7 @@ from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 from dash_export.errors import BackendError
 
@@ -92,6 +92,14 @@ def load_backend(name: str, threads: int) -> Started:
     """
     require_backend(name)
     return BACKENDS[name].part("load")(name, threads)  # type: ignore[no-any-return]
+
+
+def no_layer_times(*_given: object) -> NoReturn:
+    """Raise BackendError: what runs these engines does not say how long their layers take."""
+    raise BackendError(
+        "Only TensorRT and TensorRT-RTX say how long the layers inside an engine take. Leave --layers out, or give a "
+        "target of one of them, on its card (`dash-export list` shows them)."
+    )
 
 
 def backend_errors(step: Callable[_P, _T]) -> Callable[_P, _T]:

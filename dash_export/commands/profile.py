@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from dash_export.measure import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime
 
+TOP_LAYERS = 10
+"""Layers of an engine that are printed one by one: --json has all."""
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "host": "host gaps"}
 
@@ -37,10 +40,11 @@ _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "ho
     "--trace", type=_FILE, metavar="TRACE.json",
     help=f"Write a trace of {TRACE_TOKENS} tokens per setting for ui.perfetto.dev or chrome://tracing.",
 )  # fmt: skip
+@click.option("--layers", is_flag=True, help="Time the layers inside each engine, too (TensorRT, TensorRT-RTX).")
 @click.pass_context
 def command(
     ctx: click.Context, /, load: Load, text: Path | None, context: int | None, tokens: int, repeats: int,
-    as_json: bool, html: Path | None, trace: Path | None
+    as_json: bool, html: Path | None, trace: Path | None, layers: bool
 ) -> None:  # fmt: skip
     """Measure where the time of a token goes in a built BUNDLE.
 
@@ -48,6 +52,7 @@ def command(
     peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same
     known tokens. Let nothing else run meanwhile. `bench` tells rates, of prompts too. On a GPU engines have the
     device's own times, and every token is launched piece by piece, which takes longer than as one graph.
+    --layers launches each engine of BUNDLE alone, too, under TensorRT's profiler, which slows it: read shares off it.
 
     Of an image encoder: the time of each segment and exit for 1 and for 8 pictures together, as a table or --json. They
     are the same under every setting.
@@ -69,11 +74,13 @@ def command(
             if isinstance(candidates[0].runtime.bundle.manifest.model, EncoderFacts):
                 if candidates[0].runtime.bundle.manifest.model.takes != "pictures":
                     raise RequestError("A text encoder is not profiled so far: its times go with the length of a text.")
-                if given := [name for name, path in (("--html", html), ("--trace", trace)) if path]:
+                if given := [
+                    name for name, path in (("--html", html), ("--trace", trace), ("--layers", layers)) if path
+                ]:
                     raise RequestError(f"{given[0]} is of a causal LM: leave it out, or take --json.")
                 _of_encoder(candidates[0].runtime, repeats, as_json, progress)
                 return
-            found, lanes = profile(candidates, content, name, context, tokens, repeats, progress)
+            found, lanes = profile(candidates, content, name, context, tokens, repeats, progress, layers)
         # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:
             if as_json:
@@ -86,7 +93,7 @@ def command(
             if trace is not None:
                 from dash_export.measure.trace import chrome_trace
 
-                events = chrome_trace(lanes, found["model"], TRACE_TOKENS)
+                events = chrome_trace(lanes, found["model"], TRACE_TOKENS, found["engines"])
                 written.append(save_report(trace, json.dumps(events, ensure_ascii=False)))
             if html is not None:  # last: it is the larger file
                 written.append(save_report(html, render_report(found, lanes)))
@@ -160,6 +167,19 @@ def _print(found: dict[str, Any]) -> None:
                 ((row["name"], *(text for kind in ("device", "host", "gap") for text in _percentiles(row[kind], 1)))
                  for row in lane["device"]),
             )  # fmt: skip
+    for engine in found["engines"]:
+        _print_layers(engine)
+
+
+def _print_layers(engine: dict[str, Any]) -> None:
+    rows = sorted(engine["layers"].items(), key=itemgetter(1), reverse=True)
+    whole, others = sum(engine["layers"].values()), rows[TOP_LAYERS:]
+    rows[TOP_LAYERS:] = [(f"{len(others)} others", sum(took for _, took in others))] if others else []
+    print_table(
+        f"{engine['name']}: {engine['device_us']:.1f} microseconds; under the profiler its layers take {whole:.1f}",
+        ("layer",), ("microseconds", "share"),
+        ((printable(name), f"{took:.1f}", f"{took / whole:.1%}") for name, took in rows),
+    )  # fmt: skip
 
 
 def _percentiles(times: dict[str, Any] | None, digits: int = 0) -> tuple[str, ...]:

@@ -159,13 +159,17 @@ def profile(
     tokens: int,
     rounds: int,
     progress: Progress = no_progress,
+    layers: bool = False,
 ) -> tuple[dict[str, Any], list[Lane]]:
     """Profile the candidates in turn, the first of which is dense, over windows of `text`, called `name`: `context`
     cached tokens (None: those of the build's cost table), then `tokens` timed ones in each round. Return the figures
-    for JSON, and a lane per candidate. Raises RequestError for a text or context that does not fit.
+    for JSON, and a lane per candidate. `layers`: those inside each engine of the first candidate's build, too. Raises
+    RequestError for a text or context that does not fit, and BackendError where a backend does not tell of layers.
     """
     first = candidates[0].runtime
     context = fitting_context(candidates, context, FOUND + tokens)
+    progress("engines alone", 0, 0)
+    alone = first.engines.layer_times(context, rounds * tokens) if layers else []
     parts = windows(first, text, name, rounds, context + FOUND + tokens)
     machine, memory = this_machine(), []
     for number, candidate in enumerate(candidates):
@@ -186,7 +190,8 @@ def profile(
         "machine": machine,
         "course": {"text": name, "context": context, "tokens": tokens, "windows": len(parts), "rounds": rounds},
         "lanes": profiles,
-        "units": {"token_ms": "milliseconds", "parts, segments": "microseconds"},
+        "engines": alone,
+        "units": {"token_ms": "milliseconds", "parts, segments, layers": "microseconds"},
     }, lanes
 
 

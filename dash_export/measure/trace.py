@@ -14,13 +14,31 @@ ON_DEVICE = {2: "host: launches, decisions, sampling", 3: "stream of the layers"
 _TOKENS, _HOST, _ENGINES, _POLICY = 1, 2, 3, 4
 
 
-def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
+def chrome_trace(
+    lanes: Sequence[Lane], title: str, tokens: int, engines: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Return the JSON object format of the Trace Event Format: complete events of the first `tokens` tokens of each
     lane's first round. Times are microseconds since the earliest of these tokens began. A device's streams are tracks.
+    `engines`: those whose layers were timed, a track each.
     """
     start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
     events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]
+    events += _layer_events(engines, len(lanes) + 1) if engines else []
     return {"displayTimeUnit": "ms", "otherData": {"made_by": REPORT, "title": title}, "traceEvents": events}
+
+
+def _layer_events(engines: Sequence[dict[str, Any]], process: int) -> Iterator[dict[str, Any]]:
+    yield _name(process, 0, "process_name", "layers inside engines, each engine alone under a profiler")
+    for track, engine in enumerate(engines, 1):
+        yield _name(process, track, "thread_name", engine["name"])
+        at = 0.0
+        for name, took in engine["layers"].items():
+            yield {"ph": "X", "pid": process, "tid": track, "name": name, "cat": "layer", "ts": at, "dur": took}
+            at += took
+
+
+def _name(process: int, track: int, kind: str, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": process, "tid": track, "name": kind, "args": {"name": name}}
 
 
 def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -30,7 +48,7 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
         *((track, "thread_name", name) for track, name in tracks.items()),
     ]
     for track, kind, name in names:
-        yield {"ph": "M", "pid": process, "tid": track, "name": kind, "args": {"name": name}}
+        yield _name(process, track, kind, name)
 
     def event(track: int, name: str, kind: str, stamps: Any, **facts: object) -> dict[str, Any]:
         began, took = ((stamps - (start, stamps[0])) * 1e-3).round(3).tolist()

@@ -65,6 +65,8 @@ def test_save_and_load(tiny_root: Path, tmp_path: Path) -> None:
     assert "Loaded: 1 turns." in told
     assert both.removeprefix(first) == later.split("\n", 1)[1]
     assert len(read_prompts(file)[0].messages) == 4
+    told = said(tiny_root, "something else", f"/load {file}", "/stats")[1]
+    assert ", 0 of 512 positions used]" in told, "nothing is left of the conversation before"
 
 
 REFUSED = {

@@ -56,6 +56,7 @@ def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path) -> None:
 def test_refuses(begin: tuple[Any, ...], tmp_path: Path) -> None:
     """What is `profile`'s own; settings and builds are refused as in `eval`."""
     assert "at most 512 in all" in refused(*begin, "--context", 100_000)
+    assert "Only TensorRT and TensorRT-RTX say how long the layers inside" in refused(*begin, "--layers")
     report, thesis = tmp_path / "r.html", tmp_path / "thesis.html"
     assert "none of the settings" in refused(*begin, "--skipped", "50", "--html", report)
     assert not report.exists()

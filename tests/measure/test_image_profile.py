@@ -57,4 +57,5 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     assert (report["rounds"], len(report["batches"])) == (2, 2)
     for option in ("--html", "--trace"):
         assert f"{option} is of a causal LM" in refused(*given, option, tmp_path / "x")
+    assert "--layers is of a causal LM" in refused(*given, "--layers")
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dash_export.core.rule import DENSE
 from dash_export.core.sampling import Sampler
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Response, Sampling
-from dash_export.runtime.results import NO_TOKEN
+from dash_export.runtime.results import NO_TOKEN, Turn
 from tests.runtime.prompts import prompts
 from tests.tiny import random_ids
 
@@ -81,6 +82,16 @@ def test_they_end_at_different_times(runtime: DashRuntime, monkeypatch: pytest.M
         seen |= set(batch.rows._steps)
         assert len(batch.rows._steps) <= 2
     assert len(seen) > 3
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_whether_an_answer_goes_on_with_the_text_of_its_prompt(
+    continues: bool, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = Mock(wraps=Turn)
+    monkeypatch.setattr("dash_export.runtime.batch.Turn", turn)
+    assert list(runtime.batch(2).stream([PROMPTS[0]], 2, continues=continues))
+    assert turn.call_args.kwargs["after"] == (PROMPTS[0][-1] if continues else None)
 
 
 def test_the_cache_grows_under_them(runtime: DashRuntime, setting_of: SettingOf) -> None:

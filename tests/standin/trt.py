@@ -126,6 +126,7 @@ class Engine:
         self.name, plan, self.profiles, self.user_memory = pickle.loads(plan)
         model = onnx.load_from_string(plan)
         self.types, options = widened(model), session_options()
+        self.layers = [node.name or node.op_type for node in model.graph.node]
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.num_optimization_profiles = len(self.profiles)
         self.tensors = {item.name: item for item in (*self.session.get_inputs(), *self.session.get_outputs())}
@@ -179,6 +180,18 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.places: dict[str, int] = {}
         self.scratch = 0
+        self._profiler: Any = None
+
+    @property
+    def profiler(self) -> Any:
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, profiler: Any) -> None:
+        """It is the context's for good."""
+        rule(profiler is not None, "setProfiler: Parameter check failed, condition: (profiler) != nullptr")
+        assert profiler.begun
+        self._profiler = profiler
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         rule(not self.engine.card.recording(stream), "what a profile copies becomes part of a recording")
@@ -222,6 +235,7 @@ class Context:
         rule(set(self.shapes) == set(engine.inputs), "enqueueV3 before every shape is set")
         rule(set(self.places) == set(engine.tensors), "enqueueV3 before every address is set")
         if card.recording(stream):
+            rule(self._profiler is None, f"{engine.name} reports layers, which a recording has no times of")
             rule(self.captures, f"{engine.name} cannot be captured: its memory is not the user's, or its kernels LAZY")
             rule(self.launched, f"{engine.name} is recorded before its first launch at these shapes")
         self.launched = True
@@ -249,6 +263,10 @@ class Context:
 
         card.ran.append((int(stream), self))
         card.enqueue(stream, "run", engine.name, begin, end)
+        if self._profiler is not None:  # enqueue_emits_profile: it waits for its end, and tells
+            card.run(card.live.ends[int(stream)])
+            for place, layer in enumerate(engine.layers, 1):
+                self._profiler.report_layer_time(layer, 1e-3 * place)
         return True
 
 
@@ -258,10 +276,17 @@ def toolkit(card: Card, name: str) -> Any:
     class Logger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
 
+    class IProfiler:
+        begun = False
+
+        def __init__(self) -> None:
+            self.begun = True
+
     module: Any = ModuleType(name)
     module.__spec__, module.__version__ = ModuleSpec(name, None), "10.16.0"
     vars(module).update(
         ILogger=Logger,
+        IProfiler=IProfiler,
         Builder=Builder,
         OnnxParser=Parser,
         NetworkDefinitionCreationFlag=SimpleNamespace(),

@@ -1,16 +1,20 @@
-"""Engines of a device launched one at a time, on states that are given: what each gives is read back, to be compared,
-and how long the device took.
+"""Engines of a device launched one at a time. On states that are given: what each gives is read back, to be compared,
+and how long the device took. And with the times of the layers inside each.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.cuda.bound import POLICY, BoundEngines
-from dash_export.backends.cuda.cuda import MAIN, Mirror
+from dash_export.backends.cuda.cuda import MAIN, Cuda, Launch, Mirror
+from dash_export.bundle import records
+from dash_export.core.units import Unit
 
 if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceCache, DeviceEngines
@@ -107,6 +111,43 @@ class LoneEngines(BoundEngines):
 
     def _floats(self, array: npt.NDArray[Any]) -> Floats:
         return (array.astype(np.uint32) << 16).view(np.float32) if self._bf16 else array.astype(np.float32)
+
+
+def layer_times(engines: DeviceEngines, context: int, repeats: int) -> list[dict[str, Any]]:
+    """Launch every engine of a token at `context` cached ones alone and as it is, without graphs: `repeats` times, then
+    as often with the backend's profiler of layers, which makes a launch slower. Return a row per engine: its `name`;
+    `device_us`, the median microseconds without the profiler; `layers`, name -> median microseconds, in the order they
+    ran. Raises BackendError where the backend has no such profiler.
+    """
+    cache, found, device = engines.cache(context), list[dict[str, Any]](), engines.device
+    cache.reserve(context + 1)
+    cache.lengths[0] = context
+    with engines.turn:
+        step = BoundEngines(engines, cache, 1)
+        step.place()
+        for place, loaded in enumerate(engines.segments):
+            own = loaded.segment
+            pieces = [(own.name, place, False)]
+            pieces += [(Unit(own.first, own.last).bypass, place, True)] if own.gated else []
+            asked = engines.policy is not None and place == engines.first - 1
+            pieces += [(records.POLICY, POLICY, False)] if asked else []
+            for name, which, bypass in pieces:
+                launch, stream = step.bound(which, bypass), engines.policy_stream if which == POLICY else MAIN
+                run = partial(_launched, device, launch, stream, repeats)
+                found.append({"name": name, "device_us": run(), "layers": device.layer_times(launch, run)})
+    return found
+
+
+def _launched(device: Cuda, launch: Launch, stream: str, repeats: int) -> float:
+    """Launch an engine alone, once to warm up and then `repeats` times. Return the median microseconds of these."""
+    took = []
+    for _ in range(1 + repeats):
+        device.stamp(stream, BEGUN)
+        launch(stream)
+        device.stamp(stream, DONE)
+        device.synchronize(stream)
+        took.append(device.between(BEGUN, DONE))
+    return median(took[1:])
 
 
 def _bf16(array: Floats) -> npt.NDArray[np.uint16]:

@@ -118,14 +118,19 @@ class BoundEngines:
         if asks and stream == MAIN:
             launch(POLICY)
 
+    def bound(self, place: int, bypass: bool = False) -> Launch:
+        """Return the bound engine of the policy, or of a segment or its bypass."""
+        part = self.parts[place]
+        launch = self._policy if place == POLICY else part.bypass if bypass else part.run
+        assert launch is not None
+        return launch
+
     def launch(self, place: int, bypass: bool = False, stream: str = MAIN) -> None:
         """Enqueue the policy, or a segment or its bypass with the cache writes that its engine leaves to the runtime:
         of all new rows in one kernel, to the positions of the tokens, which it reads when it runs.
         """
+        self.bound(place, bypass)(stream)
         part = self.parts[place]
-        launch = self._policy if place == POLICY else part.bypass if bypass else part.run
-        assert launch is not None
-        launch(stream)
         if place == POLICY or part.new_rows is None:
             return
         cache, table = self._cache, part.new_rows

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.backends.base import no_layer_times
 from dash_export.backends.cuda.cuda_devices import CudaDevice, cuda_devices
 from dash_export.backends.cuda.kernels import load_kernels
 from dash_export.bundle.records import Build
@@ -146,6 +147,12 @@ class Cuda:
         if bundle.manifest.model.decides == "input":
             return DeviceEncoder(bundle, build, self)
         return DeviceEngines(bundle, build, self, dispatch)
+
+    def layer_times(self, _launch: Launch, _run: Callable[[], object]) -> dict[str, float]:
+        """Return the median microseconds of each layer of a bound engine, in the order they ran, while `run` launches
+        it. That binding is of no use afterwards. Raises BackendError where the backend does not tell.
+        """
+        no_layer_times()
 
     # --- memory
 

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, replace
 from math import prod
 
+from dash_export.backends.cuda.alone import layer_times
 from dash_export.backends.cuda.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine, PromptMemory
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.host.cache import Sequences
@@ -38,7 +39,7 @@ class DeviceEngines:
 
     mixes = takes_embeddings = gives_state = grows = shows_states = False
     mixed = ()
-    timed = timed_token
+    timed, layer_times = timed_token, layer_times
 
     def __init__(self, bundle: Bundle, build: Build, device: Cuda, dispatch: str) -> None:
         """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.base import Launch, backend_errors
+from dash_export.backends.base import Launch, backend_errors, no_layer_times
 from dash_export.backends.host.cache import KVCache
 from dash_export.backends.host.segments import HostBackend, HostEngine, in_a_row, load_segments, timed_token
 from dash_export.bundle.bundle import Bundle
@@ -41,7 +41,7 @@ class EngineSet:
     """Whether a rule sees the state that enters the first unit, as policies of the user's need it."""
     grows = True
     """Whether a cache grows when more memory is needed."""
-    timed = timed_token
+    timed, layer_times = timed_token, no_layer_times
 
     def __init__(self, bundle: Bundle, build: Build, backend: HostBackend) -> None:
         """Load all engines but the mixed ones. Raises BundleError where that of the policy is missing."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dash_export.backends.cuda.cuda import Cuda, CudaMemory, Launch
@@ -54,6 +55,15 @@ class TensorRT(Cuda):
         if stream not in self._scratch or self._scratch[stream].nbytes < wanted:
             self._scratch[stream] = self.memory(wanted)
         return self._scratch[stream]
+
+    def layer_times(self, launch: Any, run: Callable[[], object]) -> dict[str, float]:
+        context, times = launch.context, _profiler(self.trt)
+        launch.reuse.detach()  # a context never lets go of a profiler: this one goes with its launch
+        context.profiler = times  # from now on each launch waits for its own end, and then tells
+        run()
+        if not any(map(sum, times.us.values())):
+            raise BackendError(f"{self.toolkit.describe()} said nothing about an engine's layers: leave --layers out.")
+        return {name: median(each) for name, each in times.us.items()}
 
 
 class TensorRTEngine:
@@ -108,7 +118,8 @@ class TensorRTEngine:
                 raise BackendError(f"TensorRT could not launch {self._name}; the log may say why.")
 
         launch.memory = (memory, scratch)  # type: ignore[attr-defined]  # the context holds bare addresses
-        weakref.finalize(launch, free.append, context).atexit = False
+        launch.context, launch.reuse = context, weakref.finalize(launch, free.append, context)  # type: ignore[attr-defined]
+        launch.reuse.atexit = False  # type: ignore[attr-defined]
         device.toolkit.keep_kernels()
         return launch
 
@@ -126,6 +137,20 @@ class TensorRTEngine:
                 raise BackendError(f"{self._name} has no profile {profile} ({error}): build it again.") from error
         device.synchronize("setup")
         return context
+
+
+def _profiler(trt: Any) -> Any:
+    """Return a new IProfiler. `us`: name of a layer -> its microseconds in each launch, in the order they ran."""
+
+    class LayerTimes(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.us: defaultdict[str, list[float]] = defaultdict(list)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.us[layer_name].append(1e3 * ms)
+
+    return LayerTimes()
 
 
 def create(name: str, _threads: int) -> TensorRT:

@@ -49,6 +49,8 @@ BUILDS = {"trt10": ("tensorrt", "trt10"), "portable": ("tensorrt", "portable"), 
 """Target -> its backend and dialect."""
 TOGETHER = {f"{name}-together": BUILDS[name] for name in ("trt10", "portable")}
 """The same for four sequences, one dialect with a profile for all shapes."""
+ON_ORT = {"ort": ("onnxruntime_cuda", "trt10")}
+"""By ONNX Runtime's CUDA provider, which cannot be recorded."""
 HALVES = {"trt10-fp16": ("trt10", 2, "fp16", "int4"), "portable-bf16": ("portable", 1, "bf16", "bf16")}
 """Of 16 bits, as the shipped recipes are, for four sequences: dialect, profiles, activations, layers."""
 DISPATCH = ("sync", "overlapped", "device")
@@ -67,11 +69,11 @@ IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 
 @pytest.fixture(scope="session")
 def device_bundle(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Built for `cpu-fp32` and all of BUILDS, TOGETHER and HALVES."""
+    """Built for `cpu-fp32` and all of BUILDS, TOGETHER, ON_ORT and HALVES."""
     folder = tmp_path_factory.mktemp("device")
     root = Path(shutil.copytree(tiny_root, folder / "tiny.dash"))
     with installed(Card()):
-        for name, (backend, dialect) in (BUILDS | TOGETHER).items():
+        for name, (backend, dialect) in (BUILDS | TOGETHER | ON_ORT).items():
             together = (4, 1 if dialect == "portable" else 2) if name in TOGETHER else ()
             built(root, folder / f"{name}.toml", backend, dialect, *together)
         for name, (dialect, *rest) in HALVES.items():

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from dash_export import Sampling
-from dash_export.backends.cuda.cuda import MAIN, Cuda
+from dash_export.backends.cuda.cuda import MAIN, Cuda, Mirror
 from dash_export.backends.cuda.cuda_graph import CudaGraph
+from dash_export.backends.cuda.kernels import PART
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.core.rule import Rule, static_rule
-from dash_export.core.sampling import Sampler
+from dash_export.core.sampling import Draw, Sampler
 from dash_export.errors import BackendError
 from dash_export.runtime.session import Session
 from tests.backends.cuda.conftest import BUILDS, IDS, ORDERS, SAMPLED, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
@@ -252,6 +253,63 @@ def test_a_device_without_kernels(
             assert answer(made.runtime.session()) == answer(host.runtime.session())
     assert [record.message for record in caplog.records] == ["no token is launched ahead here (NVRTC is missing)"]
     assert made.card.log[-2:] == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+
+
+def test_what_ran_ahead_has_its_own_damage(on_card: MakeOnCard, host: Host) -> None:
+    """Not that of the token before, which lies on the other side."""
+    damages = []
+    for runtime in (host.runtime, on_card("portable", "device").runtime):
+        session = runtime.session_under(host.rule)
+        token, found = int(session.prefill(IDS[:20]).argmax()), []
+        session.reserve(6)
+        step = session.bound(1)
+        for _ in range(6):
+            step.decode(token, host.rule, GREEDY)
+            found.append(step.damage[:, 0].copy())
+            token = int(step.logits[0, 0].argmax())
+        damages.append(np.array(found))
+    assert np.abs(np.diff(damages[0], axis=0)).max() > 1e-3
+    np.testing.assert_allclose(damages[1], damages[0], atol=1e-5)
+
+
+DRAWS = [
+    (Draw(1.0, 0, 1.0, np.inf, 0.1), 0, 1),
+    (Draw(1.0, 0, 1.0, np.inf, 0.45), PART - 1, 1),
+    (Draw(1.0, 0, 1.0, np.inf, 0.55), PART, 1),
+    (Draw(1.0, 0, 1.0, np.inf, 0.8), 2 * PART - 1, PART - 1),
+    (Draw(1.0, 0, 1.0, np.inf, 0.94), 2 * PART - 1, PART),
+    (Draw(1.0, 2, 1.0, np.inf, 0.94), 2 * PART - 1, PART - 1),
+    (Draw(1.0, 0, 0.7, np.inf, 0.94), 2 * PART - 1, PART - 1),
+    (Draw(1.0, 0, 1.0, 1.2, 0.94), 2 * PART - 1, PART - 1),
+    (Draw(0.0, 0, 1.0, np.inf, 0.94), 0, 1),
+]
+"""(draw, the token of each of two rows): four tokens at the ends of two parts, of equal weight and each of 1/e."""
+
+
+@pytest.mark.usefixtures("card")
+def test_kernels_draw_from_all_parts() -> None:
+    """Of a vocabulary of whole parts, again and again by one graph."""
+    device, vocab = Cuda(), 2 * PART
+    logits, draws = Mirror(device, (2, vocab), np.float32), Mirror(device, (2, len(Draw._fields)), np.float64)
+    ids, positions = (Mirror(device, (2,), np.int64) for _ in range(2))
+
+    def step(graph: CudaGraph) -> None:
+        for each in (logits, draws):
+            device.copy(MAIN, each.memory, each.host)
+        graph.follow(MAIN, logits.memory, draws.memory, ids.memory, positions.memory)
+        for each in (ids, positions):
+            device.copy(MAIN, each.host, each.memory)
+
+    logits.host[:] = -100
+    logits.host[0, [0, PART - 1, PART, 2 * PART - 1]] = 2
+    logits.host[1, [1, PART - 1, PART, 2 * PART - 1]] = 3, 2, 1, 0
+    graph = device.graph(MAIN, 0, step)
+    for count, (draw, *expected) in enumerate(DRAWS, 1):
+        draws.host[:] = draw
+        graph.launch(MAIN)
+        device.synchronize(MAIN)
+        assert ids.host.tolist() == expected, draw
+        assert positions.host.tolist() == [count, count]
 
 
 @pytest.mark.parametrize("target", TOGETHER)

@@ -7,6 +7,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.cuda.cuda import Cuda
+from dash_export.backends.cuda.onnxruntime_cuda import OrtCuda
 from dash_export.backends.tensorrt.tensorrt import TensorRT
 from dash_export.building import cost_table, dial_table
 from dash_export.building.cost_table import measure_cost
@@ -89,6 +90,14 @@ def test_what_a_skip_saves_is_measured_by_whole_tokens(
     np.testing.assert_allclose([own.saved for own in cost.modes.values()], 1.0, rtol=1e-4)
     np.testing.assert_allclose(cost.dense_us, 1e6 * dense, rtol=1e-6)
     np.testing.assert_allclose(cost.cost, [0.3 / dense, 0.15 / dense], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_mode_that_is_not_possible_has_no_times(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be another one's."""
+    monkeypatch.setattr(cost_table, "_whole_tokens", lambda *_: cost_table._Tokens(10.0, 1.0, [4.0, 2.0]))
+    cost = measure_cost(device_bundle, device_bundle.load_build("ort"), OrtCuda())
+    assert sorted([cost.dispatch, *cost.modes]) == ["overlapped", "sync"]
 
 
 def test_units_that_seem_to_save_more_than_a_token(

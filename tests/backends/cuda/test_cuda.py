@@ -257,6 +257,9 @@ def test_engines_are_tuned_for_what_runs(device_bundle: Bundle) -> None:
         sizes = [each["hidden"] for each in profiles]
         assert sizes == [((1, 1, 64),) * 3, ((1, 1, 64), (1, 16, 64), (1, 16, 64)), *together]
         assert (file.parent / TIMING_CACHE).read_bytes() == b"t" * len(build.engines)
+    file = device_bundle.path(device_bundle.load_build("portable-together").engines["layer_01"].file)
+    (profile,) = tensorrt.TensorRT("tensorrt").engine(file, "main")._engine.profiles  # type: ignore[attr-defined]
+    assert profile["hidden"] == ((1, 1, 64), (1, 1, 64), (4, 16, 64)), "one of all: tuned for a token"
 
 
 @pytest.mark.usefixtures("card")
@@ -277,6 +280,15 @@ def test_engines_of_one_stream_share_one_block_of_the_largest_size(
     assert (own.memory[1].nbytes, own.memory[1].address == address) == (256, False)
     assert (later.memory[1].nbytes, later.memory[1].address == address) == (2048, False)
     assert launches[0].memory[1].address == address, "who is bound to the smaller one keeps it"
+
+
+@pytest.mark.usefixtures("card")
+def test_a_lazy_context_is_not_taken_for_what_is_recorded(device_bundle: Bundle) -> None:
+    file = device_bundle.path(device_bundle.load_build("rtx").engines["layer_01"].file)
+    engine = tensorrt.TensorRT("tensorrt_rtx").engine(file, "main")
+    contexts = [engine.bind(1, {"hidden": (1, tokens, 64)}, {}).context for tokens in (5, 16, 7)]  # type: ignore[attr-defined]
+    assert [context.captures for context in contexts] == [False, True, False]
+    assert contexts[0] is contexts[2]
 
 
 @pytest.mark.usefixtures("card")

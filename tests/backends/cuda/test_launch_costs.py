@@ -8,6 +8,7 @@ import cuda.bindings.runtime as rt
 import pytest
 
 from dash_export.backends.cuda import kernels, launch_costs
+from dash_export.backends.cuda.cuda import BESIDE, Cuda
 from tests.commands.helpers import dash, refused
 from tests.standin.cuda import Card
 
@@ -25,6 +26,13 @@ def test_everything_is_tried(card: Card) -> None:
     assert min(found["launch_us"], found["wait_us"], found["bytes_per_second"], *found["token_us"].values()) > 0
     assert len(card.recorded) == 5, "two pieces, and three whole tokens"
     assert "dispatch '" in dash("doctor", "--probe").stdout
+
+
+def test_the_host_waits_for_the_policy_of_an_overlapped_token(card: Card) -> None:
+    card.devices.append(Cuda())
+    launch_costs.probe(card.devices[0])
+    decided = [call for call in card.log if call[2] == "decided"]
+    assert decided == [(BESIDE, "record", "decided"), ("host", "wait", "decided")] * launch_costs.REPEATS
 
 
 def test_a_card_without_decisions(card: Card) -> None:

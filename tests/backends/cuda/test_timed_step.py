@@ -1,15 +1,20 @@
 """Steps with events around them, and what `profile` makes of their times."""
 
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dash_export.backends.cuda.bound import POLICY
+from dash_export.backends.cuda.cuda import Cuda
 from dash_export.backends.cuda.step import DeviceStep
 from dash_export.backends.cuda.timed_step import PiecesStep, TimedStep
+from dash_export.backends.tensorrt.tensorrt import TensorRT
 from dash_export.commands.profile import _print
 from dash_export.core.kinds import Setting
 from dash_export.core.rule import DENSE
+from dash_export.errors import BackendError
 from dash_export.measure.breakdown import profile
 from dash_export.measure.candidates import Candidate
 from dash_export.measure.report import render_report
@@ -68,3 +73,52 @@ def test_profile(on_card: MakeOnCard, capsys: pytest.CaptureFixture[str]) -> Non
     assert {"stream of the layers", "stream of the policy", "host: launches, decisions, sampling"} <= names
     assert [(event["pid"], event["tid"]) for event in events if event.get("cat") == "policy"] == [(2, 4)] * 3
     assert runtime.engines.step_kind is DeviceStep  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("target", ["trt10", "portable", "rtx", "trt10-together"])
+def test_layers_inside_engines(target: str, on_card: MakeOnCard, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every engine of a token, each alone and without a graph. A context never loses a profiler, so nothing else
+    gets one of these.
+    """
+    made = on_card(target, "device", "beside")
+    found, lanes = profile([Candidate(made.runtime, Setting("dense"))], TEXT, "own", 12, 3, 2, layers=True)
+    engines = {row["name"]: row for row in found["engines"]}
+    assert [*engines] == [
+        "layer_00", "layer_01", "policy", "layers_02-03", "bypass_02-03", "layer_04", "bypass_04-04", "layer_05"
+    ]  # fmt: skip
+    for row in engines.values():
+        assert row["device_us"] > 0
+        assert [*row["layers"].values()] == pytest.approx(range(1, len(row["layers"]) + 1)), "as the stand-in tells"
+    assert (
+        len(engines["policy"]["layers"]) < len(engines["layer_04"]["layers"]) < len(engines["layers_02-03"]["layers"])
+    )
+    profiled = [context for _, context in made.card.ran if context.profiler is not None]
+    assert len(set(map(id, profiled))) == 8
+    assert made.card.ran[-1][1].profiler is None, "what runs later has contexts of its own"
+    _print(found)
+    whole = sum(engines["layer_04"]["layers"].values())
+    told = capsys.readouterr().out
+    assert (
+        f"layer_04: {engines['layer_04']['device_us']:.1f} microseconds; under the profiler its layers take {whole:.1f}"
+        in told
+    )
+    assert f" {len(engines['layer_04']['layers']) - 10} others" in told
+    events = [event for event in chrome_trace(lanes, "tiny", 8, found["engines"])["traceEvents"] if event["pid"] == 2]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert [*tracks.values()] == [*engines]
+    layers = [event for event in events if event["ph"] == "X"]
+    for track, name in tracks.items():
+        ends = np.cumsum([0, *engines[name]["layers"].values()])
+        assert [event["ts"] for event in layers if event["tid"] == track] == pytest.approx(ends[:-1])
+
+
+def test_nothing_about_layers(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT that is silent; and a backend on CUDA without such a profiler."""
+    engines: Any = on_card("trt10").runtime.engines
+    for engine in engines.device.engines.values():
+        engine._engine.layers = []
+    with pytest.raises(BackendError, match=r"TensorRT 10\.16\.0 said nothing about an engine's layers"):
+        engines.layer_times(8, 2)
+    monkeypatch.setattr(TensorRT, "layer_times", Cuda.layer_times)
+    with pytest.raises(BackendError, match=r"Only TensorRT .* Leave --layers out"):
+        engines.layer_times(8, 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.backends.cuda.engines import ALIGNED
 from dash_export.backends.host.decode import BoundStep
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule, skips_for, static_rule
@@ -133,6 +134,8 @@ def test_caches_copy_what_they_hold(on_card: MakeOnCard) -> None:
     alone = source.alone(1)
     assert (alone.capacity, alone.length) == (7, 7)
     assert alone.nbytes == 7 * alone.position_nbytes
+    assert alone.sequence_bytes % ALIGNED > 0
+    assert all(memory.address % ALIGNED == 0 for memory in (*alone.keys, *alone.values)), "as engines want it"
     target.take(2, alone)
     found = np.zeros(target.keys[2].nbytes, np.uint8)
     device.copy("main", found, target.keys[2])

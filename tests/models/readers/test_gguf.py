@@ -272,6 +272,15 @@ def test_absurd_lengths_and_cut_files_fail_at_once(tmp_path: Path, tiny_bytes: b
         assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize(("at", "what"), [(8, "tensors"), (16, "metadata keys")])
+def test_more_than_there_may_be(tmp_path: Path, tiny_bytes: bytes, at: int, what: str) -> None:
+    """It is refused before any is read."""
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(uint64_at(tiny_bytes, at, 1 << 17))
+    with pytest.raises(CheckpointError, match=f"it announces 131072 {what}, and there may be 65536"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tensors_that_do_not_lie_one_after_another(tmp_path: Path, model: Any, name: str) -> None:
     path = tmp_path / "tiny.gguf"

@@ -130,7 +130,8 @@ def _of_images(load: Load, images: Path, limit: int, as_json: bool) -> None:
         "predicted: time of dense by the build's cost table (`frontier` measures it). cosine: of pooled vectors with "
         "dense ones, mean and worst. accuracy: of a linear classifier, neighbours: of the nearest ones; both learn "
         "dense vectors of every other picture and are judged on the rest. lost: share that the linear classifier has "
-        "right on dense vectors and wrong on these; won: the reverse. guarded: share held back as foreign."
+        "right on dense vectors and wrong on these; won: the reverse. guarded: share held back as foreign. In "
+        "brackets: 95 % intervals; `--json` has those of all shares."
     )
 
 

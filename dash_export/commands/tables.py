@@ -56,13 +56,17 @@ def print_units(build: Build, units: Sequence[Unit], measure: Measure) -> None:
 
 
 def print_images(title: str, rows: Sequence[ImageQuality], figures: Sequence[str]) -> None:
-    """Print those of the `figures` that were measured, a row for each setting."""
+    """Print those of the `figures` that were measured, a row for each setting; of accuracy the interval, too."""
     from dash_export.measure.candidates import label
+
+    def figure(row: ImageQuality, name: str) -> str:
+        bounds = row.intervals.get(name) if name == "accuracy" else None
+        return f"{getattr(row, name):.4f}" + (f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
 
     kept = [name for name in figures if getattr(rows[0], name) is not None]
     print_table(
         title, ("setting",), tuple(name.replace("_", " ") for name in kept),
-        ((label(row.setting), *(f"{getattr(row, name):.4f}" for name in kept)) for row in rows),
+        ((label(row.setting), *(figure(row, name) for name in kept)) for row in rows),
     )  # fmt: skip
 
 

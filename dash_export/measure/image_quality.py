@@ -7,7 +7,7 @@ neighbours are fitted on dense vectors of one half of the pictures and judged on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.images.sources import image_files
 from dash_export.measure.candidates import Candidate
+from dash_export.measure.intervals import interval
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.encoder import Encoded
 
@@ -36,7 +37,8 @@ class ImageQuality:
     by the cost table; `cosine` of the pooled vectors: mean, and the `worst`; `layers` run, mean; `guarded`: share held
     back. With classes, on every other picture: `agreement` of the linear classifier with itself on dense vectors,
     `accuracy` of it and of the `neighbours`, the shares that it `lost` (right on dense vectors, wrong on these) and
-    `won`; with the model's own classifier, `same_class`.
+    `won`; with the model's own classifier, `same_class`. `intervals`: bounds of the 95 % confidence intervals of the
+    means, over the pictures that were judged.
     """
 
     setting: Setting
@@ -53,11 +55,15 @@ class ImageQuality:
     lost: float | None = None
     won: float | None = None
     neighbours: float | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         given = {name: getattr(self.setting, name) for name in self.setting.given}
-        own = {name: value for name, value in vars(self).items() if name != "setting" and value is not None}
-        return {"policy": self.setting.kind, **given} | {name: round(value, 6) for name, value in own.items()}
+        apart = ("setting", "intervals")
+        own = {name: value for name, value in vars(self).items() if name not in apart and value is not None}
+        bounds = {name: [round(bound, 6) for bound in each] for name, each in self.intervals.items()}
+        rounded = {name: round(value, 6) for name, value in own.items()}
+        return {"policy": self.setting.kind, **given} | rounded | {"intervals": bounds}
 
 
 def image_quality(
@@ -107,8 +113,11 @@ def image_quality(
         pictures, layers, predicted = Candidate(runtime, setting).taken(joined(at, "actions"))
         figures = (seconds[at] / seconds[0], predicted, layers, float(cosines.mean()), float(cosines.min()))
         guarded = float(joined(at, "guarded").mean())
-        own = judge.figures(vectors[at]) if judge is not None else {}
-        rows.append(ImageQuality(setting, pictures, *figures, guarded, same, **own))
+        each = judge.figures(vectors[at]) if judge is not None else {}
+        own = {name: float(values.mean()) for name, values in each.items()}
+        bounds = {name: (found.low, found.high) for name, values in (each | {"cosine": cosines}).items()
+                  for found in (interval(values),)}  # fmt: skip
+        rows.append(ImageQuality(setting, pictures, *figures, guarded, same, **own, intervals=bounds))
     return rows
 
 
@@ -153,7 +162,8 @@ class _Judge:
         found: npt.NDArray[np.intp] = (self._with_ones(vectors) @ self._weight).argmax(axis=1)
         return found
 
-    def figures(self, vectors: npt.NDArray[np.float64]) -> dict[str, float]:
+    def figures(self, vectors: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.bool_]]:
+        """Return which of the judged pictures count, for each figure that is a share of them."""
         judged, truth = vectors[~self._learnt], self._classes[~self._learnt]
         found = self._linear(judged)
         near = np.argsort(-(judged @ self._known.T), axis=1)[:, :NEIGHBOURS]
@@ -161,5 +171,4 @@ class _Judge:
         voted = np.array([np.bincount(row).argmax() for row in votes])
         right, before = found == truth, self._dense == truth
         told = {"agreement": found == self._dense, "accuracy": right, "neighbours": voted == truth}
-        told |= {"lost": before & ~right, "won": right & ~before}
-        return {name: float(each.mean()) for name, each in told.items()}
+        return told | {"lost": before & ~right, "won": right & ~before}

@@ -69,6 +69,10 @@ def test_flips_are_what_the_accuracy_changes_by(rows: list[ImageQuality]) -> Non
         assert row.won is not None
         assert row.agreement is not None
         assert row.accuracy == pytest.approx(dense.accuracy + row.won - row.lost)
+        low, high = row.intervals["accuracy"]
+        assert low <= row.accuracy <= high
+        spread = np.sqrt(row.accuracy * (1 - row.accuracy) / (row.pictures // 2))
+        assert (high - low) / 2 == pytest.approx(1.96 * spread, abs=0.05)
         assert row.lost + row.won <= 1 - row.agreement + 1e-9, "from one wrong class to another is no flip"
     assert others[0].lost
 

@@ -87,13 +87,16 @@ def settled(page: Any) -> None:
 
 def test_a_picture_by_keyboard(page: Any) -> None:
     """It is chosen, and read once more at every other budget."""
+    page.bring_to_front()
+    page.wait_for_function("document.hasFocus()")  # else keys are lost, on a busy machine
     page.keyboard.press("Tab")
     for _ in range(9):
         if page.evaluate("document.activeElement.id") == "choose":
             break
         page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "choose"
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        page.locator("#choose").press("Enter")
     chooser.value.set_files([given(1)])
     page.wait_for_selector("#verdict:text-is('2 of 5 layers ran')")
     assert page.sent[-1]["dash"] == {}

@@ -100,7 +100,7 @@ class TensorRTEngine:
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
         # Of one token, because fallback kernels would be recorded for good, and of whole chunks of prompts and single
         # pictures, which come again. Lengths of other prompts, and numbers of pictures, are many.
-        rows, tokens = shapes[self._entry][:2]
+        rows, tokens = shapes.get(self._entry, (1, 1))[:2]
         eager = tokens == 1 or (tokens == self._most[profile] and rows == 1)
         device, free = self._device, self._free[profile, eager]
         context = free.pop() if free else self._new_context(profile, eager)

@@ -140,6 +140,8 @@ def browse(browser: Any) -> Iterator[Callable[..., Any]]:
             page.on("request", lambda asked: page.asked.append(asked.url))
             page.add_init_script(f"localStorage['dash-export.settings'] ??= {json.dumps(json.dumps(settings))}")
             page.goto(at)
+            page.bring_to_front()
+            page.wait_for_function("document.hasFocus()")  # else keys are lost, on a busy machine
             return page
 
         yield make

@@ -87,8 +87,6 @@ def settled(page: Any) -> None:
 
 def test_a_picture_by_keyboard(page: Any) -> None:
     """It is chosen, and read once more at every other budget."""
-    page.bring_to_front()
-    page.wait_for_function("document.hasFocus()")  # else keys are lost, on a busy machine
     page.keyboard.press("Tab")
     for _ in range(9):
         if page.evaluate("document.activeElement.id") == "choose":

@@ -139,15 +139,18 @@ class _MainStream:
 
 
 class _Blocks:
-    """Blocks of memory, used again when what was taken is dropped: later work of the one stream may overwrite them."""
+    """Blocks of memory, used again when what was taken is dropped: later work of the one stream may overwrite them.
+    Their sizes are powers of two, so that passes of all numbers of inputs share a few.
+    """
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._make, self._free = make, defaultdict[int, list[Any]](list)
 
     def take(self, nbytes: int) -> Any:
-        free = self._free[nbytes]
-        block = free.pop() if free else self._make(nbytes)
-        taken = block.part(0) if isinstance(block, CudaMemory) else block.view()
+        size = 1 << (nbytes - 1).bit_length()
+        free = self._free[size]
+        block = free.pop() if free else self._make(size)
+        taken = block.part(0, nbytes) if isinstance(block, CudaMemory) else block[:nbytes]
         weakref.finalize(taken, free.append, block).atexit = False
         return taken
 

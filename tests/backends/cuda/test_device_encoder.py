@@ -136,6 +136,10 @@ def test_memory_is_used_again(on_device: MakeRuntime, card: Card, host: DashRunt
         pixels = random_pixels(5, seed=seed)
         same(encoder.encode(pixels), host.encoder().under(leaving(5)).encode(pixels), 1e-4)
     assert (card.calls["cudaMalloc"], card.calls["cudaHostAlloc"]) == before
+    runtime.encoder().encode(random_pixels(5))
+    before = card.calls["cudaMalloc"], card.calls["cudaHostAlloc"]
+    same(runtime.encoder().encode(random_pixels(6)), host.encoder().encode(random_pixels(6)), 1e-4)
+    assert (card.calls["cudaMalloc"], card.calls["cudaHostAlloc"]) == before
 
 
 def test_a_foreign_picture_is_exactly_dense(tmp_path: Path, card: Card) -> None:

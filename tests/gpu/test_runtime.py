@@ -8,8 +8,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.backends.cuda.step import DeviceStep
+from dash_export.backends.maker import backend_of
 from dash_export.building import build
-from dash_export.core.rule import DENSE, decision_rule, static_rule
+from dash_export.bundle.recipe import load_recipe
+from dash_export.core.rule import DENSE, ForcedRule, decision_rule, static_rule
 from dash_export.core.sampling import Sampler, Sampling
 from dash_export.files.resources import resource_folder
 from dash_export.runtime.rows import Rows
@@ -164,3 +166,22 @@ def test_decisions_are_those_of_the_cpu(gpu_runtime: LoadGpu, cpu_runtime: DashR
     differs = (found < limits) != (expected < limits)
     assert differs.mean() < 0.005
     assert (np.abs(expected[differs] / np.broadcast_to(limits, expected.shape)[differs] - 1) < NEAR).all()
+
+
+def test_pictures_leave_where_they_do_on_the_cpu(target: str, tmp_path: Path) -> None:
+    """A tiny encoder, built here: pictures that leave at different exits, then all of them dense."""
+    if not backend_of(load_recipe(target)).encodes:
+        pytest.skip(f"{target} has no engines for encoders")
+    for package in ("onnxruntime", "onnx", "transformers"):
+        pytest.importorskip(package, reason=f"no {package} here to make an encoder and to compare it with")
+    from tests.tiny_encoder import UNITS, encoder_bundle, random_pixels
+
+    root, pixels = encoder_bundle(tmp_path), random_pixels(40)
+    build(root, target)
+    host, runtime = (DashRuntime.load(root, name).encoder() for name in ("portable", target))
+    first = np.random.default_rng(3).integers(0, len(UNITS) + 1, len(pixels))
+    for rule in (ForcedRule(np.arange(len(UNITS))[:, None] >= first), DENSE):
+        found, expected = (each.under(rule).encode(pixels) for each in (runtime, host))
+        np.testing.assert_array_equal(found.actions, expected.actions)
+        error = np.sqrt(np.mean((found.pooled - expected.pooled) ** 2) / np.mean(expected.pooled**2))
+        assert error < TOLERANCE["bf16"]

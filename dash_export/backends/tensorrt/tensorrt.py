@@ -89,7 +89,7 @@ class TensorRTEngine:
             for profile in range(engine.num_optimization_profiles)
         )
         self._engine = engine
-        self._entry = entry = next((name for name in ("hidden", "input_ids") if name in inputs), names[0])
+        self._entry = entry = next((name for name in ("hidden", "input_ids") if name in inputs), self.inputs[0])
         self._most = [
             engine.get_tensor_profile_shape(entry, profile)[2][1] for profile in range(engine.num_optimization_profiles)
         ]

@@ -115,8 +115,8 @@ def image_quality(
         guarded = float(joined(at, "guarded").mean())
         each = judge.figures(vectors[at]) if judge is not None else {}
         own = {name: float(values.mean()) for name, values in each.items()}
-        bounds = {name: (found.low, found.high) for name, values in (each | {"cosine": cosines}).items()
-                  for found in (interval(values),)}  # fmt: skip
+        judged = {name: interval(values) for name, values in (each | {"cosine": cosines}).items()}
+        bounds = {name: (one.low, one.high) for name, one in judged.items()}
         rows.append(ImageQuality(setting, pictures, *figures, guarded, same, **own, intervals=bounds))
     return rows
 

@@ -1,5 +1,5 @@
-"""What the endpoints of encoders share: a queue whose batches take turns, and /v1/embeddings over it, in OpenAI's form.
-Those of pictures and of texts are in picture_server.py and text_server.py.
+"""The common part of encoders' endpoints: a queue whose batches take turns, and /v1/embeddings over it, in OpenAI's
+form. Those of pictures and of texts are in picture_server.py and text_server.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dash_export.serve.tickets import BusyServerError, DeadlineError
 PASSES = 2
 """Batches at a time: one that is computed, and one that is read meanwhile."""
 HOLDS = ("object", "data", "model", "usage", "dash")
-"""What an answer always has."""
+"""Fields that an answer always has."""
 Facts = dict[str, Any]
 Group = tuple[Sequence[int], npt.NDArray[Any], Sequence[Facts]]
 """Places of some of a request's inputs, these as the encoder takes them, and what is told about each."""

@@ -133,8 +133,13 @@ class Text:
         return self.encode(self.template.render(messages, begins, tools, continues), special=False, limit=limit)
 
 
+def _far_over(letters: int, limit: int) -> bool:
+    """Return whether a text has so many letters that it is not worth encoding for `limit` tokens."""
+    return letters > LETTERS * max(limit, 256)
+
+
 def _check_letters(letters: int, limit: int) -> None:
-    if letters > LETTERS * max(limit, 256):
+    if _far_over(letters, limit):
         raise ContextLengthError(
             f"The context does not hold this: {letters} letters are far over the {limit} tokens that are free. "
             "Shorten the prompt or start a new session."
@@ -206,7 +211,7 @@ class TextIds:
         """
         if not isinstance(text, str):
             raise RequestError(f"{name} must be a str, not {type(text).__name__}.")
-        if len(text) > LETTERS * max(self._most, 256):
+        if _far_over(len(text), self._most):
             said = f"{name} has {len(text)} letters, far over the {self._most} tokens that are the most"
             raise ContextLengthError(f"{said}: shorten or split it.")
         ids = self._text.encode(text)

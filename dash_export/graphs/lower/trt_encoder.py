@@ -23,15 +23,17 @@ def lower_encoder(model: ir.Model, facts: EncoderFacts, dialect: str) -> None:
     if str(graph.name).startswith(EXACT):
         for node in graph:
             node.meta[FLOAT32] = True
-    if dialect == "trt10":
-        _decompose(model, facts.head_dim)
-
-
-def _decompose(model: ir.Model, head_dim: int) -> None:
-    """Replace operators of opset 23 and 24 by those of opset 21."""
-    graph = model.graph
     for node in [node for node in graph if node.op_type == "Attention"]:
-        _attention(Chain(graph, node, str(node.name)), node, head_dim)
+        # TensorRT-RTX 1.7 has no kernel for the one query that pools, and cannot decompose it itself.
+        if dialect == "trt10" or str(node.name).startswith("pool/"):
+            _attention(Chain(graph, node, str(node.name)), node, facts.head_dim)
+    if dialect == "trt10":
+        _lower_opset(model)
+
+
+def _lower_opset(model: ir.Model) -> None:
+    """Replace what is left of opset 23 and 24 by operators of opset 21."""
+    graph = model.graph
     for node in [node for node in graph if node.op_type == "RotaryEmbedding"]:
         c, heads = Chain(graph, node, str(node.name)), node.attributes["num_heads"].as_int()
         value, *tables = node.inputs

@@ -20,7 +20,7 @@ from dash_export.building.engine_graphs import engine_graphs, lower_graph
 from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import EngineRecipe, Recipe, load_recipe
-from dash_export.bundle.records import Build
+from dash_export.bundle.records import POLICY, Build
 from dash_export.core.policy import no_policy
 from dash_export.core.units import Unit
 from dash_export.errors import BackendError, BundleError
@@ -31,6 +31,7 @@ from dash_export.graphs.lower.trt_quantize import quantize_symmetric
 from dash_export.graphs.portable.writer import save_graph
 from dash_export.models.bypasses import pruned
 from tests.tiny import TINY_UNITS, tiny_bundle, tiny_checkpoint, tiny_policy
+from tests.tiny_encoder import encoder_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
 
@@ -282,3 +283,15 @@ def test_a_recipe_of_many_rows_is_tuned_for_all_of_them(name: str, most: int) ->
     assert recipe.engine is not None
     assert recipe.engine.sequences == most
     assert RtxBackend(recipe)._profiles()["together"] == ((2, 1), (most, 1), (most, 1))
+
+
+@pytest.mark.parametrize("dialect", ["portable", "trt10"])
+@pytest.mark.parametrize("family", ["dinov2-swiglu-classes", "dinov3", "siglip"])
+def test_encoders_compile(family: str, dialect: str, tmp_path: Path) -> None:
+    """Every segment, exit and the policy, for 1 to 32 pictures."""
+    path = Path(write_recipe(tmp_path / "mine.toml"))
+    path.write_text(path.read_text().replace('dialect = "portable"', f'dialect = "{dialect}"'))
+    root = encoder_bundle(tmp_path, family)
+    made = build(root, str(path))
+    assert {POLICY, "bypass_03-04", "layer_01"} <= set(made.engines)
+    assert all((root / engine.file).read_bytes()[:4] == FIRST_BYTES for engine in made.engines.values())

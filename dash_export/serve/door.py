@@ -79,6 +79,9 @@ class Door(HttpToolsProtocol):
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's transport reads so much at a time
         if connection := transport.get_extra_info("socket"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * TAKE_SECONDS))
+            # asyncio sets it for sockets that were made with IPPROTO_TCP alone. Without it each answer on a kept
+            # connection, and each token of a stream, can wait 40 ms for the client's acknowledgement of the one before.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._address = self.client[0] if self.client else ""
         if self._heads.enter(self._address):
             self._refuse(HttpError(429, f"More than {self._heads.most} connections of one address: close some."))

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx
 import safetensors.numpy
 from fetch import CACHE, Model, download
 from onnx import numpy_helper
+from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 
 from dash_export import DashRuntime, build, export
@@ -29,6 +31,7 @@ from dash_export.images.sources import image_files
 from dash_export.measure.candidates import label, settings_at
 from dash_export.measure.image_quality import image_quality
 from dash_export.models import open_model
+from dash_export.runtime.encoder import Encoder
 from dash_export.train.image_policy import train_on_images
 
 ENCODER = Model(
@@ -102,6 +105,10 @@ def _made(folder: Path) -> Path:
 TARGET = "portable"
 LEARNT, JUDGED = 240, 120
 BUDGETS = (0.75, 0.55, 0.45)
+FOREIGN = [
+    CACHE.parent / "docs" / name for name in ("serve.png", "serve-picture.png", "frontier.png", "frontier-0.5b.png")
+]
+"""Pictures of no textile."""
 
 
 def show(console: Console) -> None:
@@ -132,11 +139,35 @@ def show(console: Console) -> None:
             for row in rows
         ),
     )  # fmt: skip
-    noise = [np.random.default_rng(at).integers(0, 256, (256, 256, 3)).astype(np.uint8) for at in range(4)]
-    encoder = runtime.encoder("token", trade_off=1e6)
-    console.print(f"Foreign pictures (noise) that the guard holds back: {int(encoder(noise).guarded.sum())} of 4")
+    sheet = CACHE / "textile-layers.png"
+    guarded = _sheet(runtime.encoder(budget=BUDGETS[1]), image_files(judged)[:: JUDGED // 10][:10], sheet)
+    console.print(f"Foreign pictures that the guard holds back: {guarded} of {len(FOREIGN)}. Which layers ran: {sheet}")
     console.print(f"\nTook {time.perf_counter() - began:.0f} s. Next, on your own pictures (docs/vision.md):")
     console.print(f"  dash-export train {model} --images DIR -o line.safetensors", markup=False)
+
+
+def _sheet(encoder: Encoder, line: Sequence[Path], path: Path) -> int:
+    """Draw pictures of the line and foreign ones, each over its row of layers: blue ran, orange was skipped. Return how
+    many of the foreign ones were guarded.
+    """
+    files = [*line, *FOREIGN]
+    found = encoder(files)
+    columns, wide, high = 7, 150, 190
+    sheet = Image.new("RGB", (columns * wide, -(-len(files) // columns) * high), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (file, actions, guarded) in enumerate(zip(files, found.actions, found.guarded, strict=True)):
+        row, column = divmod(place, columns)
+        x, y = column * wide + 10, row * high + 10
+        with Image.open(file) as picture:
+            sheet.paste(ImageOps.fit(picture.convert("RGB"), (wide - 20, wide - 20)), (x, y))
+        step = (wide - 20) / len(actions)
+        for layer, skipped in enumerate(actions):
+            box = (x + layer * step, y + wide - 16, x + (layer + 1) * step - 2, y + wide - 4)
+            draw.rectangle(box, fill="#D55E00" if skipped else "#0072B2")
+        told = f"{'guarded: ' if guarded else ''}{int((actions == 0).sum())} of {len(actions)} layers"
+        draw.text((x, y + wide), told, fill="black")
+    sheet.save(path)
+    return int(found.guarded[len(line) :].sum())
 
 
 def _split(pictures: Path) -> tuple[list[Path], Path]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Dispatch
@@ -73,15 +72,16 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     medians = {name: round(median(found), 2) for name, found in times.items()}
     asks = medians.pop(POLICY, 0.0)
     runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
-    dense, device, dispatch = sum(runs.values()), cpu_name(), "sync"
+    on_device = build.recipe.on_device
+    dense, device, dispatch = sum(runs.values()), engines.device.name if on_device else cpu_name(), "sync"
     bypassed = [medians[unit.bypass] for unit in units]
     if bundle.manifest.model.decides == "input":  # an exit is asked whether or not the picture leaves there
         asks, bypassed = asks + sum(bypassed), [0.0] * len(units)
     saved = [runs[name] - spent for name, spent in zip(gated, bypassed, strict=True)]
     times_of: dict[str, _Tokens] = {}
-    if isinstance(engines, DeviceEngines):
+    if on_device and bundle.manifest.model.decides == "token":
         times_of = _in_modes(bundle, build, backend, bound_step[1])
-        device, wanted = engines.device.name, build.recipe.runtime.dispatch
+        wanted = build.recipe.runtime.dispatch
         fastest = min((mode for mode in times_of if mode != "sync"), key=lambda mode: times_of[mode].half)
         dispatch = wanted if wanted in times_of else fastest
         dense, asks, saved = times_of[dispatch]

@@ -186,7 +186,7 @@ def test_a_build_on_the_device_is_measured(bundle: Bundle, card: Card, tmp_path:
     root = Path(shutil.copytree(bundle.root, tmp_path / "measured.dash"))
     card.run_in_order_of("main")
     made = build(root, str(bundle.root.parent / "on-portable.toml"), measure=True)
-    assert made.cost.dispatch == "sync"
+    assert (made.cost.dispatch, made.cost.device) == ("sync", made.device)
     assert set(made.cost.segment_us) == {segment.name for segment in made.segments}
     assert all(spent > 0 for spent in made.cost.segment_us.values())
 

@@ -12,6 +12,7 @@ from importlib import import_module
 import click
 
 from dash_export import __version__
+from dash_export.backends.base import MAIN
 from dash_export.errors import DashError
 
 # command -> what it does, in the order of first use. The module is dash_export.commands.<command>.
@@ -33,8 +34,7 @@ COMMANDS = {
 }
 # Package that may be missing -> the extra that brings it.
 EXTRAS = {
-    "onnxruntime": "cpu",
-    "openvino": "openvino",
+    **{package: backend.extra for package, backend in MAIN.items()},
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
     **dict.fromkeys(("matplotlib", "scipy"), "profile"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dash_export.backends.base import BACKENDS, RIVALS
+
 PACKAGE = Path(__file__).parents[1] / "dash_export"
 REGISTRY = "backends.base"
 """Names of backends and of their modules, which it imports when they are used. A recipe is checked by its backend."""
@@ -27,6 +29,7 @@ MAY_IMPORT = {
     "polygraphy": {*COMMON, "backends", "building", "runtime"},
     "commands": {*COMMON, "backends", "images", "building", "measure", "models", "runtime", "serve", "train"},
     "__init__.py": {"building", "runtime"},
+    "cli.py": {REGISTRY},
 }
 """The other modules of the root import no package."""
 
@@ -58,3 +61,19 @@ def test_the_root_is_bare() -> None:
 
 def test_the_registry_knows_names_only() -> None:
     assert imported(PACKAGE / "backends" / "base.py") == {"backends", "bundle"}  # types
+
+
+def test_only_the_registry_knows_a_backend() -> None:
+    """Outside `backends/` and its lowerings no module imports one backend's folder, or compares with its name
+    or its package's. A recipe has a default.
+    """
+    known = {*BACKENDS, *(entry.package for entry in BACKENDS.values()), *RIVALS}
+    for file in PACKAGE.rglob("*.py"):
+        place = file.relative_to(PACKAGE)
+        if place.parts[0] == "backends" or place.parts[:2] == ("graphs", "lower") or place.name == "recipe.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            assert not known & {*module.split(".")}, f"{place}:{node.lineno} imports {module}"  # type: ignore[attr-defined]
+            if isinstance(node, ast.Constant):
+                assert node.value not in known, f"{place}:{node.lineno} names {node.value}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.host.decode import EngineSet
     from dash_export.backends.host.encoder_pass import EncoderEngines
+    from dash_export.backends.onnxruntime.ort_engine import OrtEngine
     from dash_export.bundle.bundle import Bundle
     from dash_export.bundle.records import Build
 
@@ -35,6 +37,9 @@ class Registered:
     `package`: what it needs, which the `extra` of dash-export installs. `load`: starts the backend (`(name, threads)`),
     which then loads engines. `maker`: the class that checks recipes and makes engines (`maker.py`). `devices`: whether
     its recipes may name a `device`.
+
+    For `doctor`: `wheel`, the distribution with the package, where its name is another; `mend`, a second way to repair
+    the install; `python`, the oldest that the package is made for; `provider`, what the package has to list.
     """
 
     package: str
@@ -42,6 +47,10 @@ class Registered:
     load: str
     maker: str
     devices: bool = False
+    wheel: str = ""
+    mend: str = ""
+    python: tuple[int, int] = (3, 10)
+    provider: str = ""
 
     def part(self, name: str) -> Any:
         """Import `load` or `maker`, given as `module:attribute`."""
@@ -52,16 +61,30 @@ class Registered:
 _ORT, _CUDA, _TRT, _OV = (f"dash_export.backends.{name}" for name in ("onnxruntime", "cuda", "tensorrt", "openvino"))
 _LOAD = f"{_TRT}.tensorrt:create"
 BACKENDS = {
-    "onnxruntime": Registered("onnxruntime", "cpu", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend"),
+    "onnxruntime": Registered(
+        "onnxruntime", "cpu", f"{_ORT}.ort_engine:create", f"{_ORT}.ort_maker:CpuBackend", python=(3, 11)
+    ),
     "onnxruntime_cuda": Registered(
-        "onnxruntime", "gpu", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend"
+        "onnxruntime", "gpu", f"{_CUDA}.onnxruntime_cuda:create", f"{_CUDA}.cuda_maker:CudaBackend",
+        wheel="onnxruntime-gpu", provider="CUDAExecutionProvider",
     ),
     "openvino": Registered("openvino", "openvino", f"{_OV}.ov_engine:create", f"{_OV}.ov_maker:OvMaker", devices=True),
-    "tensorrt": Registered("tensorrt", "tensorrt", _LOAD, f"{_TRT}.trt_maker:TensorRTBackend"),
-    "tensorrt_rtx": Registered("tensorrt_rtx", "rtx", _LOAD, f"{_TRT}.trt_maker:RtxBackend"),
-}
-PACKAGES = {entry.package: entry.extra for entry in BACKENDS.values() if entry.extra != "gpu"}
-"""Package of a backend -> the extra that installs it. `gpu` installs another distribution of `cpu`'s package."""
+    "tensorrt": Registered(
+        "tensorrt", "tensorrt", _LOAD, f"{_TRT}.trt_maker:TensorRTBackend",
+        mend="on a Jetson: sudo apt install --reinstall python3-libnvinfer",
+    ),
+    "tensorrt_rtx": Registered(
+        "tensorrt_rtx", "rtx", _LOAD, f"{_TRT}.trt_maker:RtxBackend", wheel="tensorrt-rtx-cu13"
+    ),
+}  # fmt: skip
+REFERENCE = "onnxruntime"
+"""The backend that runs any graph of a bundle or of a build, for comparing, calibrating and training."""
+MAIN: dict[str, Registered] = {}
+"""Package -> the first backend that needs it."""
+for _entry in BACKENDS.values():
+    MAIN.setdefault(_entry.package, _entry)
+RIVALS = {entry.wheel: entry for entry in BACKENDS.values() if MAIN[entry.package] != entry}
+"""Distribution -> its backend, where another distribution brings the same package: only one can be installed."""
 Launch = Callable[[], None]
 """Run one engine on its memory: the outputs are there when it returns (CPU), or the work is enqueued (CUDA)."""
 
@@ -84,6 +107,23 @@ def require_backend(name: str) -> None:
     if find_spec(entry.package) is None:
         install = f"pip install 'dash-export[{entry.extra}]'"
         raise BackendError(f"The backend {name!r} is not installed on this machine. Run: {install}")
+
+
+def has_reference() -> bool:
+    """Return whether `reference_engine` works here."""
+    return find_spec(BACKENDS[REFERENCE].package) is not None
+
+
+def reference_engine(path: Path, own_threads: bool = False, spins: bool = True) -> OrtEngine:
+    """Load any ONNX graph into the reference backend, on the process-wide thread pool or with threads of its own.
+    `spins`: whether threads wait actively between runs. Raises BackendError where the graph is refused.
+    """
+    from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
+
+    options = session_options(own_threads)
+    if not spins:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return OrtEngine(path, options)
 
 
 def load_backend(name: str, threads: int) -> Started:

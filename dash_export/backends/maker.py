@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_export.backends.base import BACKENDS, require_backend
+from dash_export.backends.base import BACKENDS, Registered, require_backend
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import EngineRecord, Manifest, Segment
@@ -19,6 +19,8 @@ from dash_export.errors import BackendError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from dash_export.graphs.lower.rounded import Roundings
 
 
 def backend_of(recipe: Recipe) -> Backend:
@@ -49,9 +51,9 @@ class Backend(ABC):
         yield from ()
 
     @property
-    def extra(self) -> str:
-        """Name of the extra of dash-export that installs the backend's package."""
-        return BACKENDS[self.recipe.backend].extra
+    def entry(self) -> Registered:
+        """The backend's entry in the registry."""
+        return BACKENDS[self.recipe.backend]
 
     def here(self) -> Backend:
         """Return the maker for this machine: this one or, where only another machine can compile, one that lowers for
@@ -95,7 +97,7 @@ class Backend(ABC):
 
     def how_to_install(self) -> str:
         """Return the command that installs the package that makes the engines."""
-        return f"pip install 'dash-export[{self.extra}]'"
+        return f"pip install 'dash-export[{self.entry.extra}]'"
 
     @abstractmethod
     def version(self) -> str:
@@ -127,6 +129,14 @@ class Backend(ABC):
         policy = manifest.policy
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
+
+    @abstractmethod
+    def lower(
+        self, bundle: Bundle, name: str, parts: Sequence[str], composed: Callable[[], ir.Model], roundings: Roundings
+    ) -> ir.Model:
+        """Return the graph of engine `name` in the recipe's dialect, at the recipe's precisions. `parts`: the graphs of
+        the bundle that it is made of; `composed` makes one portable graph of them (not of a mixed engine's).
+        """
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose

@@ -12,14 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.backends.onnxruntime.cpus import available_memory
+from dash_export.backends.base import has_reference
+from dash_export.backends.host.cpus import available_memory
 from dash_export.building.engine_graphs import graphs_key, write_whole
 from dash_export.building.gptq import Floats, Moments, gptq
 from dash_export.building.graph_runs import Arrays, graph_run, step_inputs
@@ -78,7 +78,7 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
     def write(out: Path) -> list[Path]:
         if roundings_key(folder / ROUNDINGS) == key:
             return [Path(shutil.copy(folder / ROUNDINGS, out))]
-        if find_spec("onnxruntime") is None:
+        if not has_reference():
             raise BackendError(
                 "Calibrated rounding runs the model's layers in ONNX Runtime, and onnxruntime is not installed here. "
                 "Run: pip install 'dash-export[cpu,export]'; or lower the graphs on a machine that has it (`build` "
@@ -215,9 +215,9 @@ def _outputs(model: ir.Model, file: Path, states: list[Floats], feeds: Arrays) -
 
 
 def _round_group(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
-    """Round matrices of the same input; nothing where no block size divides it. `ort` pads a shorter block."""
+    """Round matrices of the same input; nothing where no block size divides it. A CPU build pads a shorter block."""
     weights = recipe.weights
-    block = weights.block_size if recipe.dialect == "ort" else block_of(len(matrices[0]), weights.block_size)
+    block = block_of(len(matrices[0]), weights.block_size) if recipe.on_device else weights.block_size
     if block is not None:
         rounded = gptq(np.concatenate(matrices, axis=1), moments, block, weights.symmetric)
         ends = np.cumsum([matrix.shape[1] for matrix in matrices])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 
 from dash_export.backends.base import Launch, backend_errors
-from dash_export.backends.onnxruntime.cpus import LoadMeter, cpu_name
+from dash_export.backends.host.cpus import LoadMeter, cpu_name
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Dispatch
 from dash_export.bundle.records import POLICY, Build, Manifest

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
-from dash_export.backends.maker import Backend
+from dash_export.backends.maker import Backend, backend_of
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, ROUNDINGS
 from dash_export.bundle.recipe import Recipe
 from dash_export.bundle.records import MIXED, POLICY, Segment
 from dash_export.core.units import Unit
 from dash_export.files.artifacts import Artifact, Progress, content_key
-from dash_export.graphs.lower import trt
 from dash_export.graphs.lower.rounded import Roundings, roundings_lookup, to_nearest
 from dash_export.graphs.lower.surgery import absorb, load_graph
 from dash_export.graphs.portable.writer import GraphWriter, save_graph
@@ -89,15 +89,8 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
 
 def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
     """Return an engine's graph in the recipe's dialect, at the recipe's precisions."""
-    if recipe.dialect != "ort":
-        return trt.lower(portable(bundle, graph), bundle.manifest, recipe, roundings)
-    from dash_export.graphs.lower import (
-        ort,  # imports ONNX Runtime, for its quantiser: a machine with TensorRT may lack it
-    )
-
-    parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
-    doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
-    return ort.engine_graph(graph.name, doc, parts, bundle.manifest, recipe, roundings)
+    composed = partial(portable, bundle, graph)
+    return backend_of(recipe).lower(bundle, graph.name, graph.parts, composed, roundings)
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:

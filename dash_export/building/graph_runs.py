@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.backends.base import reference_engine
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import new_names, present_names, short_name
 from dash_export.core.facts import DecoderFacts, rope_tables
@@ -51,25 +52,19 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
     ONNX Runtime has either one thread pool for the process or one per session: give `own_threads` where other sessions
     in this process have pools of their own. Raises BackendError when ONNX Runtime refuses the graph.
     """
-    from dash_export.backends.onnxruntime.ort_engine import OrtEngine, ort_errors, session_options
-
-    options = session_options(own_threads)
-    # Between runs numpy computes: ONNX Runtime's threads must not spin on its cores meanwhile.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = OrtEngine(path, options).session
+    # Between runs numpy computes: the engine's threads must not spin on its cores meanwhile.
+    engine = reference_engine(path, own_threads, spins=False)
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
-    outputs = [item.name for item in session.get_outputs()]
 
     def run(inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         short = {short_name(name): array for name, array in inputs.items()}
         feeds = {}
-        for item in session.get_inputs():
+        for item in engine.session.get_inputs():
             array = inputs[item.name] if item.name in inputs else short[item.name]
             # A lowered graph may take rows where others take [batch, sequence]: drop the leading axis, which is 1.
             array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
             feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
-        with ort_errors(path.name):
-            found = dict(zip(outputs, session.run(None, feeds), strict=True))
+        found = engine.run(feeds)
         for past in inputs:
             if past.startswith("past_key_values."):
                 for name in ("present", "new"):

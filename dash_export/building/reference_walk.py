@@ -4,13 +4,13 @@ import os
 import shutil
 import tempfile
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.backends.base import has_reference
 from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import Arrays, cached_step, graph_run, step_inputs, text_ids
 from dash_export.building.references import REFERENCES, Floats, read_references
@@ -47,7 +47,7 @@ def reference_artifact(
         kept = str(read_references(folder / REFERENCES).get("key")) == key
     except BundleError:
         kept = False
-    if not kept and not (wanted and find_spec("onnxruntime")):
+    if not kept and not (wanted and has_reference()):
         return None
     return Artifact("references", key, partial(write, kept=kept), role="file")
 

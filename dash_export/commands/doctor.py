@@ -18,11 +18,10 @@ import click
 from rich.text import Text
 
 from dash_export import __version__
-from dash_export.backends.base import BACKENDS
-from dash_export.backends.base import PACKAGES as BACKEND_PACKAGES
+from dash_export.backends.base import MAIN, RIVALS, has_reference
 from dash_export.backends.cuda.cuda_devices import cuda_devices
+from dash_export.backends.host.cpus import allowed_processors, available_memory, cpu_name, physical_cores
 from dash_export.backends.maker import Backend, backend_of
-from dash_export.backends.onnxruntime.cpus import allowed_processors, available_memory, cpu_name, physical_cores
 from dash_export.bundle.recipe import load_recipe, recipe_names
 from dash_export.cli import EXTRAS, printable
 from dash_export.commands.tables import print_table, size
@@ -35,13 +34,11 @@ LINE = 200
 # package -> the extra of dash-export that installs it; "" for what dash-export itself always installs
 PACKAGES = {
     **dict.fromkeys(("numpy", "tokenizers"), ""),
-    **BACKEND_PACKAGES,
-    "onnxruntime-gpu": "gpu",
+    **{name: backend.extra for name, backend in (MAIN | RIVALS).items()},
     **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},
 }
-LOADED = tuple(BACKEND_PACKAGES)
+LOADED = tuple(MAIN)
 """Modules that are imported too, because a package is often installed but broken."""
-ORT_PYTHON = (3, 11)
 LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
 """Packages that building a lowered target needs beside its backend, and that running does not need."""
 
@@ -104,13 +101,13 @@ def examine() -> dict[str, Any]:
     """Return everything `doctor` prints, as plain data."""
     packages = {name: installed(name) for name in PACKAGES}
     imports = {name: imported(name) for name in LOADED}
-    devices, ort = cuda(), imports["onnxruntime"]
+    devices = cuda()
     return {
         "system": system(),
         "cuda": devices,
         "packages": packages,
         "imports": {name: result and asdict(result) for name, result in imports.items()},
-        "providers": list(ort.providers) if ort is not None else [],
+        "providers": [name for result in imports.values() if result is not None for name in result.providers],
         "targets": [_target(name, imports) for name in recipe_names()],
         "missing_for_export": [name for name, extra in PACKAGES.items() if extra == "export" and not packages[name]],
         "problems": [{"problem": said, "fix": fix} for said, fix in problems(packages, imports, devices)],
@@ -190,31 +187,29 @@ def problems(
     packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Yield what makes work fail, or run slowly without a message: the problem, and the command that fixes it."""
-    has_gpu, gpu_package = bool(devices["devices"]), packages["onnxruntime-gpu"]
+    has_gpu = bool(devices["devices"])
     if devices["seen"] and not has_gpu:
         yield (
             f"There is a GPU ({', '.join(devices['seen'][:4])}), but CUDA cannot use it: {devices['reason']}",
             "install the whole NVIDIA driver again; in a container: docker run --gpus all (on a Jetson: --runtime "
             "nvidia)",
         )
-    both = packages["onnxruntime"] and gpu_package
-    if both:
-        yield (
-            "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + "-gpu" * has_gpu,
-        )
-    for module, result in imports.items():
-        if result is not None and result.error is not None and not (both and module == "onnxruntime"):
-            name = {"tensorrt_rtx": "tensorrt-rtx-cu13"}.get(module, module)
-            name += "-gpu" if packages.get(f"{module}-gpu") else ""
-            apt = "; on a Jetson: sudo apt install --reinstall python3-libnvinfer" * (module == "tensorrt")
+    wheels = {module: backend.wheel or module for module, backend in MAIN.items()}
+    for wheel, backend in RIVALS.items():
+        module, result = backend.package, imports[backend.package]
+        if packages[wheel] and packages[module]:
+            said = f"{module} and {wheel} are both installed: they overwrite each other's files."
+            yield said, f"pip uninstall -y {module} {wheel} && pip install {wheel if has_gpu else module}"
+            del wheels[module]
+        elif packages[wheel]:
+            wheels[module] = wheel
+            if has_gpu and result is not None and result.error is None and backend.provider not in result.providers:
+                said = f"{wheel} does not offer CUDA here: another {module} has overwritten its files."
+                yield said, f"pip install --force-reinstall '{wheel}[cuda,cudnn]'"
+    for module, wheel in wheels.items():
+        if (result := imports[module]) is not None and result.error is not None:
             said = f"{module} is installed but cannot be imported ({result.error})."
-            yield said, f"pip install --force-reinstall {name}{apt}"
-    ort = imports["onnxruntime"]
-    offers = ort.providers if ort is not None and ort.error is None else ("CUDAExecutionProvider",)
-    if gpu_package and not both and has_gpu and "CUDAExecutionProvider" not in offers:
-        said = "onnxruntime-gpu does not offer CUDA here: another onnxruntime has overwritten its files."
-        yield said, "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
+            yield said, "; ".join(filter(None, (f"pip install --force-reinstall {wheel}", MAIN[module].mend)))
 
 
 def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
@@ -224,7 +219,7 @@ def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
     """
     backend = backend_of(load_recipe(name))
     reasons = _obstacles(backend, imports)
-    lowers = not _missing(backend) and find_spec("onnxruntime") is not None
+    lowers = not _missing(backend) and has_reference()
     # Only the first sentence of each reason: the rest (no driver at all, the known backends) is printed elsewhere.
     said = dict.fromkeys(reason.partition(". ")[0].rstrip(".") for reason in reasons if reason is not None)
     return {
@@ -239,14 +234,13 @@ def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
 
 def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str | None, str | None]:
     """Return why the recipe cannot be built here and why it cannot be run here; None for each that works."""
-    recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
-    package = BACKENDS[recipe.backend].package
-    found = imports.get(package)
-    if package == "onnxruntime" and found is None and sys.version_info < ORT_PYTHON:
-        build = run = "ONNX Runtime needs Python {}.{} or newer.".format(*ORT_PYTHON)
+    build, run, package = backend.build_obstacle(), backend.run_obstacle(), backend.entry.package
+    found, python = imports.get(package), MAIN[package].python
+    if found is None and sys.version_info < python:
+        build = run = "{} needs Python {}.{} or newer.".format(package, *python)
     elif found is not None and found.error is not None:
         broken = f"the package {package} cannot be imported."
-        build, run = build or (None if recipe.backend == "onnxruntime_cuda" else broken), run or broken
+        build, run = build or (broken if backend.compiles or not backend.on_device else None), run or broken
     elif found is not None and found.version is not None:
         build = build or backend.refused_version(found.version)
     if build is None and (missing := _missing(backend)):
@@ -268,9 +262,9 @@ def _install(backend: Backend, build: str | None, run: str | None) -> str:
     if build is not None and (command := backend.how_to_install()) in build:
         if not command.startswith("pip"):
             return command
-        extras.add(backend.extra)
-    if run is not None and f"[{backend.extra}]" in run and "uninstall" not in run:
-        extras.add(backend.extra)
+        extras.add(backend.entry.extra)
+    if run is not None and f"[{backend.entry.extra}]" in run and "uninstall" not in run:
+        extras.add(backend.entry.extra)
     return f"pip install 'dash-export[{','.join(sorted(extras))}]'" if extras else ""
 
 

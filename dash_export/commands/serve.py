@@ -153,7 +153,7 @@ def schedulers(
     named: dict[str, DashRuntime], rows: int | None, waiting: int, alone: Setting | None, ctx_size: int | None
 ) -> dict[str, Scheduler]:  # fmt: skip
     """Return the queues of causal LMs. Raises RequestError and PolicyError."""
-    from dash_export.backends.onnxruntime.cpus import available_memory
+    from dash_export.backends.host.cpus import available_memory
     from dash_export.serve.scheduler import Scheduler
 
     served, memory = dict[str, Scheduler](), available_memory() // 2 // len(named)

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export import __version__
+from dash_export.backends.base import MAIN
 from dash_export.backends.cuda.engines import DeviceEngines
-from dash_export.backends.onnxruntime.cpus import cpu_name, physical_cores
+from dash_export.backends.host.cpus import cpu_name, physical_cores
 from dash_export.bundle.records import POLICY
 from dash_export.files.artifacts import Progress, no_progress
 from dash_export.measure.candidates import Candidate, setting_record
@@ -203,6 +204,6 @@ def this_machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": getattr(sys.modules.get("onnxruntime"), "__version__", None),  # of a GPU it is not loaded
+        "packages": {name: sys.modules[name].__version__ for name in MAIN if name in sys.modules},
         "dash_export": __version__,
     }

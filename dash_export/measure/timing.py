@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.onnxruntime.cpus import peak_memory
+from dash_export.backends.host.cpus import peak_memory
 from dash_export.core.kinds import Setting
 from dash_export.core.sampling import TokenIds
 from dash_export.core.units import DENSE_POSITIONS, Actions

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from dash_export.backends.base import reference_engine
 from dash_export.backends.cuda.alone import LoneEngines
 from dash_export.backends.cuda.bound import POLICY as POLICY_PLACE
 from dash_export.backends.cuda.engines import DeviceEngines
@@ -73,14 +74,11 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             if build.recipe.on_device:
                 self.engine = EngineOnDevice(DashRuntime.load(root, target), name, segment)
                 return
-            # Not above: where TensorRT runs there may be no ONNX Runtime.
-            from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
-
             seal = self.bundle.verify(loaded_files(self.bundle, build))
             # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
             # cannot have the shared pool of the runtime.
             path = self.bundle.path(build.engines[name].file)
-            self.engine = OrtEngine(path, session_options(own_threads=True))
+            self.engine = reference_engine(path, own_threads=True)
             self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:

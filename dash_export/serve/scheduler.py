@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 
-from dash_export.backends.onnxruntime.cpus import available_memory
+from dash_export.backends.host.cpus import available_memory
 from dash_export.core.kinds import Setting
 from dash_export.core.sampling import Logits, Prompt, TokenIds
 from dash_export.errors import BackendError, ContextLengthError, DashError, RequestError

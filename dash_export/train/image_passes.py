@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.backends.onnxruntime.ort_engine import OrtEngine, session_options
+from dash_export.backends.base import reference_engine
 from dash_export.core.exits import gap
 from dash_export.graphs.portable import encoder_graphs
 from dash_export.graphs.portable.writer import save_graph
@@ -28,14 +28,13 @@ class ImageModel:
             for layer in range(self.spec.num_layers)
         }
         graphs |= {name: partial(getattr(encoder_graphs, f"{name}_graph"), checkpoint) for name in ("embed", "head")}
-        options, self._engines = session_options(), dict[str, OrtEngine]()
+        self._engines = {}
         for name, make in graphs.items():
             save_graph(make(), path := folder / f"{name}.onnx")
-            self._engines[name] = OrtEngine(path, options)
+            self._engines[name] = reference_engine(path)
 
     def _run(self, name: str, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
-        engine = self._engines[name]
-        return dict(zip(engine.outputs, engine.session.run(None, inputs), strict=True))
+        return self._engines[name].run(inputs)
 
     def embed(self, pixels: Floats) -> Floats:
         """Return the state that enters layer 0, of pictures [n, 3, height, width]."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dash_export import __version__
-from dash_export.backends.onnxruntime.cpus import has_bfloat16
+from dash_export.backends.host.cpus import has_bfloat16
 from dash_export.bundle.policy_file import card_path, check_replaceable, load_policy, policy_path, save_policy
 from dash_export.core.advice import policy_command
 from dash_export.core.policy import SkipPolicy, narrowed

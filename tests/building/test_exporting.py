@@ -35,7 +35,7 @@ import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.building.exporting, dash_export.models.readers.gguf, dash_export.models.readers.huggingface
 from dash_export.models import open_checkpoint
 from dash_export.core.policy import untrained_policy
-from dash_export.backends.onnxruntime.cpus import peak_memory
+from dash_export.backends.host.cpus import peak_memory
 
 before = peak_memory()
 checkpoint = open_checkpoint(sys.argv[1])

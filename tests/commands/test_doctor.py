@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,10 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = dash("doctor").stdout
     assert "pip install 'dash-export[cpu,export]'" in printed
     assert "pip install 'dash-export[cpu]'" in printed
-    monkeypatch.setattr(doctor, "ORT_PYTHON", (99, 0))
+    monkeypatch.setitem(doctor.MAIN, "onnxruntime", replace(doctor.MAIN["onnxruntime"], python=(99, 0)))
     found = rows()["cpu"]
     assert found["install"] == "pip install 'dash-export[export]'"
-    assert found["reason"] == "ONNX Runtime needs Python 99.0 or newer"
+    assert found["reason"] == "onnxruntime needs Python 99.0 or newer"
 
 
 def test_conflicts(monkeypatch: pytest.MonkeyPatch) -> None:

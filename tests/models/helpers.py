@@ -30,7 +30,7 @@ WALK = """
 import sys
 from pathlib import Path
 from dash_export.models import open_checkpoint, row_blocks
-from dash_export.backends.onnxruntime.cpus import peak_memory
+from dash_export.backends.host.cpus import peak_memory
 import dash_export.models.readers.gguf, dash_export.models.readers.huggingface, gguf, safetensors
 
 checkpoint = open_checkpoint(sys.argv[1])  # its tokenizer takes more than all that follows

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from common import Times, held_out, in_fresh_processes, load_both, print_json, report, timed, whole_build
 
+from dash_export.backends.host.cpus import peak_memory
 from dash_export.backends.host.decode import EngineSet
-from dash_export.backends.onnxruntime.cpus import peak_memory
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
 from dash_export.commands.tables import print_table

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash_export import __version__
 from dash_export.backends.cuda.cuda import require_bindings
@@ -14,6 +14,12 @@ from dash_export.backends.maker import Backend
 from dash_export.bundle.layout import LOWERED
 from dash_export.bundle.recipe import QUANTISED, EngineRecipe, Recipe
 from dash_export.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dash_export.bundle.bundle import Bundle
+    from dash_export.graphs.lower.rounded import Roundings
 
 
 class GpuBackend(Backend):
@@ -77,6 +83,13 @@ class GpuBackend(Backend):
 
     def key(self) -> Any:
         return self.recipe.dialect, asdict(self.engine)
+
+    def lower(
+        self, bundle: Bundle, _name: str, _parts: Sequence[str], composed: Callable[[], ir.Model], roundings: Roundings
+    ) -> ir.Model:
+        from dash_export.graphs.lower.trt import lower
+
+        return lower(composed(), bundle.manifest, self.recipe, roundings)
 
 
 class LoweringBackend(GpuBackend):

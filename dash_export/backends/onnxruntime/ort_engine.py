@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dash_export.backends.base import Launch
-from dash_export.backends.onnxruntime.cpus import allowed_processors, usable_cores
+from dash_export.backends.host.cpus import allowed_processors, usable_cores
 from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory, on_huge_pages
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import Build
@@ -118,6 +118,11 @@ class OrtEngine:
             self._shapes = {item.name: item.shape for item in (*inputs, *outputs)}
             self.inputs = tuple(item.name for item in inputs)
             self.outputs = tuple(item.name for item in outputs)
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once on arrays that are copied, and return all outputs. Raises BackendError where a run fails."""
+        with ort_errors(self._name):
+            return dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
         """Fix the addresses of all inputs and outputs. An output may share its input's memory (KV cache). Raises

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash_export.backends.base import load_backend
+from dash_export.backends.host.cpus import available_memory, cpu_name, usable_cores
 from dash_export.backends.maker import Backend, plan_segments
-from dash_export.backends.onnxruntime.cpus import available_memory, cpu_name, usable_cores
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.records import EngineRecord, Manifest, Segment
 from dash_export.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dash_export.graphs.lower.rounded import Roundings
 
 _FOLDING_BYTES = 40
 """Bytes that ONNX Runtime takes per weight of a GGUF file's blocks, while it folds their dequantisation to float32."""
@@ -85,3 +90,13 @@ class CpuBackend(Backend):
 
     def key(self) -> Any:
         return self.version()
+
+    def lower(
+        self, bundle: Bundle, name: str, parts: Sequence[str], _composed: Callable[[], ir.Model], roundings: Roundings
+    ) -> ir.Model:
+        from dash_export.graphs.lower.ort import engine_graph
+        from dash_export.graphs.lower.surgery import load_graph
+
+        graphs = {part: load_graph(bundle.graph(part)) for part in parts}
+        doc = f"{', '.join(parts)} of {bundle.manifest.model.name}"
+        return engine_graph(name, doc, graphs, bundle.manifest, self.recipe, roundings)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import openvino as ov
 
 from dash_export.backends.base import Launch
+from dash_export.backends.host.cpus import allowed_processors, usable_cores
 from dash_export.backends.host.encoder_pass import EncoderEngines
-from dash_export.backends.onnxruntime.cpus import allowed_processors, usable_cores
 from dash_export.backends.onnxruntime.huge_pages import keep_freed_memory
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Recipe

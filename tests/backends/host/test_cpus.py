@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.backends.onnxruntime import cpus
-from dash_export.backends.onnxruntime.cpus import LoadMeter, has_bfloat16
+from dash_export.backends.host import cpus
+from dash_export.backends.host.cpus import LoadMeter, has_bfloat16
 
 
 def test_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,6 @@ def this_machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: sys.modules[name].__version__ for name in MAIN if name in sys.modules},
+        "packages": {name: found for name in MAIN if (found := getattr(sys.modules.get(name), "__version__", ""))},
         "dash_export": __version__,
     }

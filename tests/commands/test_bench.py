@@ -25,7 +25,7 @@ def test_table_and_json(tiny_root: Path) -> None:
         assert f"{lane['prompt_tokens_per_second']:.0f}" in row
         assert f"{lane['tokens_per_second']:.1f}" in row
     assert found["course"] == {"text": "prose.txt", "context": 20, "tokens": 8, "windows": 1, "rounds": 1}
-    assert found["machine"]["onnxruntime"]
+    assert found["machine"]["packages"]["onnxruntime"]
 
 
 def test_refuses(tiny_root: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,17 @@ def test_a_path_is_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "mine.toml", '[weights]\nlayers = "fp32"\nblock_size = 64\n'))
     assert (recipe.name, recipe.weights.layers, recipe.weights.block_size) == ("mine", "fp32", 64)
     assert recipe.runtime == Recipe("x").runtime
+
+
+def test_the_most_lists_of_a_recipe(tmp_path: Path) -> None:
+    load_recipe(write(tmp_path / "most.toml", "#" + "[" * 100))
+    with pytest.raises(RecipeError, match="over 100 lists and tables"):
+        load_recipe(write(tmp_path / "more.toml", "#" + "[" * 101))
+
+
+@pytest.mark.parametrize(("layers", "rounding"), [("int4", True), ("fp32", False)])
+def test_what_is_calibrated(layers: Any, rounding: bool) -> None:
+    assert WeightsRecipe(layers, *["fp32"] * 5).calibrates is rounding
 
 
 GPU = """

@@ -119,6 +119,16 @@ def test_an_error_or_a_kill_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-mine"]
 
 
+def test_a_killed_process_of_the_same_number(tmp_path: Path) -> None:
+    """Numbers of processes come again, soon in a container: what the killed one left is no part of the new artifact."""
+    store = ArtifactStore(tmp_path)
+    left = tmp_path / f".tmp-{os.getpid()}-a"
+    left.mkdir()
+    (left / "a.data").write_text("half")
+    store.make("a", "key", lambda folder: [] if any(folder.iterdir()) else writer("whole")(folder))
+    assert (tmp_path / "a.data").read_text() == "whole"
+
+
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     """A link in the way is not followed."""
     for left in ("touch", "symlink_to"):

@@ -18,7 +18,16 @@ from dash_export.building.exporting import export
 from dash_export.bundle.bundle import Bundle
 from dash_export.errors import BundleError, BusyError, OutputError
 from dash_export.files import outputs
-from dash_export.files.outputs import MARK, folder_locked, lock_file, locked, output_path, own_secret, work_folder
+from dash_export.files.outputs import (
+    MARK,
+    folder_locked,
+    lock_file,
+    locked,
+    output_path,
+    own_secret,
+    remove_own,
+    work_folder,
+)
 from dash_export.models import Checkpoint
 from tests.forged import folder_of, tree
 from tests.tiny import tiny_policy
@@ -173,6 +182,13 @@ def test_what_is_not_ours_is_kept(tiny_model: Checkpoint, tmp_path: Path) -> Non
         assert (work / MARK).read_bytes() == b"export"
     export(tiny_model, output)
     assert not work.exists()
+
+
+def test_an_own_folder_is_removed_whole(tmp_path: Path) -> None:
+    work = work_folder(tmp_path / "a.dash", "export")
+    (work / "onnx").mkdir()
+    remove_own(work)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("link", ["onnx", MARK, "config.json"])

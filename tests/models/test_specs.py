@@ -88,6 +88,10 @@ def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"),
         ({"rope_theta": 1e-300}, "rope_theta"),
         ({"max_position_embeddings": 1 << 20, "head_dim": 1024}, "RoPE tables for 1048576 positions take 4096 MB"),
+        (
+            {"model_type": "gemma3_text", "max_position_embeddings": 1 << 19, "head_dim": 512},
+            "RoPE tables for 524288 positions take 2048 MB",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 5e-324}}, "beta_fast"),
         ({"rope_theta": 10**400}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -15,6 +15,7 @@ from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle.bundle import Bundle
+from dash_export.errors import BundleError
 from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
 from tests.tiny import random_ids
 
@@ -35,6 +36,12 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     assert {window.shape for window in windows} == {(1, 12)}
     np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
     np.testing.assert_array_equal(windows[0], windows[STEPS])
+
+
+def test_an_engine_that_is_not_there(tiny_root: Path) -> None:
+    bundle = Bundle.open(tiny_root)
+    with pytest.raises(BundleError, match=r"layer_02 is part of the segment layers_02-03\. Engines: .*, layer_04, "):
+        find_engine(bundle, bundle.load_build("cpu-fp32"), "layer_02")
 
 
 def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:

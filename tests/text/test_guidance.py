@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from dash_export import DashRuntime
 from dash_export.errors import RequestError
-from dash_export.text.guidance import Guide, _without_gaps, json_grammar, regex_grammar
+from dash_export.text import guidance
+from dash_export.text.guidance import Guide, Guides, _without_gaps, json_grammar, regex_grammar
 from dash_export.text.tokenizer import Text
 from tests.models.helpers import tiny_tokenizer
 
@@ -59,3 +60,11 @@ def test_a_grammar_that_allows_no_token(tmp_path: Path) -> None:
     matcher = Mock(is_error=lambda: True, get_error=lambda: "NoExtensionBias\n<non-verbose/>")
     with pytest.raises(RequestError, match=r"cannot go on \(by it no token of this model may come next\)\.$"):
         Guide(matcher).take(5)
+
+
+def test_the_grammar_used_last_stays_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guidance, "_KEPT", 2)
+    guides = Guides(runtime.text.tokenizer, runtime.text.eos_ids)
+    for letter in "abac":
+        guides.guide(regex_grammar(letter))
+    assert [*guides._tried] == [regex_grammar("a"), regex_grammar("c")]

@@ -74,9 +74,9 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
     runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
     on_device = build.recipe.on_device
     dense, device, dispatch = sum(runs.values()), engines.device.name if on_device else cpu_name(), "sync"
-    bypassed = [medians[unit.bypass] for unit in units]
-    if bundle.manifest.model.decides == "input":  # an exit is asked whether or not the picture leaves there
-        asks, bypassed = asks + sum(bypassed), [0.0] * len(units)
+    bypassed, exits = [medians[unit.bypass] for unit in units], tuple[float, ...]()
+    if bundle.manifest.model.decides == "input":  # an exit that a picture reaches is asked, also if it goes on
+        exits, bypassed = tuple(round(spent / dense, 5) for spent in bypassed), [0.0] * len(units)
     saved = [runs[name] - spent for name, spent in zip(gated, bypassed, strict=True)]
     times_of: dict[str, _Tokens] = {}
     if on_device and bundle.manifest.model.decides == "token":
@@ -97,7 +97,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:
         if mode != dispatch and sum(saved) > 0 and 1e-3 <= (ratio := sum(own.saved) / sum(saved)) <= 1e3
     }
     asks = round(max(asks, 0.0) / dense, 5)
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch, modes)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, exits, dispatch, modes)
 
 
 class _Tokens(NamedTuple):

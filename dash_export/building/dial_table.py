@@ -60,7 +60,7 @@ def calibrate_dial(
         tokens += len(item.ids) - item.prefix
         progress("calibrating the dial", done, len(items))
     judged = tokens - len(items)  # an item's last token has no successor
-    points = [DialPoint(0.0, float(num_layers), round(1.0 + runtime.cost.asks, 5), 0.0)]
+    points = [DialPoint(0.0, float(num_layers), runtime.cost.dense_asked, 0.0)]
     for trade_off, (skipped, time, kl, lost, other) in zip(trade_offs, sums / tokens, strict=True):
         perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
         layers = round(num_layers - skipped, 4)

@@ -207,6 +207,8 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield f"{min(unlisted)} is not among the files."
     if len(build.cost.cost) != len(units):
         yield "the cost table does not list the units."
+    if len(build.cost.exits) not in {0, len(units)}:
+        yield "the cost table does not list the exits."
     if sum(build.cost.cost) * max([1.0, *(mode.saved for mode in build.cost.modes.values())]) >= 1:
         yield "by its cost table the units take more than a whole token."
 

@@ -141,7 +141,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         why = f": {obstacle}" if obstacle else "."
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return
-    asks = f"; asking the policy adds {cost.asks:.1%} ({cost.dispatch})" if cost.asks else ""
+    asks = f"; asking the policy adds {added:.1%} ({cost.dispatch})" if (added := cost.dense_asked - 1) else ""
     measure = bundle.manifest.measure
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/{measure.at(cost.context)} on {build.device}{asks}")
     if cost.cost:

@@ -39,8 +39,9 @@ class CostTable:
     `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
     skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
     one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
-    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times;
-    `modes`: the others that were measured.
+    engine of the first layers outputs the damage in any case). `exits`, of an encoder: what the exit before each unit
+    takes, as the same fraction; an input asks those up to the one where it leaves. `dispatch`: the dispatch mode of all
+    these times; `modes`: the others that were measured.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -52,6 +53,7 @@ class CostTable:
     others: NotNegative = 0.0
     stolen: NotNegative = 0.0
     asks: NotNegative = 0.0
+    exits: tuple[NotNegative, ...] = ()
     dispatch: str = "sync"
     modes: dict[str, Mode] = field(default_factory=dict)
 
@@ -60,7 +62,16 @@ class CostTable:
         the policy was evaluated for them.
         """
         found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
+        if self.exits:
+            reached = np.ones_like(skipped, np.bool_)
+            reached[1:] = ~skipped[:-1]
+            found += np.array(self.exits) @ (reached if asked else reached & skipped)
         return found
+
+    @property
+    def dense_asked(self) -> float:
+        """Time, as a fraction of dense, where the policy is asked and nothing is skipped."""
+        return round(1.0 + self.asks + sum(self.exits), 5)
 
     @property
     def disturbed(self) -> str:

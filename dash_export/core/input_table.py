@@ -83,7 +83,7 @@ def input_dial(table: HeldOut, cost: CostTable, units: Sequence[Unit], num_layer
     """Return the points of the dial, from dense to everything skipped, as means over the held-out pictures."""
     own = np.array(cost.cost)
     worth = np.flatnonzero(own > 0)
-    points = [DialPoint(0.0, float(num_layers), round(1.0 + cost.asks, 5), 0.0)]
+    points = [DialPoint(0.0, float(num_layers), cost.dense_asked, 0.0)]
     ratios = (table.damage[worth] / own[worth, None])[:, np.isfinite(table.damage).all(axis=0)]
     ratios = np.minimum.accumulate(ratios, axis=0)  # a unit is skipped where one before it is
     if not ratios.size:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import Protocol
 
+import numpy as np
+
 from dash_export.core.advice import policy_command
 from dash_export.core.dial import CostTable, DialPoint, out_of_reach, trade_off_at_most, trade_off_for
 from dash_export.core.facts import ModelFacts
@@ -123,7 +125,7 @@ class Static:
         order = policy.static_order
         for count in range(len(order) + 1):
             skipped = sum(len(policy.units[place].layers) for place in order[:count])
-            time = 1.0 - sum(served.cost.cost[place] for place in order[:count])
+            time = float(served.cost.token_time(np.isin(range(len(policy.units)), order[:count])[:, None])[0])
             if skipped >= wanted if setting.budget is None else time <= setting.budget + 1e-9:
                 return order[:count]
         if setting.budget is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from dash_export.backends.base import Launch
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
 from dash_export.building import cost_table
 from dash_export.building.cost_table import measure_cost
+from tests.tiny_encoder import encoder_bundle
 
 
 def test_what_a_unit_costs(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +30,26 @@ def test_what_a_unit_costs(tiny_runtime: Callable[..., DashRuntime], monkeypatch
     assert table.cost == pytest.approx((160 / 1100, 70 / 1100), rel=0.02)
     assert set(table.bypass_us) == {"bypass_02-03", "bypass_04-04"}
     assert table.segment_us["layers_02-03"] / table.bypass_us["bypass_02-03"] == pytest.approx(5, rel=0.02)
+
+
+def test_an_exit_is_no_part_of_what_leaving_there_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each segment takes 100 us, each exit 10, the guard 20."""
+    runtime = DashRuntime.load(encoder_bundle(tmp_path), "portable")
+    segments, read = runtime.build.segments, runtime.bundle.manifest.policy.read
+    gates = [segment.gated for segment in segments]
+    guard = 1 + next(place for place, segment in enumerate(segments) if segment.last + 1 >= read)
+    passes = count()
+
+    def timed(launches: Iterable[Launch]) -> list[float]:
+        skipped, place = next(passes) % 2, count()
+        found = [10.0 if gated and next(place) % 2 == skipped else 100.0 for gated in gates]
+        found.insert(guard, 20.0)
+        assert len(list(launches)) == len(found)
+        return found
+
+    monkeypatch.setattr(cost_table, "_timed", timed)
+    table = measure_cost(runtime.bundle, runtime.build, OrtBackend(0))
+    dense = 100 * len(gates)
+    assert table.exits == pytest.approx([10 / dense] * sum(gates), abs=1e-5)
+    assert table.cost == pytest.approx([100 / dense] * sum(gates), abs=1e-5)
+    assert table.asks == pytest.approx(20 / dense, abs=1e-5)

@@ -272,6 +272,7 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a strange recipe": (lambda data: data["recipe"].update(speed=1), r"recipe: unknown 'speed'"),
     **{f"dial {dial}": (lambda data, dial=dial: data.update(dial=dial), "dial") for dial in DIALS},
     "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
+    "an exit too few": (lambda data: data["cost"].update(exits=[0.01]), "does not list the exits"),
     "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),
     "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "is outside 0 to 1"),
     "no time": (lambda data: data["cost"].update(dense_us=0.0), "a dense token takes no time"),

@@ -55,7 +55,8 @@ def test_figures_are_those_of_the_runtime(line: Path, runtime_of_line: DashRunti
         assert row.same_class == pytest.approx(np.mean(np.equal(*likeliest)))
         assert row.guarded == pytest.approx(found.guarded.mean())
         assert row.layers == pytest.approx((found.actions == 0).sum(axis=1).mean())
-    assert rows[1].predicted == pytest.approx(1 - sum(runtime_of_line.cost.cost))
+    cost = runtime_of_line.cost
+    assert rows[1].predicted == pytest.approx(1 - sum(cost.cost) + cost.exits[0])
     assert rows[0].pictures == 60
 
 

@@ -114,6 +114,7 @@ def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monke
     assert (dense.ratio, dense.milliseconds, dense.predicted) == (1, 10, 1)
     assert (one.ratio, one.milliseconds, one.predicted) == pytest.approx((0.5, 5, 0.6))
     assert (other.ratio, other.milliseconds) == pytest.approx((0.8, 8))
+    assert (other.low, other.high) == pytest.approx((0.8, 0.8)), "every round said the same"
     assert (dense.prompt_ms, one.prompt_ms) == pytest.approx((300, 400))
     assert len(ran) == 6
     assert candidates[0] not in ran

@@ -302,6 +302,17 @@ def test_a_long_text_of_a_bounded_length(runtime: DashRuntime) -> None:
     assert fits(json_grammar(schema), runtime.text, json.dumps({"t": "a long text " * 990}))
 
 
+def test_a_function_that_is_named_is_called_once(runtime: DashRuntime) -> None:
+    """Of `required` ones there may be several calls, where calls are parallel."""
+    call = f'{BEGIN}\n{{"name": "measure", "arguments": {{"kind": "lake", "length": 7}}}}\n{END}'
+    for choice, several in (("required", True), (NAMED, False)):
+        request = ChatRequest.model_validate({"messages": MESSAGES, "tools": [TOOL], "tool_choice": choice})
+        grammar = calls_grammar(request.tools, request.tool_choice, True, marked=False)
+        assert grammar is not None
+        assert fits(grammar, runtime.text, call)
+        assert fits(grammar, runtime.text, f"{call}\n{call}") is several
+
+
 def test_calls_among_words() -> None:
     text = 'Well. <tool_call>\n{"name": "a", "arguments": {"x": {"y": 1}}}\n</tool_call> And <tool_call>no</tool_call>'
     words, calls = split_calls(text)

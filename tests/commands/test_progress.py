@@ -30,11 +30,24 @@ def test_a_line_every_twenty_seconds(capsys: pytest.CaptureFixture[str], monkeyp
     ]
 
 
+def test_a_step_that_goes_on_says_no_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a resumed work: nothing is done yet that could be timed."""
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with progress_bar("train") as said:
+        for _ in range(3):
+            said("step 400", 400, 1000)
+            now += 30.0
+    assert capsys.readouterr().err.splitlines() == ["train: step 400 (400/1000)"] * 3
+
+
 def test_one_long_step_is_not_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY", 0.2)
     with progress_bar("train") as said:
         said("own answers", 3, 100)
-        time.sleep(1.0)
+        time.sleep(1.5)
     time.sleep(0.6)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "train: own answers (3/100)"

@@ -39,6 +39,7 @@ def test_a_response(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert reply.usage.input_tokens == len(runtime.text.chat(messages))
     assert reply.usage.output_tokens == 12
     assert reply.usage.model_extra["dash"]["layers_per_token"] == 6.0  # type: ignore[index]
+    assert reply.model_extra["dash"] == reply.usage.model_extra["dash"]  # type: ignore[index]
     pieces = [{"type": "input_text", "text": piece} for piece in ("hello ", "there")]
     parts: Any = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": pieces}]
     assert client.responses.create(input=parts, max_output_tokens=12, **ASKED).output_text == wanted

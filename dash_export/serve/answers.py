@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_export.core.units import unit_skips
+from dash_export.runtime import DashRuntime
 from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
@@ -124,8 +126,13 @@ def dash(answers: Sequence[Answer]) -> dict[str, Any]:
     if steps and seconds:
         told["layers_per_token"] = round(sum(each.layers for each in said) / steps, 3)
         told["tokens_per_second"] = round(steps / seconds, 2)
-    actions = [skips for answer in answers for skips in answer.actions]
-    if actions and runtime.cost.segment_us:
-        skips = unit_skips(np.array(actions), runtime.bundle.manifest.policy.units)
-        told["time_of_dense"] = round(float(runtime.cost.token_time(skips).mean()), 4)
+    times = [_times(runtime, answer) for answer in answers if answer.actions]
+    if times and runtime.cost.segment_us:
+        told["time_of_dense"] = round(float(np.concatenate(times).mean()), 4)
     return told
+
+
+def _times(runtime: DashRuntime, answer: Answer) -> npt.NDArray[np.float64]:
+    skips = unit_skips(np.array(answer.actions), runtime.bundle.manifest.policy.units)
+    rules = answer.ticket.alone
+    return runtime.cost.token_time(skips, asked=rules is not None and rules.calibrated.asks)

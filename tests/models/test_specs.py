@@ -177,6 +177,14 @@ def test_two_configs_of_one_model(config: dict[str, Any], other: dict[str, Any],
     assert decoder_spec(config) == decoder_spec(config | other) != decoder_spec(config | another)
 
 
+def test_windows_of_qwen2_begin_at_a_layer() -> None:
+    used = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    spec = decoder_spec(CONFIG | used)
+    kinds = AutoConfig.for_model(**CONFIG | used).layer_types
+    assert spec.traits.windows == tuple(9 if kind == "sliding_attention" else 0 for kind in kinds)
+    assert kinds == ["full_attention", "sliding_attention"]
+
+
 @pytest.mark.parametrize(("written", "context"), [(32_768, 131_072), (131_072, 131_072), (262_144, 262_144)])
 def test_yarn_lengthens_the_context(written: int, context: int) -> None:
     """Cards say to add the scaling and nothing else, and some models have the context that follows in their config."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.core.units import unit_skips
 from dash_export.serve import metrics
 from dash_export.serve.app import Server
 from dash_export.serve.running import BODY_BYTES
@@ -51,6 +53,19 @@ def test_how_much_is_skipped(how: str, client: openai.OpenAI, runtime: DashRunti
     assert reply.choices[0].message.content == expected(runtime, 9, policy="static", skip=(2, 3))
     assert reply.model_extra["dash"]["layers_per_token"] == 4.0  # type: ignore[index]
     assert reply.model_extra["dash"]["time_of_dense"] < 1  # type: ignore[index]
+
+
+def test_the_time_of_an_answer_has_what_asking_the_policy_takes(
+    client: openai.OpenAI, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; on a CPU asking takes nothing of its own, so the cost table is changed."""
+    steps = list(runtime.chat(MESSAGES, 9, policy="token", skipped=1.5))[1:]
+    skips = unit_skips(np.array([step.actions for step in steps]), runtime.bundle.manifest.policy.units)
+    expected_time = 0.05 + runtime.cost.token_time(skips).mean()
+    monkeypatch.setattr(DashRuntime, "cost", property(lambda its: replace(its.build.cost, asks=0.05)))
+    body = {"dash": {"policy": "token", "skipped": 1.5}}
+    reply = client.chat.completions.create(messages=MESSAGES, max_tokens=9, extra_body=body, **GREEDY)
+    assert reply.model_extra["dash"]["time_of_dense"] == pytest.approx(expected_time, abs=1e-4)  # type: ignore[index]
 
 
 def test_a_streamed_chat(client: openai.OpenAI, runtime: DashRuntime) -> None:

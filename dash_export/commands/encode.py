@@ -15,6 +15,7 @@ from dash_export.bundle.layout import check_outside_bundles
 from dash_export.cli import printable
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
+from dash_export.core.exits import normalized
 from dash_export.core.rule import DENSE
 from dash_export.core.units import layers_text
 from dash_export.errors import OutputError, RequestError
@@ -104,16 +105,11 @@ class _Gallery:
         files = image_files(folder)
         dense = encoder.under(DENSE)
         self.names = [path.name for path in files]
-        self._vectors = np.concatenate([_unit(found.pooled) for found in dense.stream(files)])
+        self._vectors = np.concatenate([normalized(found.pooled) for found in dense.stream(files)])
 
     def nearest(self, pooled: np.ndarray[Any, Any]) -> list[tuple[str, float]]:
-        cosines = self._vectors @ _unit(pooled)[0]
+        cosines = self._vectors @ normalized(pooled)[0]
         return [(self.names[place], float(cosines[place])) for place in np.argsort(-cosines)[:TOP]]
-
-
-def _unit(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return found
 
 
 def _row(found: Encoded, gallery: _Gallery | None) -> dict[str, Any]:

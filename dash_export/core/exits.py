@@ -65,13 +65,14 @@ def gap(left: Floats, right: Floats) -> Floats:
     """Return 1 - cosine of the rows of two arrays [n, hidden]: half the square of the distance of unit vectors, which
     is exact for small ones.
     """
-    apart = _unit(left) - _unit(right)
+    apart = normalized(left) - normalized(right)
     found: Floats = 0.5 * (apart * apart).sum(axis=1)
     return found
 
 
-def _unit(vectors: Floats) -> Floats:
-    found: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+def normalized(vectors: Floats) -> Floats:
+    """Return vectors [..., hidden] of length 1; a vector of zeros stays one."""
+    found: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     return found
 
 

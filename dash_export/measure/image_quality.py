@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.core.exits import gap
+from dash_export.core.exits import gap, normalized
 from dash_export.core.kinds import Setting
 from dash_export.errors import RequestError
 from dash_export.files.artifacts import Progress, no_progress
@@ -151,7 +151,7 @@ class _Judge:
         x, y = self._with_ones(dense[self._learnt]), np.eye(len(names))[self._classes[self._learnt]]
         ridge = RIDGE * (x * x).mean() * len(x) * np.eye(x.shape[1])
         self._weight = np.linalg.solve(x.T @ x + ridge, x.T @ y)
-        self._known = dense[self._learnt] / np.linalg.norm(dense[self._learnt], axis=1, keepdims=True)
+        self._known = normalized(dense[self._learnt])
         self._dense = self._linear(dense[~self._learnt])
 
     @staticmethod

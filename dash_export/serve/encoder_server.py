@@ -198,8 +198,7 @@ async def encodings(server: EncoderServer, http: HttpRequest) -> Response:
             found, tokens, facts = await queue.encode(inputs, rule, http, until)
     told = queue.told(found, rule)
     server.metrics.encoded(name, queue.takes, time.perf_counter() - arrival.began, found.actions, told)
-    vectors = found.pooled.astype(np.float64)
-    data = listed_vectors([*(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))], request.encoding_format)
+    data = listed_vectors([*found.pooled], request.encoding_format)
     for one, about, each in zip(data, facts, _each(found), strict=True):
         one["dash"] = each | about
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "dash": told}

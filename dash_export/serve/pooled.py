@@ -12,6 +12,7 @@ import numpy.typing as npt
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from dash_export.core.exits import normalized
 from dash_export.errors import RequestError
 from dash_export.serve.answers import Inbox
 from dash_export.serve.protocol import Asked, Prompts
@@ -48,7 +49,7 @@ async def embeddings(server: Server, http: HttpRequest) -> Response:
         inbox = Inbox(False)
         answers = submitted(scheduler, asked, [None] * len(asked), inbox, ended, arrival.began)
         await collected_tokens(RunningAnswers(name, scheduler, answers, inbox, cast("Any", request)), http)
-        vectors += [answer.ticket.state / np.linalg.norm(answer.ticket.state) for answer in answers]
+        vectors += [answer.ticket.state for answer in answers]
     tokens = sum(map(len, prompts))
 
     data = listed_vectors(vectors, request.encoding_format)
@@ -57,7 +58,7 @@ async def embeddings(server: Server, http: HttpRequest) -> Response:
 
 
 def listed_vectors(vectors: Sequence[npt.NDArray[Any]], form: Literal["float", "base64"]) -> list[dict[str, Any]]:
-    """Return vectors in OpenAI's form."""
-    plain = [vector.astype("<f4") for vector in vectors]
+    """Return vectors in OpenAI's form, of length 1."""
+    plain = [normalized(vector.astype(np.float64)).astype("<f4") for vector in vectors]
     written = [one.tolist() if form == "float" else base64.b64encode(one.tobytes()).decode() for one in plain]
     return [{"object": "embedding", "index": at, "embedding": one} for at, one in enumerate(written)]

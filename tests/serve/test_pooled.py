@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.serve.pooled import listed_vectors
 from tests.serve.conftest import Serve
 from tests.tiny import random_ids
 
@@ -44,6 +45,11 @@ def test_forms(http: httpx.Client) -> None:
     vector = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4")
     np.testing.assert_array_equal(np.array(plain["data"][0]["embedding"], np.float32), vector)
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_vector_of_zeros_stays_one() -> None:
+    listed = listed_vectors([np.zeros(3, np.float32), np.array([3.0, 0.0, 4.0], np.float32)], "float")
+    assert [one["embedding"] for one in listed] == [[0, 0, 0], pytest.approx([0.6, 0, 0.8])]
 
 
 def test_a_queue_of_one(serve: Serve) -> None:

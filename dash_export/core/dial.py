@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.passes import PassCosts
 from dash_export.core.units import Skips
 from dash_export.errors import PolicyError
 from dash_export.files.typed_json import NotNegative, Within
@@ -56,6 +57,7 @@ class CostTable:
     exits: tuple[NotNegative, ...] = ()
     dispatch: str = "sync"
     modes: dict[str, Mode] = field(default_factory=dict)
+    passes: PassCosts | None = None
 
     def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
         """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:

@@ -30,7 +30,7 @@ STATE, EMBEDDING, NORM, LAYER = "state.weight", "embedding.weight", "norm.weight
 @dataclass(frozen=True)
 class Drafter:
     """Weights by name, float32; matrices are [out, in]. `tokens` int64 [V], rising: the short vocabulary. `slope`,
-    `offset`: a draft's chance to be accepted is sigmoid(slope * logit(probability) + offset). `origin` says who made it.
+    `offset`: a draft's chance to be accepted is sigmoid(slope * logit(probability) + offset). `origin`: who made it.
     """
 
     weights: Mapping[str, Float32Array]

@@ -90,9 +90,13 @@ class EngineSet:
         """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
         return KVCache(self.model, step, sequences)
 
-    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
-        """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch."""
-        return BoundStep(self, cache, sequence, teacher_forced, batch)
+    def step(
+        self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1, mixes: bool = True
+    ) -> BoundStep:
+        """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch. Without
+        `mixes` the rows of a step are all dense, and no mixed engines are loaded for it.
+        """
+        return BoundStep(self, cache, sequence, teacher_forced, batch, mixes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,13 @@ class BoundStep:
     """
 
     def __init__(
-        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
+        self,
+        engines: EngineSet,
+        cache: KVCache,
+        sequence: int,
+        teacher_forced: bool = False,
+        batch: int = 1,
+        mixes: bool = True,
     ) -> None:
         """Bind the engines. `teacher_forced` steps give the logits of all their tokens, others those of the last."""
         self.sequence, self.batch, self._cache = sequence, batch, cache
@@ -150,7 +160,7 @@ class BoundStep:
             pair = (cache.keys[layer][:batch], cache.values[layer][:batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
                 self._arrays[name] = self._arrays[short_name(name)] = array
-        mixed = engines.mixed if teacher_forced or batch > 1 else ()
+        mixed = engines.mixed if mixes and (teacher_forced or batch > 1) else ()
         self.segments: Sequence[BoundSegment] = [*self._bound(engines, mixed)]
         gated = (place for place, item in enumerate(self.segments) if item.unit is not None)
         self._first = next(gated, len(self.segments))

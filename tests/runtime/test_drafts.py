@@ -152,7 +152,7 @@ def test_the_context_is_full(runtime: DashRuntime) -> None:
 
 
 def test_a_grammar(runtime: DashRuntime) -> None:
-    """A refused draft leaves no trace in it; what it forbids is cut before rows are spent; what it forces is a draft."""
+    """A refused draft leaves no trace in it; what it forbids is cut beforehand, what it forces is a draft."""
     schema = {"type": "object", "properties": {"name": {"const": "abcdefg"}, "n": {"type": "integer"}},
               "required": ["name", "n"]}  # fmt: skip
     sampling = Sampling(1.0, seed=3, grammar=json_grammar(schema))

@@ -42,7 +42,7 @@ class CostTable:
     one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
     engine of the first layers outputs the damage in any case). `exits`, of an encoder: what the exit before each unit
     takes, as the same fraction; an input asks those up to the one where it leaves. `dispatch`: the dispatch mode of all
-    these times; `modes`: the others that were measured.
+    these times; `modes`: the others that were measured. `passes`: costs of several rows, of a causal LM on a host.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]

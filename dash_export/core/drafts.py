@@ -31,7 +31,8 @@ class Drafts:
     """Drafts of one sequence, and what it knows of its text. `looks`: whether matches are drafts."""
 
     def __init__(self, costs: PassCosts, looks: bool = True, trained: bool = False) -> None:
-        self._costs, self._looks, self.trained = costs, looks, trained
+        self._costs, self._looks = costs, looks
+        self.trained = trained
         self.clear()
 
     def clear(self) -> None:

@@ -112,6 +112,10 @@ class ModelFacts(ABC):
         which a free dimension is taken.
         """
 
+    def drafter_shapes(self) -> dict[str, Shape]:
+        """Return the shapes of a drafter's weights; none where there can be no drafter, or its shapes are not known."""
+        return {}
+
     @abstractmethod
     def random_network(self, units: int, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
         """Return a policy network in these shapes that gives noise, to measure and test with."""

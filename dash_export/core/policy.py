@@ -28,6 +28,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.drafter import Drafter, check_drafter
 from dash_export.core.exits import check_exits
 from dash_export.core.facts import ModelFacts
 from dash_export.core.units import Unit, check_static_order, check_units, units_of, units_text
@@ -62,7 +63,7 @@ class SkipPolicy:
     a token policy. `bypasses`: one per unit. `static_order`: indices of units in the order in which a static policy
     skips them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that
     the policy was trained with; it tells that model from another one of the same shape. `answers`: held-out answers of
-    that model, as a .jsonl file (`text/chats.py`), on which a build calibrates its dial.
+    that model, as a .jsonl file (`text/chats.py`), on which a build calibrates its dial. `drafter` guesses tokens.
     """
 
     units: tuple[Unit, ...]
@@ -73,6 +74,7 @@ class SkipPolicy:
     static_order: tuple[int, ...] = ()
     final_norm: Float32Array | None = field(default=None, compare=False)
     answers: str = field(default="", compare=False)
+    drafter: Drafter | None = field(default=None, compare=False)
 
     @property
     def form(self) -> str:
@@ -141,6 +143,8 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     check_static_order(policy.static_order, policy.units)
     if spec.decides == "input":
         check_exits(policy.units, spec.num_layers)
+    if policy.drafter is not None:
+        check_drafter(policy.drafter, spec.drafter_shapes(), getattr(spec, "vocab_size", 0))
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
     found, needed = policy.weights(), dict[str, tuple[int, ...]]()
@@ -170,7 +174,9 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """Facts of the bundle's skip policy, as in a SkipPolicy; `bypass` is the form of its bypasses."""
+    """Facts of the bundle's skip policy, as in a SkipPolicy; `bypass` is the form of its bypasses, `drafter` the origin
+    of its drafter, empty where there is none.
+    """
 
     units: tuple[Unit, ...]
     read: int
@@ -179,6 +185,7 @@ class PolicyFacts:
     bypass: str
     fingerprint: str
     static_order: tuple[int, ...] = ()
+    drafter: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:

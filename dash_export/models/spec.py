@@ -1,7 +1,7 @@
 """Description of a model for all other packages: a frozen spec and named weights, free of any framework."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -9,13 +9,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.drafter import EMBEDDING, NORM, STATE
+from dash_export.core.drafter import LAYER as DRAFTER_LAYER
 from dash_export.core.facts import DecoderFacts, EncoderFacts, TextFacts
 from dash_export.errors import CheckpointError
 from dash_export.files.artifacts import identity
 
 Float32Array = npt.NDArray[np.float32]
 
-FINAL_NORM = "model.norm.weight"
+FINAL_NORM, EMBED_WEIGHT, HEAD_WEIGHT = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 LAYERS = "model.layers."
 """Prefix of the names of all layers' weights."""
 
@@ -58,13 +60,19 @@ class DecoderSpec(DecoderFacts):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight this decoder needs, by its Hugging Face name; matrices are [out, in]."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {EMBED_WEIGHT: (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             shapes |= {layer_weight(index, name): shape for name, shape in self._layer_shapes(index).items()}
         shapes[FINAL_NORM] = (self.hidden_size,)
         if not self.tie_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[HEAD_WEIGHT] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def drafter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a drafter's weights: its layer has the form of the last one, without updates."""
+        hidden, layer = self.hidden_size, replace(self, updates=())._layer_shapes(self.num_layers - 1)
+        shapes: dict[str, tuple[int, ...]] = {STATE: (hidden, hidden), EMBEDDING: (hidden, hidden), NORM: (hidden,)}
+        return shapes | {DRAFTER_LAYER + name: shape for name, shape in layer.items()}
 
     def _layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size

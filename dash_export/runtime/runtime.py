@@ -147,7 +147,7 @@ class DashRuntime:
     def _new_drafts(self, setting: Setting) -> Callable[[], Drafts | None]:
         """Return what makes the drafts of a text. Raises PolicyError for a drafter that this build has not."""
         wanted, costs = setting.draft, self.cost.passes
-        trained = getattr(self.engines, "drafter", None) is not None and wanted in ("auto", "layer")
+        trained = self.engines.drafter is not None and wanted in ("auto", "layer")
         looks = wanted in ("auto", "lookup")
         if setting.kind != "dense" or wanted == "off":
             return no_drafts

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.backends.host.drafting import BoundDrafter
 from dash_export.core.drafts import MOST_LOOKED_UP, Drafts
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from dash_export.backends.cuda.engines import DeviceEngines
     from dash_export.backends.cuda.step import DeviceStep
     from dash_export.backends.host.decode import BoundStep, EngineSet
-    from dash_export.backends.host.drafting import BoundDrafter
 
 
 @dataclass
@@ -132,8 +132,8 @@ class Steps:
         if forced := row.turn.forced(most):
             return forced
         ask = None
-        if drafts.trained and row.state is not None and getattr(self.engines, "drafter", None) is not None:
-            self._drafter = self._drafter or cast("EngineSet", self.engines).drafting(self.cache)
+        if drafts.trained and row.state is not None:
+            self._drafter = self._drafter or BoundDrafter(cast("EngineSet", self.engines), self.cache)
             ask = self._drafter.asked(row.state, length)
         return row.turn.allowed(drafts.guesses(ask, length, most))
 

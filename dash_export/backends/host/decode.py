@@ -20,7 +20,7 @@ from dash_export.backends.host.cache import KVCache
 from dash_export.backends.host.segments import HostBackend, HostEngine, in_a_row, load_segments, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
-from dash_export.bundle.records import DAMAGED, MIXED, Build
+from dash_export.bundle.records import DAMAGED, DRAFTER, MIXED, Build
 from dash_export.core.facts import rope_tables
 from dash_export.core.rule import DENSE, Rule, State, skips_for
 from dash_export.core.sampling import Draw
@@ -62,6 +62,7 @@ class EngineSet:
         self._rope: dict[str, Floats] = {}
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
+        self.drafter = backend.load(bundle.path(build.engines[DRAFTER].file)) if DRAFTER in build.engines else None
 
     @cached_property
     def mixed(self) -> Sequence[HostEngine]:
@@ -94,7 +95,7 @@ class EngineSet:
         self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1, mixes: bool = True
     ) -> BoundStep:
         """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch. Without
-        `mixes` the rows of a step are all dense, and no mixed engines are loaded for it.
+        `mixes` all rows of a step run or skip the same units.
         """
         return BoundStep(self, cache, sequence, teacher_forced, batch, mixes)
 

@@ -1,4 +1,4 @@
-"""`make demo`: a real model and its trained policy to engines, answering prompts dense, token and static.
+"""`make demo`: a real model and its trained policy to engines, answering prompts with drafts, dense, token and static.
 
     python tools/demo.py [smollm2-135m|qwen2.5-coder-0.5b|dinov2-small]
 
@@ -28,6 +28,7 @@ from dash_export.commands.tables import files_size, print_table
 from dash_export.core.kinds import Setting
 from dash_export.errors import DashError
 from dash_export.measure.candidates import candidates, label
+from dash_export.measure.drafts import drafted_beside_plain, tie
 from dash_export.measure.exchange import Point, frontier
 from dash_export.measure.intervals import Interval
 from dash_export.measure.texts import judged_text
@@ -40,6 +41,7 @@ PROMPTS = (
     "Write two sentences about the sea.",
     "Why is it useful to skip work that changes nothing?",
 )
+DRAFTED = "Write a Python function that returns the n-th Fibonacci number, and explain it."
 MAX_TOKENS = 48
 FASTER, FIXED = Setting("token", budget=0.95, hold=False), Setting("static", skipped=4.0)
 ANSWERS = 20
@@ -89,6 +91,7 @@ def main(model: str) -> None:
             show(console)
             return
         bundle, made = _prepare(model)
+        _draft(bundle)
         modes = _compare(bundle)
     except (DashError, UnavailableError) as error:
         sys.exit(f"Error: {error}")
@@ -116,19 +119,34 @@ def _prepare(name: str) -> tuple[Bundle, Build]:
     return bundle, made
 
 
+def _draft(bundle: Bundle) -> None:
+    """Answer the same prompt twice, without drafts and with them."""
+    runtime = DashRuntime.load(bundle.root, TARGET)
+    console.print("[bold]4.[/] Answer a prompt a token at a time, and with drafts that a pass checks: the same text")
+    found = drafted_beside_plain(runtime, [DRAFTED], 160, rounds=3)
+    plain, drafted = found.plain[0], found.drafted[0]
+    console.print(f"\n[bold]{DRAFTED}[/]")
+    console.print("".join(response.text for response in drafted).strip(), style="cyan", markup=False)
+    said = drafted[-1].statistics
+    console.print(
+        f"\n{found.plain_rate:.1f} tokens/s without drafts, {found.drafted_rate:.1f} with them: "
+        f"[bold]{found.ratio:.2f} times[/], {said.tokens_per_pass:.2f} tokens/pass. {tie(plain, drafted)}\n"
+    )
+
+
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
     best = runtime.recommended
     token = FASTER if best.budget is None else best  # where no budget pays it is dense
-    settings = [Setting("dense"), token, FIXED]
+    settings = [Setting("dense", draft="off"), token, FIXED]
     console.print(
-        "[bold]4.[/] Judge each way to skip on answers of the model that no training saw, and time it in processes of "
+        "[bold]5.[/] Judge each way to skip on answers of the model that no training saw, and time it in processes of "
         "its own"
     )
     with progress_bar("judge") as progress:
         text = judged_text(runtime, None, ANSWERS)
         points = frontier(candidates(runtime, settings), text, ROUNDS, TOKENS, progress)
-    console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
+    console.print(f"[bold]6.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
         tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in settings

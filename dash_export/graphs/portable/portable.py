@@ -91,9 +91,9 @@ def drafter_graph(checkpoint: Checkpoint, drafter: Drafter) -> ir.Model:
     normed = g.norm(passed, FINAL_NORM, "drafter/final_norm")
     logits = g.as_logits(g.op("MatMul", [normed, g.weight(DRAFTER_MATRIX, transpose=True)], "drafter/logits"))
     g.output(normed, "state_out", shape)
-    numbers = [np.array(value, np.float32) for value in (drafter.slope, drafter.offset)]
-    tokens, *scale = map(g.initializer, (TOKENS, *SCALE), (drafter.tokens, *numbers))
-    draft_outputs(g, logits, tokens, *scale)
+    slope, offset = (np.array(value, np.float32) for value in (drafter.slope, drafter.offset))
+    scale = g.initializer(SCALE[0], slope), g.initializer(SCALE[1], offset)
+    draft_outputs(g, logits, g.initializer(TOKENS, drafter.tokens), *scale)
     g.cache_outputs(last, *caches)
     return g.model()
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dash_export import DashRuntime
+from dash_export import DashRuntime, build, export
 from dash_export.core.drafts import Ask, Drafts
 from dash_export.core.passes import PassCosts
 from dash_export.errors import PolicyError
 from dash_export.runtime import Response, Sampling, Session
 from dash_export.text.guidance import json_grammar
-from tests.tiny import random_ids
+from tests.tiny import random_drafter, random_ids, tiny_checkpoint, tiny_policy
 
 COSTS = PassCosts((1, 2, 8, 16), (256,), ((1.0, 1.05, 1.3, 2.0),))
 FIRST, SECOND = random_ids(12, seed=1), random_ids(9, seed=2)
@@ -166,9 +166,35 @@ def test_a_grammar(runtime: DashRuntime) -> None:
         assert found[-1].statistics.accepted > 0, "what the grammar forces"
 
 
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> DashRuntime:
+    """A tiny bundle with a random drafter."""
+    folder = tmp_path_factory.mktemp("drafter")
+    checkpoint = tiny_checkpoint(folder / "model")
+    policy = replace(tiny_policy(checkpoint), drafter=random_drafter(checkpoint.spec))
+    build(export(checkpoint, folder / "tiny.dash", policy), "cpu", weights="fp32")
+    return DashRuntime.load(folder / "tiny.dash", "cpu-fp32")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(logprobs=1), Sampling(1.0, seed=2, logprobs=1)])
+def test_a_trained_drafter(sampling: Sampling, layered: DashRuntime) -> None:
+    """The text is that of drafts that are refused, bit for bit, with either drafter and with both."""
+    prompt = [*FIRST, *FIRST[:5]]
+    text = layered.session(draft="off").generate(prompt, GIVEN, sampling).tokens.tolist()
+    refused = [*drafting(layered, [*prompt, *text], WRONG).stream(prompt, GIVEN, sampling)]
+    for draft in ("layer", "auto"):
+        found = [*layered.session(draft=draft).stream(prompt, GIVEN, sampling)]
+        assert [response.logprobs for response in found] == [response.logprobs for response in refused]
+        assert found[-1].statistics.drafts >= found[-1].statistics.passes
+    again = [*layered.session().stream(prompt, GIVEN, sampling)]
+    assert again[-1].statistics.passes == found[-1].statistics.passes, "a run repeated gives the same passes"
+
+
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", ["fork", "rewind", "restart", "chat"])
-def test_a_text_that_goes_on_elsewhere(way: str, runtime: DashRuntime) -> None:
+def test_a_text_that_goes_on_elsewhere(way: str, trained: bool, layered: DashRuntime) -> None:
     """What guesses follows the text: after any way to another one it guesses what it would in a new session."""
+    runtime = layered
     made: list[Any] = []
 
     class Noted(Drafts):
@@ -176,12 +202,20 @@ def test_a_text_that_goes_on_elsewhere(way: str, runtime: DashRuntime) -> None:
             return True
 
         def guesses(self, ask: Ask | None, context: int, most: int) -> list[int]:
-            found = super().guesses(ask, context, most)
-            made.append((*self._lookup.tokens, -1, *found))
+            chances: list[float] = []
+
+            def noted(token: int) -> tuple[int, float]:
+                assert ask is not None
+                drafted = ask(token)
+                chances.append(round(drafted[1], 5))
+                return drafted
+
+            found = super().guesses(None if ask is None else noted, context, most)
+            made.append((*self._lookup.tokens, -1, *found, *chances))
             return found
 
     def new_drafts() -> Drafts:
-        return Noted(COSTS)
+        return Noted(COSTS, trained=trained)
 
     def session() -> Session:
         return replace(runtime.session(), new_drafts=new_drafts)
@@ -210,6 +244,7 @@ def test_a_text_that_goes_on_elsewhere(way: str, runtime: DashRuntime) -> None:
     made.clear()
     expected(session())
     assert found == made[-1]
+    assert not trained or any(isinstance(each, float) for each in found)
 
 
 def test_a_single_row_of_a_batch_drafts(runtime: DashRuntime) -> None:
@@ -234,8 +269,12 @@ def test_what_cannot_be_drafted(runtime: DashRuntime, setting_of: Callable[[str]
         with pytest.raises(PolicyError, match="dense session"):
             runtime.session(**setting_of(kind), draft="lookup")
         assert runtime.session(**setting_of(kind))._drafts is None, "a pass of several rows would break its bounds"
-    with pytest.raises(PolicyError, match="for 'cpu-fp32' has no"):
+    with pytest.raises(PolicyError, match=r"has no drafter\. Train one"):
         runtime.session(draft="layer")
+    runtime.build = replace(runtime.build, cost=replace(runtime.cost, passes=None))
+    assert runtime.session()._drafts is None, "what a pass costs is not known"
+    with pytest.raises(PolicyError, match="has no times of passes"):
+        runtime.session(draft="lookup")
     with pytest.raises(PolicyError, match="draft = 'eagle' is not one of"):
         runtime.session(draft="eagle")
     assert runtime.session(draft="off")._drafts is None

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from dash_export.core.divergence import nll
 from dash_export.core.lookup import Lookup
 from dash_export.core.passes import PassCosts
+from dash_export.core.sampling import Logits
 
 MOST, MOST_LOOKED_UP = 7, 15
 """Drafts of a pass; more only of a match that holds."""
@@ -19,6 +23,10 @@ TRUSTED = 0.7
 """Chance of a match from which the trained drafter is not asked."""
 USUAL = 0.5
 """Chance of a trained draft that is expected before there are some."""
+SAMPLED, RATE, HOPELESS = 4, 0.2, 3.0
+"""Every so many tokens the text's surprise is noted: nats of the chosen token, a running mean at this rate. Above the
+last of these no draft has a chance.
+"""
 PROBE = 16
 """Passes after which a drafter that did not pay is tried again."""
 KEPT = 0.95
@@ -38,6 +46,7 @@ class Drafts:
     def clear(self) -> None:
         """Forget the text."""
         self._lookup = Lookup()
+        self._surprise = 0.0
         self._usual = [USUAL, USUAL]
         self._right = self._expected = 4.0
         self._idle = 0
@@ -52,16 +61,18 @@ class Drafts:
         """Take the tokens of the text, all of them: those that are new are a prompt's."""
         self._lookup.read(tokens[self.known :])
 
-    def add(self, token: int) -> None:
-        """Take a token that was chosen."""
+    def add(self, token: int, logits: Logits) -> None:
+        """Take a token that was chosen, given the logits [vocab] at its place."""
+        if self.trained and self.known % SAMPLED == 0:
+            self._surprise += RATE * (float(nll(logits[None], np.array([token]))[0]) - self._surprise)
         self._lookup.add(token)
 
     def several(self, context: int) -> bool:
         """Return whether the newest token is run in a pass of several rows, where one row would be rounded otherwise.
         This follows from the text alone, so accepted and refused drafts give the same text: with a trained drafter it
-        is always so, else where a match is worth a row.
+        is so but for a text that the model would never write, else where a match is worth a row.
         """
-        if self.trained:
+        if self.trained and self._surprise < HOPELESS:
             return True
         found = self._lookup.guess(0)
         return found is not None and found[1] > self._costs.of_rows(context)[2] - 1
@@ -71,7 +82,8 @@ class Drafts:
         tokens. `ask`: the trained drafter, if there is one.
         """
         newest, found = self._lookup.tokens[-1], list[int]()
-        chance_of_all, tokens, time, asks = 1.0, 1.0, 1.0, ask is not None and self._pays()
+        chance_of_all, tokens, time = 1.0, 1.0, 1.0
+        asks = ask is not None and self._surprise < HOPELESS and self._pays()
         follows = self._looks
         times = self._costs.of_rows(context)
         self._asked = []

@@ -115,7 +115,7 @@ class Steps:
             row.rules.decoded(step.skipped[:, slot : slot + 1])
             row.note()
             row.state = None if step.final_state is None else step.final_state[slot, 0]
-            yield self._chosen(row, choose(row, step.logits[slot, 0], actions[slot], None))
+            yield self._chosen(row, step.logits[slot, 0], actions[slot], None, choose)
 
     def _several(self, row: Row) -> bool:
         """Return whether the row's newest token runs in a pass of several rows, which takes a place behind it, too."""
@@ -152,7 +152,7 @@ class Steps:
             row.note()
             self.cache.length = length + place + 1
             row.state = step.final_state[0, place]
-            response = self._chosen(row, choose(row, step.logits[0, place], dense, draft))
+            response = self._chosen(row, step.logits[0, place], dense, draft, choose)
             accepted = response.token == draft
             ends = not accepted or response.finish_reason is not None or not self._several(row)
             if ends:
@@ -162,8 +162,9 @@ class Steps:
                 return
             row.turn.begin()
 
-    def _chosen(self, row: Row, response: Response) -> Response:
+    def _chosen(self, row: Row, logits: Logits, actions: Actions, draft: int | None, choose: Choose) -> Response:
+        response = choose(row, logits, actions, draft)
         row.pending[:] = [response.token]
         if row.drafts is not None and response.error is None:
-            row.drafts.add(response.token)
+            row.drafts.add(response.token, logits)
         return response

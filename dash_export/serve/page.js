@@ -183,7 +183,7 @@ function remove(id) {
 function send(text, index = chat.turns.length) {
   if (!text.trim() || (index < chat.turns.length - 1 && !confirm("This removes the messages after it. Go on?"))) return;
   const {model, budget} = settings, turn = {text: text.trim(), seed: Math.floor(Math.random() * 2 ** 31)};
-  turn.answer = blank(budget === "1.00" ? DENSE : budget ? `budget ${budget}` : "recommended budget");
+  turn.answer = blank(budget === "1.00" ? DENSE : budget ? `budget ${budget}` : "the server's budget");
   chat.turns.splice(index, Infinity, turn);
   ask(turn, turn.answer, model, budget);
   log.scrollTop = log.scrollHeight;

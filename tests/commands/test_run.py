@@ -28,11 +28,11 @@ SLOW_RUN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 from dash_export.backends.host.decode import BoundStep
-decode = BoundStep.decode
+decode = BoundStep._advance
 def slow(*arguments):
     time.sleep(0.02)
     return decode(*arguments)
-BoundStep.decode = slow
+BoundStep._advance = slow
 from dash_export.cli import cli
 cli(["run", *sys.argv[1:]], prog_name="dash-export")
 """
@@ -102,21 +102,16 @@ def test_a_machine_slower_than_its_build(factor: float, told: bool, own_bundle: 
     assert result.stderr.count("times as long as when the build was measured") == told, "once, not after every answer"
 
 
-def test_without_an_amount_the_recommended_budget_is_taken(
-    tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]
-) -> None:
-    runtime = tiny_runtime("cpu-fp32")
-    budget = runtime.recommended.budget
-    assert budget is not None
-    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 9)
-    assert f"[budget {budget:g} on the calibration text, as this bundle recommends" in result.stderr
-    assert "of dense time" in result.stderr
-    found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 40)
-    assert any(found["actions"])
-    asked = (tiny_root, "hello", *FP32, "--max-tokens", 40, "--budget", budget)
-    loose, held = (run_json(*asked, hold)["actions"] for hold in ("--no-hold", "--hold"))
-    assert "--no-hold is of a --budget" in refused("run", tiny_root, "hello", *FP32, "--no-hold", code=2)
-    assert found["actions"] == loose != held, "it is not held: that would cost more than was recommended"
+def test_without_an_amount_it_is_dense_with_drafts(tiny_root: Path) -> None:
+    """Drafts are of the text's own repetitions where nothing is trained; the text is the same without them."""
+    asked = (tiny_root, "a b a b a b a b a b a b", *FP32, "--raw", "--max-tokens", 60)
+    found, plain = run_json(*asked), run_json(*asked, "--draft", "off")
+    assert not any(found["actions"])
+    assert found["tokens"] == plain["tokens"]
+    assert found["statistics"]["drafts"] >= found["statistics"]["accepted"]
+    assert plain["statistics"]["tokens_per_pass"] == 1
+    assert "dense session" in refused("run", *asked, "--budget", 0.9, "--draft", "lookup")
+    assert "has no drafter" in refused("run", *asked, "--draft", "layer")
 
 
 def test_policies(tiny_root: Path) -> None:

@@ -13,11 +13,18 @@ import click
 from dash_export.commands.options import Load, comparison_options, count_option, print_refused, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
+from dash_export.files.resources import resource_folder
 from dash_export.measure import BENCH_PROMPT, BENCH_ROUNDS, TOKENS
+from dash_export.text.chats import read_prompts
 
 if TYPE_CHECKING:
+    from dash_export.files.artifacts import Progress
     from dash_export.measure.candidates import Candidate
     from dash_export.measure.timing import Timing
+    from dash_export.runtime import DashRuntime
+
+PROMPTS, LONGEST = 8, 200
+"""Shipped prompts that are answered with drafts and without, and letters that each has at most."""
 
 
 @click.command("bench")
@@ -34,8 +41,8 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
     """Measure how many tokens of a prompt, and of an answer, a built BUNDLE computes per second here.
 
     Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same known tokens,
-    each in processes of its own. The last line is JSON. `profile` says where the time goes, `frontier` what saving it
-    costs. Let nothing else run meanwhile.
+    each in processes of its own. Then the model answers prompts with drafts and without. The last line is JSON.
+    `profile` says where the time goes, `frontier` what saving it costs. Let nothing else run meanwhile.
     """
     from dash_export.measure.breakdown import conditions, this_machine
     from dash_export.measure.texts import judged_text
@@ -49,6 +56,7 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
         judged = judged_text(candidates[0].runtime, text, progress=progress)
         parts = judged.stretches(rounds, prompt + SETTLE + tokens)
         timings = decode_times(candidates, parts, prompt, progress)
+        drafts = _drafts(candidates[0].runtime, tokens, progress)
     found: dict[str, Any] = {
         "model": candidates[0].runtime.bundle.manifest.model.name,
         "machine": machine,
@@ -57,8 +65,30 @@ def command(load: Load, text: Path | None, prompt: int, tokens: int, rounds: int
     }
     click.echo("\n".join([*conditions(found), ""]))
     _print(found["lanes"])
+    if drafts:
+        found["drafts"] = drafts
+        click.echo(
+            f"With drafts {drafts['tokens_per_second']:.1f} tokens/s, {drafts['ratio']:.2f} times those without, "
+            f"{drafts['tokens_per_pass']:.2f} tokens/pass, greedy answers to {drafts['prompts']} prompts of "
+            f"{tokens} tokens.\n"
+        )
     print_refused(refused)
     click.echo(json.dumps(found | {"refused": refused}))
+
+
+def _drafts(runtime: DashRuntime, tokens: int, progress: Progress) -> dict[str, Any]:
+    """Return figures of answers with drafts beside the same without; none where this build has no drafts."""
+    from dash_export.measure.drafts import drafted_beside_plain
+
+    if runtime.cost.passes is None:
+        return {}
+    chats = read_prompts(resource_folder("calibration") / "prompts.jsonl")
+    prompts = [text for chat in chats if len(text := chat.messages[-1]["content"]) < LONGEST][:PROMPTS]
+    found = drafted_beside_plain(runtime, prompts, tokens, progress=progress)
+    said = [answer[-1].statistics for answer in found.drafted]
+    per_pass = sum(each.decode_steps for each in said) / max(1, sum(each.passes for each in said))
+    rates = {"tokens_per_second": found.drafted_rate, "plain_tokens_per_second": found.plain_rate}
+    return {"prompts": len(prompts), **rates, "ratio": found.ratio, "tokens_per_pass": per_pass}
 
 
 def _lane(candidate: Candidate, timing: Timing, prompt: int) -> dict[str, Any]:

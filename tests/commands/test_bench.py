@@ -26,6 +26,9 @@ def test_table_and_json(tiny_root: Path) -> None:
         assert f"{lane['tokens_per_second']:.1f}" in row
     assert found["course"] == {"text": "prose.txt", "context": 20, "tokens": 8, "windows": 1, "rounds": 1}
     assert found["machine"]["packages"]["onnxruntime"]
+    drafts = found["drafts"]
+    assert drafts["tokens_per_pass"] >= 1
+    assert any(line.startswith(f"With drafts {drafts['tokens_per_second']:.1f} tokens/s") for line in lines)
 
 
 def test_refuses(tiny_root: Path) -> None:

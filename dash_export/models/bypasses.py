@@ -101,7 +101,7 @@ def drafting(checkpoint: Checkpoint, drafter: Drafter) -> Checkpoint:
         found[FINAL_NORM if name == NORM else name.replace(LAYER, last, 1)] = array
     weights = {name: _weight_in_memory(name, array) for name, array in found.items()}
     weights = {name: replace(each, dtype="F16" if len(each.shape) == 2 else "F32") for name, each in weights.items()}
-    return replace(checkpoint, spec=replace(spec, updates=()), weights=weights)
+    return replace(checkpoint, weights=weights)
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:

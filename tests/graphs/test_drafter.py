@@ -103,6 +103,7 @@ def test_updates_of_pruned_units_are_the_models_alone(tmp_path: Path) -> None:
     whole = tiny_checkpoint(tmp_path / "model")
     checkpoint = pruned(whole, tiny_policy(whole, "linear", units=(Unit(5, 5),)), [Unit(5, 5)])
     assert checkpoint.spec.updates == (4,)
+    assert not any("update" in name for name in checkpoint.spec.drafter_shapes())
     bundle = export(
         checkpoint, tmp_path / "tiny.dash", replace(no_policy(5, ()), drafter=random_drafter(checkpoint.spec))
     )

@@ -31,8 +31,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--skips", is_flag=True, help="Train a policy that skips layers, in the place of a drafter.")
 @click.option(
     "--effort", type=click.Choice([*EFFORTS]), show_default="quick; with --skips default",
-    help="Of a drafter: quick, 15 to 40 minutes; long, a night. Of skips: quick, a first policy in minutes, of units by "
-    "a rule; long, three times the tuning.",
+    help="Of a drafter: quick, 15 to 40 minutes; long, a night. Of skips: quick, a policy in minutes, of units by a "
+    "rule; long, three times the tuning.",
 )  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
 @click.option(

@@ -23,7 +23,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert (card["units"], card["settings"]["trade_offs"]) == ("2-3,4", [0.2, 0.9])
     said = done("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
-    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "3-4")
+    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "3-4", *QUICK)
     assert "has the units 2-3,4: others are trained from nothing" in " ".join(message.split())
     fewer = tmp_path / "fewer.safetensors"
     done("train", model, "-o", fewer, "--text", prose, "--from", first, "--units", "4", *QUICK)

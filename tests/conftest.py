@@ -102,6 +102,7 @@ def quick_builds() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure_cost", given_cost)
         patch.setattr(cost_table, "WARM_UP", 1)
+        patch.setattr(cost_table, "PASSES", ((40, 1),))
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
         patch.setattr(dial_table, "WINDOWS", 2)
         patch.setattr(dial_table, "TOKENS", 64)

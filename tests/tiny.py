@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dash_export.core.policy import SkipPolicy, untrained_policy
+from dash_export.core.drafter import Drafter
+from dash_export.core.policy import SkipPolicy, half, no_policy, untrained_policy
 from dash_export.core.units import Unit, layer_actions
 
 if TYPE_CHECKING:
@@ -78,6 +79,21 @@ def tiny_policy(
     policy = untrained_policy(checkpoint.spec, units, seed)
     policy = replace(policy, static_order=tuple(reversed(range(len(units)))))
     return policy if form == "none" else with_bypasses(policy, checkpoint.spec)
+
+
+def random_drafter(spec: DecoderSpec, seed: int = 0, tokens: int = 40) -> Drafter:
+    """A drafter whose drafts depend visibly on everything, of a vocabulary with gaps. Its numbers fit in 16 bits."""
+    rng, weights = np.random.default_rng(seed), {}
+    for name, shape in spec.drafter_shapes().items():
+        noise = rng.standard_normal(shape)
+        weights[name] = half((1 + 0.2 * noise if "norm" in name else 0.17 * noise).astype(np.float32))
+    kept = np.sort(rng.choice(spec.vocab_size, tokens, replace=False))
+    return Drafter(weights, kept, slope=0.8, offset=-0.3, origin=f"random (seed {seed})")
+
+
+def drafter_only(checkpoint: Checkpoint) -> SkipPolicy:
+    """A policy without units."""
+    return replace(no_policy(checkpoint.spec.num_layers, ()), drafter=random_drafter(checkpoint.spec))
 
 
 def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "fp32", **options: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,10 +15,13 @@ import numpy as np
 
 from dash_export.backends.base import Launch, backend_errors
 from dash_export.backends.host.cpus import LoadMeter, cpu_name
+from dash_export.backends.host.drafting import BoundDrafter
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.recipe import Dispatch
 from dash_export.bundle.records import POLICY, Build, Manifest
 from dash_export.core.dial import CostTable, Mode
+from dash_export.core.facts import DecoderFacts
+from dash_export.core.passes import ROWS, PassCosts
 from dash_export.core.rule import DENSE, Rule, static_rule
 from dash_export.core.units import Unit
 
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     from dash_export.backends.cuda.step import DeviceStep
 
 WARM_UP = 10
+PASSES = ((256, 20), (4096, 6))
+"""(cached tokens, repeats) of passes of ROWS rows."""
+DRAFTS = 3
+"""Chained drafts that are timed as one: the first finds the drafter's weights cold, as a pass has run before."""
 MOST = 0.99
 """Share of a token that all units together save at most: more is noise, in differences on a busy machine."""
 NOT_MEASURED = "not measured"
@@ -38,6 +45,44 @@ def uniform_cost(manifest: Manifest) -> CostTable:
     """Return a stand-in until costs are measured: all layers take the same time, and nothing else takes any."""
     cost = tuple(len(unit.layers) / manifest.model.num_layers for unit in manifest.policy.units)
     return CostTable(0, 0.0, {}, {}, cost, NOT_MEASURED)
+
+
+def measure_passes(bundle: Bundle, build: Build, backend: Started) -> PassCosts | None:
+    """Run passes of ROWS rows after PASSES cached tokens, and the drafter, in turns. Return medians over that of one
+    row; None for an encoder and on a device, where rows are not passed together.
+    """
+    model = bundle.manifest.model
+    if build.recipe.on_device or not isinstance(model, DecoderFacts):
+        return None
+    engines: Any = backend.load_build(bundle, build, build.dispatch)
+    ids = np.random.default_rng(0).integers(model.vocab_size, size=ROWS[-1])
+    known = {max(0, min(context, model.max_positions - ROWS[-1])): repeats for context, repeats in PASSES}
+    found, drafts = list[tuple[float, ...]](), list[float]()
+    for context, repeats in known.items():
+        cache = engines.cache(context + ROWS[-1])
+        cache.reserve(context + ROWS[-1])
+        for each in (cache.keys, cache.values):
+            each.fill(0)  # memory of its own: pages that nobody wrote are all the same one
+        steps = [engines.step(cache, rows, teacher_forced=True, mixes=False) for rows in ROWS]
+        launches = [partial(step.prefill, ids[: step.sequence]) for step in steps]
+        if engines.drafter is not None:
+            launches.append(partial(_drafts, BoundDrafter(engines, cache), steps[0].final_state[0, 0], context))
+
+        def timed(launches: Sequence[Launch] = launches, cache: Any = cache, context: int = context) -> Iterator[float]:
+            for launch in launches:
+                cache.length = context
+                yield from _timed([launch])
+
+        times = np.median([[*timed()] for _ in range(1 + repeats)][1:], axis=0)
+        found.append(tuple(np.round(times[: len(ROWS)] / times[0], 4).tolist()))
+        drafts.append(round(float(times[-1] / times[0]) / DRAFTS, 5) if engines.drafter is not None else 0.0)
+    return PassCosts(ROWS, tuple(known), tuple(found), drafts[0])
+
+
+def _drafts(drafter: BoundDrafter, state: Any, context: int) -> None:
+    ask = drafter.asked(state, context)
+    for token in range(DRAFTS):
+        ask(token)
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Started) -> CostTable:

@@ -11,7 +11,7 @@ from dash_export.backends.maker import Backend, backend_of
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import POOLED, ROUNDINGS
 from dash_export.bundle.recipe import Recipe
-from dash_export.bundle.records import MIXED, POLICY, Segment
+from dash_export.bundle.records import DRAFTER, MIXED, POLICY, Segment
 from dash_export.core.units import Unit
 from dash_export.files.artifacts import Artifact, Progress, content_key
 from dash_export.graphs.lower.rounded import Roundings, roundings_lookup, to_nearest
@@ -21,8 +21,8 @@ from dash_export.graphs.portable.writer import GraphWriter, save_graph
 
 @dataclass(frozen=True)
 class EngineGraph:
-    """Plan of an engine's graph: `segment`, its bypass, both (mixed), or the policy. `parts`: the bundle's graphs it is
-    made of. `extends`: engines whose weights it shares.
+    """Plan of an engine's graph: `segment`, its bypass, both (mixed), the policy or the drafter. `parts`: the bundle's
+    graphs it is made of. `extends`: engines whose weights it shares.
     """
 
     name: str
@@ -36,8 +36,8 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
 
     On the host a unit has a third, mixed engine, for steps in which some rows run and others skip; it maps the weights
     of the other two. The host's segment with the layer whose input the policy reads gives the damage of all units as
-    one more output. On a device the policy is an engine of its own. A tied head on the host maps the embedding's codes,
-    where it has the same.
+    one more output. A tied head maps the embedding's codes, where it has the same. The drafter, in the form of the last
+    layer, comes last. On a device the policy is an engine of its own, and nothing is drafted.
     """
     policy, model = bundle.manifest.policy, bundle.manifest.model
     tied, per_input = model.shares_table and not on_device, model.decides == "input"
@@ -54,6 +54,9 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
             if not apart:
                 both = (segment.name, unit.bypass)
                 yield EngineGraph(MIXED + unit.name, segment, [unit.bypass, *segment.graphs], both)
+    if policy.drafter and not on_device:
+        last = model.num_layers - 1
+        yield EngineGraph(DRAFTER, Segment(last, last, False, False, False), [DRAFTER])
 
 
 def artifacts(
@@ -112,7 +115,7 @@ def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:
     enters the layer it reads. The first output is the last state, the logits or, of an encoder, the pooled vector. Not
     for mixed engines.
     """
-    if graph.name != graph.segment.name:  # a bypass, or the policy
+    if graph.name != graph.segment.name:  # a bypass, the policy or the drafter
         return load_graph(bundle.graph(graph.parts[0]))
     g = GraphWriter(graph.name, f"{', '.join(graph.segment.graphs)} of {bundle.manifest.model.name}")
     state: ir.Value | None = None

@@ -126,6 +126,11 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
     digest = hashlib.sha256(json.dumps([[asdict(unit) for unit in policy.units], policy.read]).encode())
     for name, array in sorted(policy.weights().items()):
         digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
+    drafter = policy.drafter
+    if drafter is not None:
+        digest.update(repr((drafter.slope, drafter.offset)).encode() + drafter.tokens.tobytes())
+        for name, array in sorted(drafter.weights.items()):
+            digest.update(name.encode() + array.tobytes())
     return PolicyFacts(
         policy.units,
         policy.read,
@@ -134,6 +139,7 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
         policy.form,
         digest.hexdigest()[:32],
         policy.static_order,
+        drafter.origin if drafter is not None else "",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dash_export.backends.base import load_backend
 from dash_export.backends.maker import Backend, backend_of
-from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
+from dash_export.building.cost_table import NOT_MEASURED, measure_cost, measure_passes, uniform_cost
 from dash_export.building.dial_table import calibrate_dial
 from dash_export.building.references import compare_engines, find_references
 from dash_export.bundle.bundle import Bundle, Seal
@@ -231,7 +231,8 @@ def _with_measurements(bundle: Bundle, draft: Build, recipe: Recipe, progress: P
         busy = f"{cost.others:.1f} processors work for others, {cost.stolen:.1f} are withheld by the host"
         logger.warning("%s: the costs and the dial of before are kept", busy)
         return draft
-    draft = replace(draft, cost=cost)
+    progress("measuring passes of several rows", 0, 0)
+    draft = replace(draft, cost=replace(cost, passes=measure_passes(bundle, draft, backend)))
     if bundle.manifest.policy.has_network and bundle.manifest.policy.units:
         progress("calibrating the dial", 0, 0)
         draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))

@@ -19,7 +19,7 @@ from dash_export.backends.cuda.engines import DeviceEngines
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import LOWERED
 from dash_export.bundle.recipe import Precision, Recipe
-from dash_export.bundle.records import POLICY, Segment, Verification
+from dash_export.bundle.records import DRAFTER, POLICY, Segment, Verification
 from dash_export.core.units import Unit, layer_actions
 from dash_export.errors import BackendError, BundleError
 from dash_export.files.artifacts import Progress, no_progress, open_regular
@@ -53,7 +53,7 @@ def tolerance(recipe: Recipe, name: str, segment: Segment, gated: tuple[int, ...
     """Return the tolerance for the coarsest weights in a segment's engine `name`. `gated`: the layers of all units."""
     weights = recipe.weights
     used: list[Precision] = [weights.bypass]
-    if name != POLICY and not name.startswith("bypass"):
+    if name not in (POLICY, DRAFTER) and not name.startswith("bypass"):
         used = [weights.head] * segment.head + [weights.embedding] + [weights.bypass] * segment.gated
         for layer in segment.layers:
             used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]

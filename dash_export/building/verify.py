@@ -22,7 +22,7 @@ from dash_export.building.references import TOLERANCE, relative, tolerance
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, ROUNDINGS, past_names
 from dash_export.bundle.recipe import Recipe, WeightsRecipe
-from dash_export.bundle.records import MIXED, POLICY, Segment, Verification
+from dash_export.bundle.records import DRAFTER, MIXED, POLICY, Segment, Verification
 from dash_export.core.exits import BEFORE
 from dash_export.errors import BackendError
 from dash_export.files.artifacts import TEMPORARY, Progress, no_progress
@@ -137,6 +137,8 @@ class _Walk:
         self.bundle, self.model = bundle, bundle.manifest.decoder
         ids = text_ids(bundle, max(start + count for start, count in STEPS))
         self.states: list[npt.NDArray[Any]] = [ids[None, start : start + count] for start, count in STEPS]
+        self._embedded, self._final = self.states.copy(), self.states.copy()
+        """For the drafter: the embeddings, and the normed final state of the last token, of each of STEPS."""
 
     def compare(self, graph: EngineGraph, run: Run, folder: Path) -> dict[str, float]:
         """Return errors by kind of output, over all steps. A mixed engine is compared with the graph that runs its unit
@@ -161,10 +163,15 @@ class _Walk:
             inputs = step_inputs(self.model, start, count, CAPACITY)
             inputs["skipped"] = np.full((1, count, 1), skips)
             inputs["input_ids" if state.dtype == np.int64 else "hidden"] = state
+            if graph.name == DRAFTER:
+                final = np.broadcast_to(self._final[step], self._embedded[step].shape)
+                inputs |= {"state": final, "embedding": self._embedded[step]}
             wanted = cached_step(runs[skips], inputs, wanted_cache, start, count, self.model.head_dim)
             found = cached_step(run, inputs, cache, start, count, self.model.head_dim)
+            self._final[step] = wanted.get(FINAL_STATE, self._final[step])
             if FINAL_STATE not in found:  # engines for a device do not give the normed state
                 wanted.pop(FINAL_STATE, None)
+            wanted.pop("draft", None)  # of two alike either may be found
             _check_outputs(graph, wanted, found)
             for key, expected in wanted.items():
                 # A hidden state is judged by the segment's update alone: subtract the state that entered.
@@ -172,4 +179,5 @@ class _Walk:
                 pairs[key].append((expected - base, found[key].astype(np.float32) - base, base))
             if graph.name == segment.name:
                 self.states[step] = wanted["logits" if segment.head else "hidden_out"]
+                self._embedded[step] = self._embedded[step] if segment.layers else self.states[step]
         return {kind: relative(found) for kind, found in sorted(pairs.items())}

@@ -18,12 +18,14 @@ from dash_export.errors import BundleError, PolicyError
 from dash_export.files.artifacts import FileRecord
 from dash_export.files.typed_json import Bytes, NotNegative
 
-SCHEMA = 7
+SCHEMA = 8
 DAMAGED = "The bundle is damaged: export or build it again."
 _MOST_OTHERS = 1000
 """Bound of what a record lists beside graphs and engines, so that no forged list takes long to check."""
 MIXED = "mixed_"
 """Prefix, before the unit's name, of the engine in which each row of a batch runs or skips the unit by itself."""
+DRAFTER = "drafter"
+"""Name of the drafter's graph and engine."""
 POLICY = "policy"
 """Name of the policy's graph, and of its engine where no other engine outputs the damage."""
 
@@ -171,6 +173,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     yield from model.faults()
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
+    needed |= {DRAFTER} if policy.drafter else set()
     if missing := needed - set(manifest.graphs):
         yield f"there is no graph {min(missing)}."
     if unknown := set(manifest.graphs) - needed:
@@ -192,7 +195,7 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
     needed = {unit.bypass for unit in units} | {name for segment in build.segments for name in segment.engines(engines)}
     if missing := needed - set(engines):
         yield f"there is no engine {min(missing)}."
-    if unknown := set(engines) - needed - {POLICY, *(MIXED + unit.name for unit in units)}:
+    if unknown := set(engines) - needed - {POLICY, DRAFTER, *(MIXED + unit.name for unit in units)}:
         yield f"there is an engine {min(unknown)!r:.60}, which nobody needs."
     if build.cost.segment_us and not build.cost.dense_us > 0:
         yield "a dense token takes no time."
@@ -200,8 +203,9 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield f"it lists {len(build.files)} files, and {len(build.dial)} points of the dial."
     if {name for name in engines if name.startswith(MIXED)} not in (set(), {MIXED + unit.name for unit in units}):
         yield "there are engines for rows that differ of some units only."
-    if POLICY in engines and not manifest.policy.has_network:
-        yield f"nobody asks the engine {POLICY}."
+    for name, asked in ((POLICY, manifest.policy.has_network), (DRAFTER, manifest.policy.drafter)):
+        if name in engines and not asked:
+            yield f"nobody asks the engine {name}."
     listed = {record.name for record in build.files or manifest.files}
     if unlisted := {record.file for record in engines.values()} - listed:
         yield f"{min(unlisted)} is not among the files."
@@ -209,6 +213,8 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield "the cost table does not list the units."
     if len(build.cost.exits) not in {0, len(units)}:
         yield "the cost table does not list the exits."
+    if build.cost.passes is not None and not build.cost.passes.sound:
+        yield "the costs of passes are not one for each number of rows."
     if sum(build.cost.cost) * max([1.0, *(mode.saved for mode in build.cost.modes.values())]) >= 1:
         yield "by its cost table the units take more than a whole token."
 

@@ -94,6 +94,7 @@ def _print_bundle(bundle: Bundle) -> None:
         "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
         "bypass": policy.bypass,
         "policy": policy.origin,
+        "drafter": policy.drafter or "none",
         "decides": f"by what enters layer {policy.read}" if policy.has_network else "nothing",
         "serves": ", ".join(kinds_of(policy)),
         "static order": ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked",
@@ -127,6 +128,15 @@ def _print_build(build: Build, units: Sequence[Unit], measure: Measure) -> None:
     click.echo(measured if build.cost.segment_us else f"For {build.device}; costs not measured.")
     click.echo("Size: what an engine reads of its files. Saved: units of as many layers share a figure.")
     click.echo(build.cost.disturbed and f"{build.cost.disturbed}\n")
+    if (passes := build.cost.passes) is not None:
+        print_table(
+            "Passes of several rows: time over that of one decoded token", (),
+            ("cached tokens", *(f"{rows} rows" for rows in passes.rows[1:])),
+            ((context, *(f"{time:.2f}" for time in times[1:]))
+             for context, times in zip(passes.contexts, passes.times, strict=True)),
+        )  # fmt: skip
+        if passes.draft:
+            click.echo(f"One draft takes {passes.draft:.3f} of a decoded token.\n")
     if build.dial:
         print_table(
             "Dial of the token policy (calibrated)", (),

@@ -38,8 +38,9 @@ def command(removed: tuple[str, ...]) -> None:
     )  # fmt: skip
     cards = {name: json.loads(card_path(policy_path(name)).read_text(encoding="utf-8")) for name in shipped_policies()}
     print_table(
-        "Policies that come with this package (`build MODEL --policy NAME`)", ("name", "trained for", "units"), (),
-        ((name, card["model"], card["units"]) for name, card in cards.items()),
+        "Policies that come with this package (`build MODEL --policy NAME`)",
+        ("name", "trained for", "units", "drafter"), (),
+        ((name, card["model"], card["units"], "yes" if card.get("drafter") else "no") for name, card in cards.items()),
     )  # fmt: skip
     where = f"Bundles of the hub in {cache_folder() / 'hub'}"
     if sizes:

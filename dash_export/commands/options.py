@@ -106,6 +106,9 @@ def setting_options(command: _Command) -> _Command:
                      help="Probability with which --at-most holds on data like the calibration's."),
         click.option("--max-layers", type=int, help="No token runs more layers than this; token: may stand beside "
                      "another."),
+        click.option("--draft", type=click.Choice(["auto", "off", "lookup", "layer"]), default=Setting.draft,
+                     show_default=True, help="dense: what guesses tokens, which are then checked several at a time: "
+                     "the text's repetitions, a trained drafter, both. The text stays the same."),
         click.option("--hold/--no-hold", default=True, help="token: hold the mean time at the --budget on any text, or "
                      "not."),
     ))  # fmt: skip

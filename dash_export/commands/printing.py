@@ -25,7 +25,8 @@ HEAT = ("blue", "cyan", "green", "yellow", "red")
 
 class AnswerPrinter:
     """Printer of streamed pieces on stdout, as they are: without wrapping or highlighting. With `show_skips` each token
-    is coloured by the layers it ran; without colours (no terminal, NO_COLOR) a mark follows the token instead.
+    is coloured by the layers it ran, and underlined if it was an accepted draft; without colours (no terminal,
+    NO_COLOR) a mark follows the token instead.
     """
 
     def __init__(self, session: Session, show_skips: bool) -> None:
@@ -57,9 +58,10 @@ class AnswerPrinter:
         skipped = int(response.actions.sum())
         if self._show_skips and self._coloured:
             heat = (self._gated - skipped) * (len(HEAT) - 1) // max(1, self._gated)
-            self._console.print(Text(piece, HEAT[min(len(HEAT) - 1, heat)]), end="")
+            style = f"{HEAT[min(len(HEAT) - 1, heat)]}{' underline' * response.drafted}"
+            self._console.print(Text(piece, style), end="")
         else:
-            mark = f"‹{self._num_layers - skipped}›" if self._show_skips else ""
+            mark = f"‹{self._num_layers - skipped}{'+' * response.drafted}›" if self._show_skips else ""
             self._console.file.write(piece + mark)
         self._console.file.flush()
 
@@ -68,9 +70,10 @@ class AnswerPrinter:
         if self._show_skips and self._coloured:
             least, steps = self._num_layers - self._gated, len(HEAT) - 1
             parts = [f"[{name}]{least - (-place * self._gated // steps)}[/]" for place, name in enumerate(HEAT)]
-            self._console.print("[dim]layers run, from:[/] " + " ".join(parts))
+            self._console.print(f"[dim]layers run, from:[/] {' '.join(parts)} [dim](underlined: accepted drafts)[/]")
         elif self._show_skips:
-            self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
+            layers = self._num_layers
+            self._console.print(f"(‹n›: the token before ran n of {layers} layers; ‹n+›: it was an accepted draft)")
 
     def _print_figures(self, last: Response, actions: Actions) -> None:
         """Print a line of figures of the decoded tokens (`actions`), and once a hint, where the machine is slow."""
@@ -99,5 +102,7 @@ def rates(answers: Sequence[Statistics], num_layers: int) -> list[str]:
         layers = sum(one.layers for one in answers) / steps
         parts.append(f"{steps / sum(one.decode_seconds for one in answers):.1f} tokens/s")
         parts.append(f"{layers:.1f} of {num_layers} layers/token")
+        if sum(one.drafts for one in answers):
+            parts.append(f"{steps / sum(one.passes for one in answers):.2f} tokens/pass")
     milliseconds = 1000 * sum(one.prefill_seconds for one in answers)
     return [*parts, f"prefill {milliseconds:.0f} ms for {sum(one.prompt_tokens for one in answers)} tokens"]

@@ -129,13 +129,6 @@ def command(
         raise RequestError("This model has no chat template, so there is no --chat and no --system: give plain text.")
     if not templated and not raw:
         click.echo("[this model has no chat template: it continues the prompt as plain text]", err=True)
-    if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
-        if not setting.hold:
-            raise click.UsageError("--no-hold is of a --budget: what the bundle recommends is not held.")
-        setting = runtime.recommended
-        if setting.budget is not None:
-            told = f"[budget {setting.budget:g} on the calibration text, as this bundle recommends"
-            click.echo(f"{told}; --policy dense skips nothing]", err=True)
     session = runtime.session_with(setting)
     if setting.skip and runtime.bundle.manifest.policy.bypass == "none":
         _warn_of_skips(runtime, setting.skip)
@@ -212,9 +205,10 @@ def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
     figures = asdict(statistics) | {
         "tokens_per_second": round(statistics.tokens_per_second, 3),
         "layers_per_token": round(statistics.layers_per_token, 3),
+        "tokens_per_pass": round(statistics.tokens_per_pass, 3),
     }
     if not statistics.decode_steps:  # the only token comes from the prompt
-        del figures["tokens_per_second"], figures["layers_per_token"]
+        del figures["tokens_per_second"], figures["layers_per_token"], figures["tokens_per_pass"]
     return {
         "text": "".join(response.text for response in responses),
         "tokens": [response.token for response in responses],

@@ -47,7 +47,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 )
 @count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
-              help="Of a request that gives none and decodes alone; by default the recommended one.")  # fmt: skip
+              help="Of a request that gives none and decodes alone; by default dense, with drafts.")  # fmt: skip
 @click.option("--served-model-name", "names", multiple=True, metavar="NAME",
               help="Instead of the folder's name; once for each bundle, in their order.")  # fmt: skip
 @click.option("--ctx-size", type=click.IntRange(min=1), metavar="N",

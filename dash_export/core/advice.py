@@ -46,6 +46,14 @@ def policy_command(model: ModelFacts, source: str | None = None) -> str:
     return f"{expected}: dash-export train {given} -o {quote(f'{name}.safetensors')} --effort quick"
 
 
+def drafter_command(model: ModelFacts) -> str:
+    """Return one sentence with the command that gets the model a trained drafter, at its end."""
+    for name in shipped_policies():
+        if model.name.lower().startswith(name):
+            return f"One for this model comes with this package: dash-export build MODEL --policy {name}"
+    return "Train one: dash-export train MODEL -o NAME.safetensors"
+
+
 def if_without_policy(model: ModelFacts, policy: PolicyFacts, source: str | None = None) -> str:
     """Return what to do about a bundle that has neither a trained policy nor was asked to have none; else ""."""
     if policy.has_network or policy.static_order or not policy.units:

@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.core.passes import PassCosts
 from dash_export.core.units import Skips
 from dash_export.errors import PolicyError
 from dash_export.files.typed_json import NotNegative, Within
@@ -41,7 +42,7 @@ class CostTable:
     one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
     engine of the first layers outputs the damage in any case). `exits`, of an encoder: what the exit before each unit
     takes, as the same fraction; an input asks those up to the one where it leaves. `dispatch`: the dispatch mode of all
-    these times; `modes`: the others that were measured.
+    these times; `modes`: the others that were measured. `passes`: costs of several rows, of a causal LM on a host.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -56,6 +57,7 @@ class CostTable:
     exits: tuple[NotNegative, ...] = ()
     dispatch: str = "sync"
     modes: dict[str, Mode] = field(default_factory=dict)
+    passes: PassCosts | None = None
 
     def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
         """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -181,7 +181,10 @@ class Setting:
     token, another class) on data like the calibration's; `max_layers`: a bound for every token (for `token` beside
     another amount too). A static policy skips units in its order until they reach the amount. `hold` steers a `token`
     session so that its running mean time stays at the budget, whatever the text; without it the budget is a mean over
-    the calibration text. Raises PolicyError for wrong types; `check` checks the amounts.
+    the calibration text. `draft`: what guesses tokens, which a dense session then checks several at a time: the text's
+    own repetitions (`lookup`), a trained drafter (`layer`), what there is of both (`auto`), or nothing (`off`); the
+    text stays the same. A session that skips decodes every token by itself. Raises PolicyError for wrong types;
+    `check` checks the amounts.
     """
 
     policy: str | None = None
@@ -194,6 +197,7 @@ class Setting:
     confidence: float = 0.95
     max_layers: int | None = None
     hold: bool = True
+    draft: Literal["auto", "off", "lookup", "layer"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, PolicyError)
@@ -212,6 +216,11 @@ class Setting:
 
     def check(self) -> None:
         """Raise PolicyError for an unknown kind and for amounts that do not go together or are out of range."""
+        if self.kind != "dense" and self.draft not in ("auto", "off"):
+            raise PolicyError(
+                f"draft={self.draft!r} is of a dense session: one that skips (policy {self.kind!r:.60}) decodes every "
+                "token by itself. Leave draft out, or the policy and its amounts."
+            )
         if self.kind == OWN and self.given:
             raise PolicyError(f"A policy of your own decides by itself: {self.given[0]} means nothing to it.")
         if self.kind not in (*KINDS, OWN):

@@ -12,13 +12,26 @@ from dataclasses import replace
 
 import numpy as np
 
+from dash_export.core.drafter import LAYER, NORM, Drafter
 from dash_export.core.policy import SkipPolicy, Weights, check_policy, half
 from dash_export.core.units import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.files.artifacts import content_key
 from dash_export.models.config import FULL, SLIDING
-from dash_export.models.spec import LAYERS, AnyCheckpoint, Checkpoint, Float32Array, Weight, layer_weight
+from dash_export.models.spec import (
+    EMBED_WEIGHT,
+    FINAL_NORM,
+    HEAD_WEIGHT,
+    LAYERS,
+    AnyCheckpoint,
+    Checkpoint,
+    Float32Array,
+    Weight,
+    layer_weight,
+    row_blocks,
+)
 
+DRAFTER_MATRIX = "drafter.head.weight"
 OTHER_MODEL = 0.01
 """Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""
 
@@ -71,6 +84,24 @@ def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32
 def _weight_in_memory(name: str, array: Float32Array) -> Weight:
     """Return a Weight that reads `array` from memory instead of from disk."""
     return Weight(name, array.shape, "F32", lambda start, stop: array[start:stop])
+
+
+def drafting(checkpoint: Checkpoint, drafter: Drafter) -> Checkpoint:
+    """Return the checkpoint with a drafter's weights alone, matrices in 16 bits: those of its layer and its norm under
+    the names of the model's last layer and final norm, and as DRAFTER_MATRIX the head's rows of its tokens.
+    """
+    spec, head = checkpoint.spec, EMBED_WEIGHT if checkpoint.spec.tie_embeddings else HEAD_WEIGHT
+    last, start, rows = layer_weight(spec.num_layers - 1), 0, list[Float32Array]()
+    for block in row_blocks(checkpoint.weights[head]):
+        places = drafter.tokens - start
+        rows.append(block[places[(places >= 0) & (places < len(block))]])
+        start += len(block)
+    found = {DRAFTER_MATRIX: half(np.concatenate(rows))}
+    for name, array in drafter.weights.items():
+        found[FINAL_NORM if name == NORM else name.replace(LAYER, last, 1)] = array
+    weights = {name: _weight_in_memory(name, array) for name, array in found.items()}
+    weights = {name: replace(each, dtype="F16" if len(each.shape) == 2 else "F32") for name, each in weights.items()}
+    return replace(checkpoint, weights=weights)
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:

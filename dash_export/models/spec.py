@@ -17,7 +17,7 @@ from dash_export.files.artifacts import identity
 
 Float32Array = npt.NDArray[np.float32]
 
-FINAL_NORM = "model.norm.weight"
+FINAL_NORM, EMBED_WEIGHT, HEAD_WEIGHT = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 LAYERS = "model.layers."
 """Prefix of the names of all layers' weights."""
 
@@ -60,12 +60,12 @@ class DecoderSpec(DecoderFacts):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight this decoder needs, by its Hugging Face name; matrices are [out, in]."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {EMBED_WEIGHT: (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             shapes |= {layer_weight(index, name): shape for name, shape in self._layer_shapes(index).items()}
         shapes[FINAL_NORM] = (self.hidden_size,)
         if not self.tie_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[HEAD_WEIGHT] = (self.vocab_size, self.hidden_size)
         return shapes
 
     def drafter_shapes(self) -> dict[str, tuple[int, ...]]:

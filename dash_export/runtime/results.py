@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 
 import numpy as np
@@ -22,13 +22,18 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running figures of one generation. Prefill gives the first token; `layers` ran in all decode steps together."""
+    """Running figures of one generation. Prefill gives the first token; `layers` ran for all decoded tokens together.
+    `passes` gave the decoded tokens; they checked so many `drafts`, of which `accepted` were the choice.
+    """
 
     prompt_tokens: int = 0
     tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     layers: int = 0
+    passes: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
     @property
     def decode_steps(self) -> int:
@@ -44,6 +49,11 @@ class Statistics:
         """Mean layers run per decode step."""
         return self.layers / self.decode_steps if self.decode_steps else 0.0
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Mean tokens that a pass gave; 1 without drafts."""
+        return self.decode_steps / self.passes if self.passes else 0.0
+
 
 @dataclass(frozen=True)
 class Response:
@@ -52,7 +62,8 @@ class Response:
 
     The last response of a stream has a `finish_reason`: `stop` (end of turn or of the grammar, or a stop string),
     `length` or `cancelled`; or, in a batch, `error`, with the error and no token (NO_TOKEN, as where none is wanted).
-    `logprobs`, where asked for: (token, nats) of this token and of the most likely ones.
+    `logprobs`, where asked for: (token, nats) of this token and of the most likely ones. `drafted`: the token was a
+    draft.
     """
 
     text: str
@@ -63,6 +74,7 @@ class Response:
     finish_reason: str | None = None
     error: DashError | None = None
     logprobs: tuple[tuple[int, float], ...] = ()
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,9 +196,27 @@ class Turn:
         """How the next token will be drawn, where that is known beforehand."""
         return self._sampler.draw
 
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._max_tokens - self.statistics.tokens
+
+    def forced(self, most: int) -> list[int]:
+        """Return the tokens, at most so many, that the grammar leaves no choice about."""
+        return [] if self._guide is None else self._guide.forced()[:most]
+
+    def allowed(self, drafts: list[int]) -> list[int]:
+        """Return the drafts up to the first that the grammar forbids, but one at least."""
+        return drafts if self._guide is None else drafts[: max(1, self._guide.count_allowed(drafts))]
+
     def begin(self) -> None:
         """Start the clock of a step."""
         self._began = time.perf_counter()
+
+    def note_pass(self, drafts: int) -> None:
+        """Count a pass that checks so many drafts."""
+        said = self.statistics
+        self.statistics = replace(said, passes=said.passes + 1, drafts=said.drafts + drafts)
 
     def without_tokens(self, actions: npt.NDArray[np.int8]) -> Response:
         """Return the only response where the prompt is all that is wanted."""
@@ -195,9 +225,16 @@ class Turn:
         return Response("", NO_TOKEN, actions, seconds, self.statistics, "length")
 
     def respond(
-        self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
+        self,
+        logits: Logits,
+        context: Sequence[int],
+        actions: npt.NDArray[np.int8],
+        cancelled: bool = False,
+        draft: int | None = None,
     ) -> Response:
-        """Choose the next token, given the logits [vocab] and `actions` [layers] of a step, and the tokens so far."""
+        """Choose the next token, given the logits [vocab] and `actions` [layers] of a step, the tokens so far, and the
+        draft that is accepted if it is the choice.
+        """
         allowed = logits if self._guide is None else self._guide.allowed(logits)
         token = self._sampler(allowed, context)
         whole = self._guide is not None and self._guide.take(token)
@@ -208,9 +245,13 @@ class Turn:
         if tokens == 1:
             self.statistics = Statistics(before.prompt_tokens, tokens, seconds)
         else:
-            layers = before.layers + len(actions) - int(actions.sum())
-            decoding = before.decode_seconds + seconds
-            self.statistics = Statistics(before.prompt_tokens, tokens, before.prefill_seconds, decoding, layers)
+            self.statistics = replace(
+                before,
+                tokens=tokens,
+                decode_seconds=before.decode_seconds + seconds,
+                layers=before.layers + len(actions) - int(actions.sum()),
+                accepted=before.accepted + (token == draft),
+            )
         reason = None
         if whole or (ends and not self._ignores_eos) or self._stream.stopped:
             reason = "stop"
@@ -221,4 +262,4 @@ class Turn:
         if reason is not None and not self._stream.stopped:
             piece += self._stream.finish()
         likely = () if self._logprobs is None else most_likely(logits, token, self._logprobs)
-        return Response(piece, token, actions, seconds, self.statistics, reason, None, likely)
+        return Response(piece, token, actions, seconds, self.statistics, reason, None, likely, token == draft)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,9 @@ from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import LOWERED, is_hub_id
 from dash_export.bundle.recipe import MAX_THREADS, Dispatch
 from dash_export.bundle.records import Build
+from dash_export.core.advice import drafter_command
 from dash_export.core.dial import CostTable, in_mode, recommended_budget
+from dash_export.core.drafts import Drafts, no_drafts
 from dash_export.core.kinds import Served, SessionRules, Setting, session_rules
 from dash_export.core.own_policy import CPU_ONLY, NO_POLICY, OwnRule, Policy
 from dash_export.core.rule import Rule
@@ -140,7 +142,22 @@ class DashRuntime:
 
     def session_with(self, setting: Setting) -> Session:
         """Begin a new conversation, as `session` does, with the arguments in one object."""
-        return self.session_under(self.rules(setting))
+        return self._session(self.rules(setting), self._new_drafts(setting))
+
+    def _new_drafts(self, setting: Setting) -> Callable[[], Drafts | None]:
+        """Return what makes the drafts of a text. Raises PolicyError for a drafter that this build has not."""
+        wanted, costs = setting.draft, self.cost.passes
+        trained = self.engines.drafter is not None and wanted in ("auto", "layer")
+        looks = wanted in ("auto", "lookup")
+        if setting.kind != "dense" or wanted == "off":
+            return no_drafts
+        if costs is None or (wanted == "layer" and not trained):
+            if wanted == "auto":
+                return no_drafts
+            lacks = f"drafter. {drafter_command(self.bundle.manifest.decoder)}"
+            lacks = "times of passes of several rows: build it again." if costs is None else lacks
+            raise PolicyError(f"The build for {self.build.target!r} has no {lacks}")
+        return partial(Drafts, costs, looks, trained)
 
     def rules(self, setting: Setting) -> SessionRules:
         """Return the rules of a session with this setting. Raises PolicyError."""
@@ -167,7 +184,11 @@ class DashRuntime:
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
         if isinstance(rules.calibrated, OwnRule) and not self.engines.shows_states:
             raise PolicyError(CPU_ONLY)
-        return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
+        return self._session(rules, no_drafts)
+
+    def _session(self, rules: SessionRules, new_drafts: Callable[[], Drafts | None]) -> Session:
+        known = self.recipe.runtime
+        return Session(self.engines, self.text, rules, known.kv_step, known.prefill_chunk, new_drafts)
 
     def encoder(self, policy: str | None = None, **amounts: Any) -> Encoder:
         """Return the encoder of pictures under a policy, as `session` takes it: `dense`, `static` or `token`, which for

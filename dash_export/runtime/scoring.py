@@ -75,4 +75,5 @@ def read(session: Session, tokens: TokenIds) -> BoundStep | DeviceStep:
     step = session.bound(len(tokens), session.engines.mixes)
     step.prefill(tokens)
     session.tokens.extend(tokens.tolist())
+    session.state = None if step.final_state is None else step.final_state[0, -1]
     return step

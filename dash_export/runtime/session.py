@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.backends.host.cache import KVCache, pass_length, whole_tiles
+from dash_export.core.drafts import Drafts, no_drafts
 from dash_export.core.kinds import SessionRules
 from dash_export.core.rule import DENSE, Rule
-from dash_export.core.sampling import Draw, Logits, Prompt, Sampling, TokenIds
+from dash_export.core.sampling import Logits, Prompt, Sampling, TokenIds
 from dash_export.core.units import DENSE_POSITIONS, Actions, layer_actions
 from dash_export.errors import RequestError
 from dash_export.runtime.results import (
@@ -29,6 +30,7 @@ from dash_export.runtime.results import (
     checked_tokens,
 )
 from dash_export.runtime.scoring import score
+from dash_export.runtime.steps import Row, Steps
 from dash_export.text.tokenizer import Text
 
 if TYPE_CHECKING:
@@ -49,15 +51,20 @@ class Session:
     rules: SessionRules
     kv_step: int
     prefill_chunk: int
+    new_drafts: Callable[[], Drafts | None] = no_drafts
+    """Makes what guesses tokens of a text; none where every token is to be decoded by itself."""
 
     def __post_init__(self) -> None:
-        self.cache: Any = self.engines.cache(self.kv_step)
-        self._steps: dict[tuple[int, bool], BoundStep | DeviceStep] = {}
+        self.steps = Steps(self.engines, self.kv_step)
+        self.cache = self.steps.cache
+        self.bound = self.steps.bound
+        self._drafts = self.new_drafts()
         self._cancelled = False
         self._pending: list[int] = []
         """The last token of an answer: already given out, not yet in the cache. It goes before the next tokens."""
         self._streams = 0
-        self._hidden: Floats | None = None
+        self.state: Floats | None = None
+        """The final, normed state [hidden] of the newest token, in the memory of its step; None where there is none."""
         self.tokens: list[int] = []
         """The tokens in the cache; NO_TOKEN for an embedding."""
         self.prefilled = 0
@@ -81,11 +88,11 @@ class Session:
 
     def fork(self) -> Session:
         """Return a session that continues from here, with memory of its own. Fork between answers, not within one."""
-        twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
+        twin = replace(self, rules=deepcopy(self.rules))
         self.cache.length = len(self.tokens)  # as in `reserve`
         twin.cache.take(0, self.cache)
         twin.tokens, twin._pending, twin._first_decoded = [*self.tokens], [*self._pending], self._first_decoded
-        twin._hidden = None if self._hidden is None else self._hidden.copy()  # the next step overwrites it
+        twin.state = None if self.state is None else self.state.copy()  # the next step overwrites it
         return twin
 
     # --- answers
@@ -133,16 +140,31 @@ class Session:
         self._check_newest(number)
         turn = Turn(self.text, sampling, max_tokens, len(ids), after=after)
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
-        actions = np.zeros(self.engines.model.num_layers, np.int8)
+        response = turn.respond(logits, self.tokens, np.zeros(self.engines.model.num_layers, np.int8), self._cancelled)
+        if self._drafts is not None:
+            self._drafts.read([*self.tokens, response.token])
+        self._pending = [response.token]
+        answer = self._decoded(Row(None, turn, self.rules, self.tokens, self._pending, self._drafts, self.state))
         while True:
-            response = turn.respond(logits, self.tokens, actions, self._cancelled)
-            self._pending = [response.token]
             yield response
             if response.finish_reason is not None:
                 return
             self._check_newest(number)
-            turn.begin()
-            logits, actions = self._advance(response.token, draw=turn.draw)
+            response = next(answer)
+
+    def _decoded(self, row: Row) -> Iterator[Response]:
+        """Decode a row without end; yield its responses. What is left when nobody asks for more was not decoded."""
+
+        def choose(row: Row, logits: Logits, actions: Actions, draft: int | None) -> Response:
+            self.state = row.state
+            return row.turn.respond(logits, row.tokens, actions, self._cancelled, draft)
+
+        while True:
+            row.turn.begin()
+            row.tokens = self.tokens
+            self._note_decoded()
+            self.steps.make_room(len(self.tokens), row.drafts is not None)
+            yield from self.steps.advance([row], choose)
 
     def _check_newest(self, number: int) -> None:
         """Raise RequestError where another stream, or a reset, has used this session since."""
@@ -180,9 +202,9 @@ class Session:
         """The final, normed state [hidden] of the newest token. Raises RequestError where there is none."""
         if not self.engines.gives_state:
             raise RequestError(f"This build gives no states. {_CPU_ONLY}")
-        if self._hidden is None:
+        if self.state is None:
             raise RequestError("There is no state yet: prefill first.")
-        return np.array(self._hidden)
+        return np.array(self.state)
 
     def restart(self, ids: Prompt) -> Logits:
         """Return the logits [vocab] after `ids` as a conversation of its own. Cached tokens that `ids` begins with stay
@@ -268,23 +290,27 @@ class Session:
 
     def _last(self, step: BoundStep | DeviceStep) -> Logits:
         """Return the logits [vocab] after a step's last token; they are valid until the next step."""
-        self._hidden = None if step.final_state is None else step.final_state[0, 0]
+        self.state = None if step.final_state is None else step.final_state[0, 0]
         last: Logits = step.logits[0, 0]
         return last
 
-    def _advance(self, token: int, rule: Rule | None = None, draw: Draw | None = None) -> tuple[Logits, Actions]:
+    def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
         """Decode one known token. Return its logits [vocab], valid until the next step, and actions [layers]."""
         self.reserve(1)
         step = self.bound(1)
-        if self._first_decoded is None:
-            self._first_decoded = len(self.tokens)
+        self._note_decoded()
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
-        step.decode(token, rule, draw)
+        step.decode(token, rule)
         self.rules.decoded(step.skipped)
         self._pending = []  # before append: an interrupt may come after that call, and then both must be done
         self.tokens.append(token)
         return self._last(step), self.actions_of(step)[0]
+
+    def _note_decoded(self) -> None:
+        self.cache.length = len(self.tokens)  # as in `reserve`
+        if self._first_decoded is None:
+            self._first_decoded = len(self.tokens)
 
     def actions_of(self, step: BoundStep | DeviceStep) -> Actions:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
@@ -293,26 +319,17 @@ class Session:
         del self.tokens[length:]  # first: the cache follows `tokens`, and a user's policy may raise in `restart`
         self._pending = []
         self.cache.length = length
-        self._hidden = None
+        self.state = None
         self._streams += 1
+        if self._drafts is not None:
+            self._drafts.clear()  # a longer text follows, maybe another
         if max(length, known) <= (self._first_decoded or 0):  # the text has no answer left: another conversation begins
             self._first_decoded = None
             self.rules.restart()
 
     def reserve(self, more: int) -> None:
         self.cache.length = len(self.tokens)  # an interrupt may have come after a step, before its tokens were noted
-        wanted = self.cache.length + more
-        if wanted > self.cache.capacity:
-            self._steps.clear()  # before the cache moves: an interrupt in between would leave steps on the old memory
-        self.cache.reserve(wanted)
-
-    def bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
-        key = (sequence, teacher_forced)
-        if key not in self._steps:
-            # A long step's buffers are large: keep the decode step and the last other one.
-            self._steps = {other: step for other, step in self._steps.items() if other == (1, False)}
-            self._steps[key] = self.engines.step(self.cache, sequence, teacher_forced)
-        return self._steps[key]
+        self.steps.reserve(self.cache.length + more)
 
     # --- checks
 

@@ -43,8 +43,8 @@ class Scheduler:
         """`rows`: how many requests decode together, by default ROWS, or as many as the engines take.
 
         `waiting`: most requests in the queue. `alone`: the setting of requests that have none, for steps with one row,
-        by default the bundle's recommended one. With several rows they are dense, because a token policy saves nothing
-        where rows skip different units. `prefix_bytes`: bytes for the K and V of
+        by default dense with drafts. With several rows they are dense, because a token policy saves nothing where rows
+        skip different units. `prefix_bytes`: bytes for the K and V of
         prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory. `context`: a row's most
         positions.
         Raises PolicyError, RequestError, and BackendError where engines or the device take fewer rows.
@@ -67,7 +67,7 @@ class Scheduler:
                 cache.reserve(1)  # caches that do not grow: take all memory now
         self.short = self.context < most
         self._prefixes = Prefixes(prefix_bytes)
-        self._alone, self._together = map(runtime.rules, (alone or runtime.recommended, Setting()))
+        self._alone, self._together = map(runtime.rules, (alone or Setting(), Setting()))
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._live: dict[Ticket, None] = {}

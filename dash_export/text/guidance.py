@@ -100,6 +100,14 @@ class Guide:
         self._check()
         return bool(self._matcher.is_stopped())
 
+    def forced(self) -> list[int]:
+        """Return the tokens that must come next."""
+        return list(self._matcher.compute_ff_tokens())
+
+    def count_allowed(self, tokens: list[int]) -> int:
+        """Return how many of these tokens, one after the other, may come next."""
+        return int(self._matcher.validate_tokens(tokens))
+
     def _check(self) -> None:
         if self._matcher.is_error():
             said = self._matcher.get_error().partition("\n")[0]

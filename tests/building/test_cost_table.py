@@ -9,8 +9,11 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.backends.base import Launch
 from dash_export.backends.onnxruntime.ort_engine import OrtBackend
-from dash_export.building import cost_table
-from dash_export.building.cost_table import measure_cost
+from dash_export.building import build, cost_table, pipeline
+from dash_export.building.cost_table import measure_cost, measure_passes
+from dash_export.building.exporting import export
+from dash_export.core.passes import ROWS
+from tests.tiny import drafter_only, tiny_checkpoint
 from tests.tiny_encoder import encoder_bundle
 
 
@@ -53,3 +56,39 @@ def test_an_exit_is_no_part_of_what_leaving_there_saves(tmp_path: Path, monkeypa
     assert table.exits == pytest.approx([10 / dense] * sum(gates), abs=1e-5)
     assert table.cost == pytest.approx([100 / dense] * sum(gates), abs=1e-5)
     assert table.asks == pytest.approx(20 / dense, abs=1e-5)
+
+
+def test_what_rows_of_a_pass_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that takes longer and longer, with a drafter; a context is cut to what the model takes."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "tiny.dash", drafter_only(checkpoint))
+    monkeypatch.setattr(pipeline, "measure_passes", lambda *_: None)
+    made, turn = build(bundle, "cpu", weights="fp32"), count()
+    monkeypatch.setattr(cost_table, "PASSES", ((40, 3), (4096, 2)))
+
+    def timed(launches: Iterable[Launch]) -> list[float]:
+        for launch in launches:
+            launch()
+        repeat, place = divmod(next(turn), len(ROWS) + 1)
+        rows, slower = [*ROWS, 0][place], 1 + 0.5 * (repeat >= 4)
+        return [(1 + repeat / 1000) * (100 + slower * 10 * (rows - 1) if rows else 3 * 7)]
+
+    monkeypatch.setattr(cost_table, "_timed", timed)
+    found = measure_passes(bundle, made, OrtBackend(0))
+    assert found is not None
+    assert found.sound
+    assert (found.rows, found.contexts) == (ROWS, (40, 512 - 16))
+    assert found.times[0] == pytest.approx([1 + 0.1 * (rows - 1) for rows in ROWS], rel=0.01)
+    assert found.times[1] == pytest.approx([1 + 0.15 * (rows - 1) for rows in ROWS], rel=0.01)
+    assert found.draft == pytest.approx(0.07, rel=0.01)
+    assert found.of_rows(40)[1:9] == pytest.approx([1 + 0.1 * rows for rows in range(8)], rel=0.01)
+    assert found.of_rows(268)[12] == pytest.approx(1 + 0.125 * 11, rel=0.01)
+    assert found.of_rows(0) == found.of_rows(40)
+    assert found.of_rows(10_000)[16] == pytest.approx(1 + 0.15 * 15, rel=0.01)
+    assert next(turn) == (4 + 3) * (len(ROWS) + 1), "one of each is not counted"
+
+
+def test_passes_of_an_encoder_are_not_measured(tmp_path: Path) -> None:
+    runtime = DashRuntime.load(encoder_bundle(tmp_path), "portable")
+    assert measure_passes(runtime.bundle, runtime.build, OrtBackend(0)) is None
+    assert runtime.build.cost.passes is None

@@ -271,6 +271,18 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "another recipe": (lambda data: data["recipe"]["runtime"].update(dispatch="device"), "needs a GPU backend"),
     "a strange recipe": (lambda data: data["recipe"].update(speed=1), r"recipe: unknown 'speed'"),
     **{f"dial {dial}": (lambda data, dial=dial: data.update(dial=dial), "dial") for dial in DIALS},
+    "a pass too few": (
+        lambda data: data["cost"].update(passes={"rows": [1, 2], "contexts": [256], "times": [[1.0]]}),
+        "not one for each number of rows",
+    ),
+    "a pass in no time": (
+        lambda data: data["cost"].update(passes={"rows": [1], "contexts": [256], "times": [[0.0]]}),
+        "not one for each number of rows",
+    ),
+    "a drafter that nobody asks": (
+        lambda data: data["engines"].update(drafter=data["engines"]["embed"]),
+        "nobody asks the engine drafter",
+    ),
     "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
     "an exit too few": (lambda data: data["cost"].update(exits=[0.01]), "does not list the exits"),
     "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),

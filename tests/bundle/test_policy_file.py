@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dash_export.bundle.policy_file import METADATA, card_path, load_policy, policy_path, save_policy
-from dash_export.core.policy import SkipPolicy, narrowed, untrained_policy
+from dash_export.core.drafter import Drafter, check_drafter
+from dash_export.core.policy import SkipPolicy, check_policy, narrowed, no_policy, untrained_policy
 from dash_export.core.units import Unit, units_text
 from dash_export.errors import OutputError, PolicyError
 from dash_export.files.resources import resource_folder
@@ -21,7 +22,7 @@ from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.bypasses import check_model
 from dash_export.models.config import decoder_spec
 from tests.models.helpers import SAFETENSORS_LAYOUTS
-from tests.tiny import TINY_UNITS, with_bypasses
+from tests.tiny import TINY_UNITS, random_drafter, with_bypasses
 
 HIDDEN = 32
 SPEC = DecoderSpec(
@@ -166,6 +167,113 @@ def test_damage_is_named(name: str, saved: Path) -> None:
     assert str(saved) in message
     assert "train" in message
     assert "\n" not in message
+
+
+def with_drafter(spec: DecoderSpec = SPEC) -> SkipPolicy:
+    return replace(no_policy(6, ()), final_norm=np.ones(HIDDEN, np.float32), drafter=random_drafter(spec))
+
+
+def loaded(path: Path, spec: DecoderSpec = SPEC) -> Drafter:
+    drafter = load_policy(path, spec).drafter
+    assert drafter is not None
+    return drafter
+
+
+def test_a_drafter_is_kept_in_eight_bits(tmp_path: Path) -> None:
+    """Within half a step of each block of 32 weights, the last of which may be shorter. Saved again it stays the same.
+    A policy with units may have one, too.
+    """
+    spec, path = replace(SPEC, intermediate_size=72), tmp_path / "p.safetensors"
+    policy = replace(policy_of(), drafter=random_drafter(spec))
+    assert policy.drafter is not None
+    policy.drafter.weights["layer.mlp.down_proj.weight"][3] = 0
+    save_policy(path, policy, spec, {})
+    back = load_policy(path, spec)
+    assert (back.units, back.weights().keys()) == (policy.units, policy.weights().keys())
+    first, known, kept = loaded(path, spec), policy.drafter, load_file(path)
+    assert (first.slope, first.offset, first.origin) == (known.slope, known.offset, known.origin)
+    np.testing.assert_array_equal(first.tokens, known.tokens)
+    assert first.tokens.dtype == np.int64
+    assert first.weights.keys() == known.weights.keys()
+    for name, array in known.weights.items():
+        found = first.weights[name]
+        assert found.dtype == np.float32
+        if array.ndim == 1:
+            np.testing.assert_array_equal(found, array, err_msg=name)
+            continue
+        for start in range(0, array.shape[1], 32):
+            one, other = array[:, start : start + 32], found[:, start : start + 32]
+            steps = np.abs(one).max(axis=1, keepdims=True) / 127
+            assert (np.abs(other - one) <= 0.57 * steps).all(), name  # half, and what 16 bits round of the scale
+        assert kept[f"drafter.{name}"].dtype == np.int8
+        assert kept[f"drafter.{name}.scales"].shape == (len(array), -(-array.shape[1] // 32))
+    save_policy(again := tmp_path / "again.safetensors", back, spec, {})
+    for name, array in loaded(again, spec).weights.items():
+        np.testing.assert_array_equal(array, first.weights[name], err_msg=name)
+
+
+def test_size_of_a_drafter(tmp_path: Path) -> None:
+    spec = replace(SPEC, hidden_size=896, intermediate_size=4864, num_heads=14, num_kv_heads=2, head_dim=64)
+    save_policy(tmp_path / "p.safetensors", replace(no_policy(6, ()), drafter=random_drafter(spec)), spec, {})
+    assert (tmp_path / "p.safetensors").stat().st_size < 17.6e6
+
+
+def test_a_file_without_drafter_is_read_by_versions_before(saved: Path) -> None:
+    import safetensors
+
+    with safetensors.safe_open(str(saved), "np") as file:
+        facts = json.loads(file.metadata()[METADATA])
+    assert facts["schema"] == 2
+    assert "drafter" not in facts
+
+
+Q = "layer.self_attn.q_proj.weight"
+DRAFTER_DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
+    "nan-scale": (lambda t, _: number(t, f"drafter.{Q}.scales", float("nan")), f"{Q} holds NaN"),
+    "inf-scale": (lambda t, _: number(t, f"drafter.{Q}.scales", float("inf")), f"{Q} holds NaN, infinity"),
+    "nan-norm": (lambda t, _: number(t, "drafter.norm.weight", float("nan")), "norm.weight holds NaN"),
+    "no-scales": (lambda t, _: {n: t[n] for n in t if n != f"drafter.{Q}.scales"}, f"drafter.{Q}.scales is missing"),
+    "scales-alone": (
+        lambda t, _: {**t, "drafter.x.scales": np.ones((1, 1), np.float32)},
+        "x.scales is missing, or the",
+    ),
+    "short-scales": (lambda t, _: {**t, f"drafter.{Q}.scales": np.ones((31, 1), np.float16)}, r"scales \[31, 1\]"),
+    "codes-of-four-bytes": (lambda t, _: {**t, f"drafter.{Q}": t[f"drafter.{Q}"].astype(np.int32)}, "is missing"),
+    "codes-of-two-bytes": (lambda t, _: {**t, f"drafter.{Q}": t[f"drafter.{Q}"].astype(np.int16)}, "dtype int16"),
+    "float-tokens": (lambda t, _: {**t, "drafter.tokens": t["drafter.tokens"].astype(np.float32)}, "must be int32"),
+    "cut": (lambda t, _: {name: t[name] for name in t if "down_proj" not in name}, "lacks layer.mlp.down_proj"),
+    "more": (lambda t, _: {**t, "drafter.layer.extra": t["drafter.norm.weight"]}, "holds layer.extra"),
+    "narrow": (lambda t, _: {**t, "drafter.norm.weight": np.ones(31, np.float32)}, r"\[31\]; \[32\] was expected"),
+    "few-tokens": (lambda t, _: {**t, "drafter.tokens": t["drafter.tokens"][:15].copy()}, "list of 16 to 300"),
+    "no-tokens": (lambda t, _: {name: t[name] for name in t if name != "drafter.tokens"}, "list of 16 to 300"),
+    "falling": (lambda t, _: {**t, "drafter.tokens": t["drafter.tokens"][::-1].copy()}, "must rise"),
+    "twice": (lambda t, _: number(t, "drafter.tokens", int(t["drafter.tokens"][4])), "must rise"),
+    "other-vocabulary": (lambda t, _: {**t, "drafter.tokens": t["drafter.tokens"] + 200}, "below 300: another vocab"),
+    "unsaid": (lambda _, f: f.pop("drafter") and None, "of which its metadata says nothing"),
+    "slope": (lambda _, f: f["drafter"].update(slope="steep"), "slope must be float"),
+    "key": (lambda _, f: f["drafter"].update(surprise=1), "unknown 'surprise'"),
+    "nobody's": (lambda _, f: f["drafter"].update(origin=""), "does not say who made it"),
+    "other-depth": (lambda _, f: f.update(num_layers=7), "policy of a llama of 7 layers"),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTER_DAMAGE)
+def test_damage_to_a_drafter_is_named(name: str, tmp_path: Path) -> None:
+    path, (change, expected) = tmp_path / "p.safetensors", DRAFTER_DAMAGE[name]
+    save_policy(path, with_drafter(), SPEC, {})
+    rewrite(path, change)
+    with pytest.raises(PolicyError, match=expected) as raised:
+        load_policy(path, SPEC)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_drafter_for_another_model() -> None:
+    policy = with_drafter()
+    assert policy.drafter is not None
+    with pytest.raises(PolicyError, match=r"gate_proj.* \[64, 32\]; \[72, 32\] was expected"):
+        check_policy(policy, replace(SPEC, intermediate_size=72))
+    with pytest.raises(PolicyError, match="writes no text"):
+        check_drafter(policy.drafter, {}, 0)
 
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {

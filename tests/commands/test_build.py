@@ -10,9 +10,12 @@ import pytest
 
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import EXPORT
+from dash_export.bundle.policy_file import save_policy
+from dash_export.bundle.records import DRAFTER
 from dash_export.files.outputs import MARK, REPLACED, work_of
+from dash_export.models import open_checkpoint
 from tests.commands.helpers import DISK_FULL, dash, done, refused
-from tests.tiny import TINY_UNITS
+from tests.tiny import TINY_UNITS, drafter_only
 
 NEAREST = ("--rounding", "nearest")
 """Without a calibration, which takes seconds."""
@@ -61,6 +64,24 @@ def test_model_with_a_trained_policy(model: Path, trained: Path, tmp_path: Path)
     assert "calibrating the dial" in result.stderr
     assert "dash-export train" not in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"
+
+
+def test_model_with_a_drafter_alone(model: Path, tmp_path: Path) -> None:
+    """No unit is in its policy. `inspect` shows who made it, and what a draft and rows of a pass take."""
+    checkpoint, path = open_checkpoint(model), tmp_path / "p.safetensors"
+    save_policy(path, drafter_only(checkpoint), checkpoint.spec, {})
+    given = ("build", model, "--weights", "fp32", "-o", tmp_path / "m.dash", "--policy", path, "--verify")
+    assert "Verified: 3 engines" in done(*given).stdout
+    bundle = Bundle.open(tmp_path / "m.dash")
+    assert bundle.manifest.policy.units == ()
+    made = bundle.load_build("cpu-fp32")
+    assert [segment.name for segment in made.segments] == ["embed", "layers_00-05"]
+    assert made.engines.keys() == {"embed", "layers_00-05", DRAFTER}
+    shown = done("inspect", bundle.root).stdout
+    assert "random (seed 0)" in shown
+    assert "Passes of several rows: time over that of one decoded token" in shown
+    assert "of a decoded token." in shown
+    assert "16 rows" in shown
 
 
 @pytest.mark.parametrize("option", [("-o", "x.dash"), ("--units", "2"), ("--policy", "untrained")])

@@ -11,3 +11,5 @@ def test_targets_and_policies() -> None:
     assert {*recipe_names(), *shipped_policies()} <= rows.keys()
     assert rows["cpu"].split()[1:3] == ["onnxruntime", "int4"]
     assert "SmolLM2-135M-Instruct.Q4_1.gguf" in rows["smollm2-135m-instruct"]
+    assert rows["smollm2-135m-instruct"].split()[-1] in ("yes", "no")
+    assert "drafter" in rows["name"]

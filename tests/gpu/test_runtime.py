@@ -140,7 +140,7 @@ def test_several_sequences(target: str, gpu_bundle: Path, tmp_path: Path) -> Non
     runtime = DashRuntime.load(gpu_bundle, "together", dispatch="device")
     rows, alone, ids = Rows(runtime.engines, 4, 256), runtime.session(), prose(runtime, 200)
     rows.cache.reserve(100)
-    step = rows._bound(4)
+    step = rows.steps.bound(1, batch=4)
     for rule in (DENSE, static_rule((0, 2))):
         expected = []
         for row, length in enumerate((9, 40, 64, 23)):

@@ -29,14 +29,14 @@ def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
             raise KeyboardInterrupt
 
     step = session.bound(1)
-    sound = step.decode
+    sound = step.decode_batch
 
     def decode(*given: Any) -> None:
         sound(*given)
         raise KeyboardInterrupt
 
     if where == "decode":
-        monkeypatch.setattr(step, "decode", decode)
+        monkeypatch.setattr(step, "decode_batch", decode)
     else:
         session.tokens = Interrupting(session.tokens)
     with pytest.raises(KeyboardInterrupt):

@@ -38,6 +38,7 @@ class DeviceEngines:
     """
 
     mixes = takes_embeddings = gives_state = grows = shows_states = False
+    drafter = None
     mixed = ()
     timed, layer_times = timed_token, layer_times
 

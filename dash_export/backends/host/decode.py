@@ -20,7 +20,7 @@ from dash_export.backends.host.cache import KVCache
 from dash_export.backends.host.segments import HostBackend, HostEngine, in_a_row, load_segments, timed_token
 from dash_export.bundle.bundle import Bundle
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
-from dash_export.bundle.records import DAMAGED, MIXED, Build
+from dash_export.bundle.records import DAMAGED, DRAFTER, MIXED, Build
 from dash_export.core.facts import rope_tables
 from dash_export.core.rule import DENSE, Rule, State, skips_for
 from dash_export.core.sampling import Draw
@@ -62,6 +62,7 @@ class EngineSet:
         self._rope: dict[str, Floats] = {}
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
+        self.drafter = backend.load(bundle.path(build.engines[DRAFTER].file)) if DRAFTER in build.engines else None
 
     @cached_property
     def mixed(self) -> Sequence[HostEngine]:
@@ -90,9 +91,13 @@ class EngineSet:
         """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
         return KVCache(self.model, step, sequences)
 
-    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
-        """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch."""
-        return BoundStep(self, cache, sequence, teacher_forced, batch)
+    def step(
+        self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1, mixes: bool = True
+    ) -> BoundStep:
+        """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch. Without
+        `mixes` all rows of a step run or skip the same units.
+        """
+        return BoundStep(self, cache, sequence, teacher_forced, batch, mixes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,13 @@ class BoundStep:
     """
 
     def __init__(
-        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
+        self,
+        engines: EngineSet,
+        cache: KVCache,
+        sequence: int,
+        teacher_forced: bool = False,
+        batch: int = 1,
+        mixes: bool = True,
     ) -> None:
         """Bind the engines. `teacher_forced` steps give the logits of all their tokens, others those of the last."""
         self.sequence, self.batch, self._cache = sequence, batch, cache
@@ -150,7 +161,7 @@ class BoundStep:
             pair = (cache.keys[layer][:batch], cache.values[layer][:batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
                 self._arrays[name] = self._arrays[short_name(name)] = array
-        mixed = engines.mixed if teacher_forced or batch > 1 else ()
+        mixed = engines.mixed if mixes and (teacher_forced or batch > 1) else ()
         self.segments: Sequence[BoundSegment] = [*self._bound(engines, mixed)]
         gated = (place for place, item in enumerate(self.segments) if item.unit is not None)
         self._first = next(gated, len(self.segments))

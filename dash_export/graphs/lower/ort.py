@@ -7,7 +7,7 @@ are joined into one matrix: wide matrices stream faster. Weights are quantised a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,18 @@ import onnx_ir as ir
 
 from dash_export.bundle.layout import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.bundle.recipe import BITS, QUANTISED, Recipe
-from dash_export.bundle.records import Manifest
+from dash_export.bundle.records import DRAFTER, Manifest
+from dash_export.core.drafter import EMBEDDING, STATE
 from dash_export.core.units import Unit
 from dash_export.errors import BackendError
 from dash_export.graphs.lower.ort_products import CONTRIB, ProductWriter
-from dash_export.graphs.lower.rounded import Roundings
+from dash_export.graphs.lower.rounded import Roundings, to_nearest
 from dash_export.graphs.portable.ggml import BLOCKS, FOUR_BITS
 from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE
-from dash_export.graphs.portable.portable import EMBED_WEIGHT, HEAD_MATRIX
+from dash_export.graphs.portable.portable import HEAD_MATRIX, SCALE, TOKENS, draft_outputs
 from dash_export.graphs.portable.stored import STORED
-from dash_export.models.spec import FINAL_NORM
+from dash_export.models.bypasses import DRAFTER_MATRIX
+from dash_export.models.spec import EMBED_WEIGHT, FINAL_NORM
 
 HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
 """GroupQueryAttention takes heads whose size is a multiple of the first, and rotates a multiple of the second."""
@@ -54,15 +56,23 @@ def engine_graph(
     """Return the graph of one engine, from portable graphs by name and in their order. Raises BackendError for heads of
     a size that GroupQueryAttention does not take.
 
-    The parts are `embed`, layers and `head`, with the `policy` that reads the input of one of these layers; or a
-    bypass; or a bypass and the layers of its unit. In the last case `skipped` [batch, sequence, 1] bool chooses, row by
-    row, the bypass or the layers: for the state, and for the K and V that later tokens attend to.
+    The parts are `embed`, layers and `head`, with the `policy` that reads the input of one of these layers; or the
+    drafter, all at the precision of bypasses; or a bypass; or a bypass and the layers of its unit. In the last case
+    `skipped` [batch, sequence, 1] bool chooses, row by row, the bypass or the layers: for the state, and for the K and
+    V that later tokens attend to.
     """
     if manifest.decoder.head_dim % HEAD_MULTIPLE:
         raise BackendError(
             f"ONNX Runtime's attention takes heads whose size is a multiple of {HEAD_MULTIPLE}, and this model's have "
             f"{manifest.decoder.head_dim}: use --target portable."
         )
+    if DRAFTER in parts:
+        own = recipe.weights.bypass
+        weights = replace(recipe.weights, layers=own, ungated=own, qkv=own, head=own)
+        # What was calibrated is of the model's own layer of that name.
+        g = OrtWriter(name, doc, parts, manifest, replace(recipe, weights=weights), to_nearest)
+        g.drafter(manifest.model.num_layers - 1)
+        return g.model()
     g = OrtWriter(name, doc, parts, manifest, recipe, roundings)
     entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.decoder.hidden_size))
     layers = [int(part.removeprefix("layer_")) for part in parts if part.startswith("layer_")]
@@ -233,13 +243,29 @@ class OrtWriter(ProductWriter):
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
-        logits = self.linear(normed, "head/logits", [HEAD_MATRIX], self.traits.logits_scale)
+        logits = self.logits(normed, HEAD_MATRIX)
+        self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
+        self.output(normed, FINAL_STATE, ("batch", "logits", self.facts.hidden_size))
+
+    def logits(self, normed: ir.Value, matrix: str) -> ir.Value:
+        logits = self.linear(normed, "head/logits", [matrix], self.traits.logits_scale)
         if cap := self.traits.logits_cap:
             most = self.initializer("head.cap", np.array([cap], np.float32))
             turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")
             logits = self.op("Mul", [turned, most], "head/capped")
-        self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
-        self.output(normed, FINAL_STATE, ("batch", "logits", self.facts.hidden_size))
+        return logits
+
+    def drafter(self, layer: int) -> None:
+        shape = (*HIDDEN_SHAPE, self.facts.hidden_size)
+        state, embedding = (self.input(name, shape) for name in ("state", "embedding"))
+        normed, _ = self.norm(embedding, UNIT_GAIN, f"{DRAFTER}/norm")
+        node = f"layer_{layer:02d}/{DRAFTER}"
+        left = self.linear(state, f"{node}/state", [STATE])
+        right = self.linear(normed, f"{node}/embedding", [EMBEDDING])
+        passed = self.layer(layer, Sum(left, right, f"{node}/entering"), None)
+        normed, _ = self.norm(passed, FINAL_NORM, f"{DRAFTER}/final_norm")
+        self.output(normed, "state_out", shape)
+        draft_outputs(self, self.logits(normed, DRAFTER_MATRIX), *map(self.stored, (TOKENS, *SCALE)))
 
     def state_output(self, state: ir.Value) -> None:
         self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.facts.hidden_size))

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from dash_export.bundle.records import DRAFTER
 from dash_export.core.policy import SkipPolicy
 from dash_export.graphs.portable import encoder_graphs, portable
-from dash_export.graphs.portable.portable import EMBED_FILE, EMBED_WEIGHT
+from dash_export.graphs.portable.portable import EMBED_FILE
 from dash_export.graphs.portable.stored import stored_tensors
 from dash_export.graphs.portable.writer import save_graph, save_placed
-from dash_export.models.spec import AnyCheckpoint, Checkpoint, EncoderCheckpoint
+from dash_export.models.spec import EMBED_WEIGHT, AnyCheckpoint, Checkpoint, EncoderCheckpoint
 
 
 class Job(NamedTuple):
@@ -39,6 +40,8 @@ def jobs(checkpoint: AnyCheckpoint, policy: SkipPolicy) -> Iterator[Job]:
         yield _graph(unit.bypass, partial(graphs.bypass_graph, checkpoint, policy, place), True)
     if policy.network is not None:
         yield _graph("policy", partial(graphs.policy_graph, checkpoint.spec, policy), True)
+    if policy.drafter is not None:
+        yield _graph(DRAFTER, partial(graphs.drafter_graph, checkpoint, policy.drafter), True)
     yield _graph("head", partial(graphs.head_graph, checkpoint))
 
 

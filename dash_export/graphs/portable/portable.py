@@ -1,5 +1,5 @@
-"""The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX
-opset 24, nothing traced.
+"""The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `drafter`, `head`. ONNX opset 24,
+nothing traced.
 
 States are batch x sequence x hidden, caches batch x kv_heads x capacity x head_dim. A cache has one row per position, a
 step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence, capacity] (bool) says which
@@ -11,16 +11,19 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.bundle.layout import FINAL_STATE, past_names, present_names
+from dash_export.bundle.records import DRAFTER
+from dash_export.core.drafter import EMBEDDING, STATE, Drafter
 from dash_export.core.policy import SkipPolicy
 from dash_export.graphs.portable.model_writer import HIDDEN_SHAPE, ModelWriter
-from dash_export.models.bypasses import full_bypass
-from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
+from dash_export.graphs.portable.writer import GraphWriter
+from dash_export.models.bypasses import DRAFTER_MATRIX, drafting, full_bypass
+from dash_export.models.spec import EMBED_WEIGHT, FINAL_NORM, HEAD_WEIGHT, Checkpoint, DecoderSpec
 
 EMBED_FILE = "embed.data"
-EMBED_WEIGHT = "model.embed_tokens.weight"
-HEAD_WEIGHT = "lm_head.weight"
 HEAD_MATRIX = "head/weight"
 """Name of the node that transposes EMBED_WEIGHT (a tied head) or HEAD_WEIGHT for the logits."""
+TOKENS, SCALE = "drafter.tokens", ("drafter.slope", "drafter.offset")
+"""Initializers of a drafter's graph: ids of its short vocabulary; how its probability becomes a chance."""
 WINDOW = "dash_export.window"
 """Metadata key of an Attention node: how many tokens a query may attend to, 0 for all."""
 
@@ -48,7 +51,7 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     normed = g.norm(wanted, FINAL_NORM, "head/norm")
     table = g.weight(EMBED_WEIGHT, file=EMBED_FILE) if spec.tie_embeddings else g.weight(HEAD_WEIGHT)
     logits = g.op("MatMul", [normed, g.op("Transpose", [table], HEAD_MATRIX, perm=[1, 0])], "head/logits")
-    logits = g.capped(g.scaled(logits, "logits_scale"), spec.traits.logits_cap)
+    logits = g.as_logits(logits)
     g.output(logits, "logits", ("batch", "logits", spec.vocab_size))
     g.output(normed, FINAL_STATE, ("batch", "logits", spec.hidden_size))
     return g.model()
@@ -61,9 +64,57 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     token), attention_mask [batch, 1, sequence, capacity] bool. Updates of units that were pruned behind the layer are
     part of its graph.
     """
-    spec, name = checkpoint.spec, f"layer_{layer:02d}"
-    g = PortableWriter(name, f"Decoder layer {layer}.", spec, checkpoint)
-    hidden = g.state_input()
+    g = PortableWriter(f"layer_{layer:02d}", f"Decoder layer {layer}.", checkpoint.spec, checkpoint)
+    passed, *caches = _layer(g, layer, g.state_input())
+    for number in range(checkpoint.spec.updates.count(layer)):
+        node = g.graph.name
+        update = g.linear(layer, g.bypass_input(passed, f"{node}/norm_{number}"), f"update_{number}")
+        passed = g.op("Add", [passed, update], f"{node}/updated_{number}")
+    g.state_output(passed)
+    g.cache_outputs(layer, *caches)
+    return g.model()
+
+
+def drafter_graph(checkpoint: Checkpoint, drafter: Drafter) -> ir.Model:
+    """Return the graph of `core/drafter.py`: state, embedding [batch, sequence, hidden] -> state_out, the estimate of
+    the normed final state; draft [batch, sequence] int64, a token id, and chance [batch, sequence], that of its being
+    accepted. It reads and writes the KV cache of the last layer, and takes the other inputs of `layer_graph`.
+    """
+    own, shape = drafting(checkpoint, drafter), (*HIDDEN_SHAPE, checkpoint.spec.hidden_size)
+    g, last = PortableWriter(DRAFTER, f"Drafter ({drafter.origin}).", own.spec, own), own.spec.num_layers - 1
+    state, embedding = g.input("state", shape), g.unit_norm(g.input("embedding", shape), "drafter/norm")
+    parts = [
+        g.op("MatMul", [value, g.weight(name, transpose=True)], f"drafter/{name.partition('.')[0]}")
+        for value, name in ((state, STATE), (embedding, EMBEDDING))
+    ]
+    passed, *caches = _layer(g, last, g.op("Add", parts, "drafter/entering"))
+    normed = g.norm(passed, FINAL_NORM, "drafter/final_norm")
+    logits = g.as_logits(g.op("MatMul", [normed, g.weight(DRAFTER_MATRIX, transpose=True)], "drafter/logits"))
+    g.output(normed, "state_out", shape)
+    slope, offset = (np.array(value, np.float32) for value in (drafter.slope, drafter.offset))
+    scale = g.initializer(SCALE[0], slope), g.initializer(SCALE[1], offset)
+    draft_outputs(g, logits, g.initializer(TOKENS, drafter.tokens), *scale)
+    g.cache_outputs(last, *caches)
+    return g.model()
+
+
+def draft_outputs(g: GraphWriter, logits: ir.Value, tokens: ir.Value, slope: ir.Value, offset: ir.Value) -> None:
+    """Output the likeliest of `tokens`, and the chance of its being accepted."""
+    place = g.op("ArgMax", [logits], "drafter/place", axis=-1, keepdims=0)
+    g.output(g.op("Gather", [tokens, place], "drafter/chosen"), "draft", HIDDEN_SHAPE, ir.DataType.INT64)
+    last, one = g.initializer("drafter.last", np.array([-1])), g.initializer("drafter.one", np.array(1, np.float32))
+    least = g.initializer("drafter.least", np.array(1e-7, np.float32))
+    likely = g.op("Softmax", [logits], "drafter/probabilities", axis=-1)
+    likely = g.op("ReduceMax", [likely, last], "drafter/probability", keepdims=0)
+    rest = g.op("Max", [g.op("Sub", [one, likely], "drafter/rest"), least], "drafter/bounded_rest")
+    odds = g.op("Log", [g.op("Div", [likely, rest], "drafter/odds")], "drafter/logit")
+    odds = g.op("Add", [g.op("Mul", [odds, slope], "drafter/scaled"), offset], "drafter/calibrated")
+    g.output(g.op("Sigmoid", [odds], "drafter/chance"), "chance", HIDDEN_SHAPE)
+
+
+def _layer(g: "PortableWriter", layer: int, hidden: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Return the state after the layer, and its caches."""
+    spec, name = g.spec, f"layer_{layer:02d}"
     positions, rows = g.step_inputs()
     mask = g.mask(layer, positions)
 
@@ -92,13 +143,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     up = g.linear(layer, normed, "mlp.up_proj")
     down = g.linear(layer, g.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp.down_proj")
     down = g.branch(layer, down, "post_feedforward_layernorm")
-    passed = g.op("Add", [after, down], f"{name}/after_mlp")
-    for number in range(spec.updates.count(layer)):
-        update = g.linear(layer, g.bypass_input(passed, f"{name}/norm_{number}"), f"update_{number}")
-        passed = g.op("Add", [passed, update], f"{name}/updated_{number}")
-    g.state_output(passed)
-    g.cache_outputs(layer, keys, values)
-    return g.model()
+    return g.op("Add", [after, down], f"{name}/after_mlp"), keys, values
 
 
 def bypass_graph(checkpoint: Checkpoint, policy: SkipPolicy, place: int) -> ir.Model:
@@ -220,6 +265,9 @@ class PortableWriter(ModelWriter):
         """Return what attention or MLP adds to the state: `value`, normed and scaled as the family does."""
         value = self.layer_norm(layer, value, norm) if self.spec.post_norms else value
         return self.scaled(value, "residual_scale", str(value.name))
+
+    def as_logits(self, product: ir.Value) -> ir.Value:
+        return self.capped(self.scaled(product, "logits_scale"), self.spec.traits.logits_cap)
 
     def scaled(self, value: ir.Value, trait: str, name: str = "") -> ir.Value:
         if (scale := getattr(self.spec.traits, trait)) == 1:

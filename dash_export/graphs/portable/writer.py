@@ -34,9 +34,9 @@ class GraphWriter:
         self.graph.inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, shape: Shape) -> None:
-        """Make a value of float32 an output."""
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    def output(self, value: ir.Value, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        """Make a value an output."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self.graph.outputs.append(value)
 
     def initializer(self, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:

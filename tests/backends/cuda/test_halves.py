@@ -43,7 +43,7 @@ def test_rows(target: str, dispatch: str, on_card: MakeOnCard) -> None:
         rows.cache.take(slot, prompt.fork().cache)
         expected.append([prompt.decode_one(int(IDS[at]), DENSE)[0] for at in (20, 30)])
     for number, at in enumerate((20, 30)):
-        step = rows._bound(3)
+        step = rows.steps.bound(1, batch=3)
         step.decode_batch([int(IDS[at])] * 3, [DENSE] * 3)
         found, wanted = step.logits[:, 0], np.array([each[number] for each in expected])
         assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()

@@ -269,7 +269,7 @@ def test_a_dropped_step_gives_back_its_contexts(dispatch: str, on_card: MakeOnCa
         assert all(isinstance(step, DeviceStep) for step in steps)
         contexts = [weakref.ref(step.parts[3].run) for step in steps]  # type: ignore[attr-defined]
         del steps
-        session._steps.clear()
+        session.steps.unbind()
         made.card.ran.clear()
         made.card.recorded.clear()
         assert [context() for context in contexts] == [None, None]

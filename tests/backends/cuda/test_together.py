@@ -71,7 +71,7 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
         taken = {kind: list[bool]() for kind in kinds}
         for token in range(3):
             for kind, rules in kinds.items():
-                steps = [rows._bound(many) for rows in both]
+                steps = [rows.steps.bound(1, batch=many) for rows in both]
                 for step in steps:
                     step.decode_batch((IDS[token : token + many] + many).tolist(), rules[:many])
                 np.testing.assert_array_equal(steps[1].skipped, steps[0].skipped)

@@ -15,7 +15,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.core.units import Unit, parse_units
 from dash_export.files.outputs import output_path
-from dash_export.train import EFFORTS, KINDS, PRECISIONS, TrainingSettings
+from dash_export.train import DRAFTER_EFFORTS, EFFORTS, KINDS, PRECISIONS, DrafterSettings, TrainingSettings
 
 DEFAULTS = TrainingSettings()
 _POLICY = click.Path(path_type=Path, dir_okay=False)
@@ -28,9 +28,11 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "-o", "--output", type=_POLICY, required=True, metavar="NAME.safetensors",
     help="The policy file to write; its card, NAME.json, lies beside it.",
 )  # fmt: skip
+@click.option("--skips", is_flag=True, help="Train a policy that skips layers, in the place of a drafter.")
 @click.option(
-    "--effort", type=click.Choice([*EFFORTS]), default="default", show_default=True,
-    help="quick: a first policy in minutes, of units by a rule. long: three times the tuning.",
+    "--effort", type=click.Choice([*EFFORTS]), show_default="quick; with --skips default",
+    help="Of a drafter: quick, 15 to 40 minutes; long, a night. Of skips: quick, a policy in minutes, of units by a "
+    "rule; long, three times the tuning.",
 )  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
 @click.option(
@@ -40,7 +42,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--prompts", type=click.Path(path_type=Path), multiple=True, metavar="FILE.jsonl",
     help='Chat prompts ({"prompt": ...} a line) that the model answers itself, to learn from its answers; repeatable. '
-    "Without --text and --prompts: those that come with this package.",
+    "A drafter's training writes prompts of its own beside them; one of skips without --text and --prompts takes "
+    "those that come with this package.",
 )  # fmt: skip
 @click.option(
     "--kind", type=click.Choice(KINDS), default=KINDS[0], show_default=True,
@@ -77,17 +80,25 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.pass_context
 def command(
     ctx: click.Context, /, model: str, output: Path, images: Path | None, text: tuple[Path, ...],
-    prompts: tuple[Path, ...], kind: str, units: tuple[Unit, ...] | None, start: Path | None, device: str, effort: str,
-    steps: int | None, **settings: Any
+    prompts: tuple[Path, ...], kind: str, units: tuple[Unit, ...] | None, start: Path | None, device: str,
+    effort: str | None, steps: int | None, skips: bool, **settings: Any
 ) -> None:  # fmt: skip
-    """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
+    """Train a drafter for MODEL, a small layer that guesses the next tokens, from text that MODEL writes itself. Or,
+    with --skips, a skip policy: which units of layers each token can do without, and what to do in their place.
 
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
-    again. The end of every text (8 %) is not trained on; the card's figures come from there. Under torchrun up to four
-    processes share the work, on one machine or on several that see one folder.
+    again. A part of the text is not trained on; the card's figures come from there. Under torchrun up to four processes
+    share a training of skips, on one machine or on several that see one folder.
     """
     if images is not None:
         _on_images(ctx, model, output, images, units)
+        return
+    if not skips:
+        of_skips = ("kind", "units", "start", "steps", "trade_offs", "window")
+        if other := [name for name in of_skips if is_given(ctx, name)]:
+            option = {"start": "from"}.get(other[0], other[0].replace("_", "-"))
+            raise click.UsageError(f"--{option} is of a training of skips: give --skips, too.")
+        _drafter(ctx, model, output, text, prompts, device, effort or "quick", settings)
         return
     from dash_export.train.processes import rank
     from dash_export.train.training import train
@@ -96,7 +107,7 @@ def command(
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
-        chosen = replace(TrainingSettings.of(effort), **settings)
+        chosen = replace(TrainingSettings.of(effort or "default"), **settings)
         if steps:
             chosen = replace(chosen, tuning_steps=steps).shortened()
         train(
@@ -106,6 +117,39 @@ def command(
         )  # fmt: skip
     if rank() == 0:  # of several processes the first one writes
         _summary(model, output_path(output))  # a link is followed, as `train` follows it
+
+
+def _drafter(
+    ctx: click.Context, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], device: str,
+    effort: str, settings: dict[str, Any]
+) -> None:  # fmt: skip
+    """Train a drafter, and say what it does on held-out answers."""
+    from dash_export.train.drafter_training import train_drafter
+
+    if effort not in DRAFTER_EFFORTS:
+        raise click.UsageError(f"--effort {effort} is of a training of skips: give --skips, too.")
+    ctx.meta[OUTPUT] = f"{output}.unfinished"
+    chosen = {name: settings[name] for name in ("seed", "precision")}
+    with progress_bar("train") as progress:
+        train_drafter(
+            model, output, text, prompts, settings=replace(DrafterSettings.of(effort), **chosen), device=device,
+            planned=lambda plan: click.echo(f"train: {plan}", err=True), progress=progress,
+        )  # fmt: skip
+    path = output_path(output)
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    held = card["held_out"]
+    print_table(
+        f"Held out: {held['tokens']} tokens of answers, {held['covered']:.1%} of them in the short vocabulary",
+        ("drafts",), ("all right",), ((depth, f"{share:.1%}") for depth, share in enumerate(held["accepted"], 1)),
+    )  # fmt: skip
+    _next(model, path, card)
+
+
+def _next(model: str, output: Path, card: dict[str, Any]) -> None:
+    took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
+    click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
+    target = target_of_bits(card["model_bits"])
+    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target {target}")
 
 
 def _on_images(ctx: click.Context, model: str, output: Path, images: Path, units: tuple[Unit, ...] | None) -> None:
@@ -153,7 +197,4 @@ def _summary(model: str, output: Path) -> None:
                 for row in judged["figures"]
             ),
         )  # fmt: skip
-    took = "" if card["seconds"] is None else f", {card['seconds'] / 60:.0f} minutes"
-    click.echo(f"{output} (card: {output.with_suffix('.json')}){took}")
-    target = target_of_bits(card["model_bits"])
-    click.echo(f"Next: dash-export build {quote(model)} --policy {quote(str(output))} --target {target}")
+    _next(model, output, card)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _CONFIG = {
 """Config keys that define the decoder, checked where they are read: transformers would obey others, too."""
 _NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 """Keys in which null has a meaning; in any other key it stands for the default."""
+_FUSED = (("self_attn", "qkv_proj", ("q", "k", "v")), ("mlp", "gate_up_proj", ("gate", "up")))
+_UPDATE = "update_"
 
 
 def torch_model(
@@ -42,7 +45,7 @@ def torch_model(
         for layer in model.model.layers:
             _unfuse(layer, spec)
     for place, layer in enumerate(spec.updates):
-        _add_update(model.model.layers[layer], f"update_{spec.updates[:place].count(layer)}", spec)
+        _add_update(model.model.layers[layer], f"{_UPDATE}{spec.updates[:place].count(layer)}", spec)
 
     def weight(name: str) -> torch.Tensor:  # one at a time in float32
         offset = spec.norm_offset if name.endswith("norm.weight") else 0
@@ -104,14 +107,35 @@ class LayerInputs:
 def _unfuse(layer: Any, spec: DecoderSpec) -> None:
     """Replace the fused projections of a layer by one module each, named as in other families."""
     shapes = spec.weight_shapes()
-    for owner, whole, names in (("self_attn", "qkv_proj", ("q", "k", "v")), ("mlp", "gate_up_proj", ("gate", "up"))):
-        module, parts = getattr(layer, owner), []
+    for owner, whole, names in _FUSED:
+        module = getattr(layer, owner)
         for name in names:
             rows, columns = shapes[layer_weight(0, f"{owner}.{name}_proj.weight")]
-            parts.append(torch.nn.Linear(columns, rows, bias=False))
-            setattr(module, f"{name}_proj", parts[-1])
-        delattr(module, whole)  # a function in its place: it has no weights of its own
+            setattr(module, f"{name}_proj", torch.nn.Linear(columns, rows, bias=False))
+        delattr(module, whole)
+    _join(layer)
+
+
+def _join(layer: Any) -> None:
+    """Let functions stand for the fused projections of an unfused layer: they have no weights of their own."""
+    for owner, whole, names in _FUSED:
+        module = getattr(layer, owner)
+        parts = [getattr(module, f"{name}_proj") for name in names]
         setattr(module, whole, lambda hidden, parts=parts: torch.cat([part(hidden) for part in parts], -1))
+
+
+def copied_layer(model: Any, spec: DecoderSpec, attention: str) -> Any:
+    """Return a copy of the last layer of a causal LM, in float32, trainable and without updates of pruned units.
+    `attention` is the name of its attention function, as registered with transformers.
+    """
+    layer = deepcopy(model.model.layers[-1]).float().requires_grad_(True)
+    for name in [name for name, _ in layer.named_children() if name.startswith(_UPDATE)]:
+        delattr(layer, name)
+        layer._forward_hooks.clear()
+    if spec.fused:
+        _join(layer)
+    layer.self_attn.config._attn_implementation = attention  # of the copy's own config
+    return layer
 
 
 def unit_normed(hidden: torch.Tensor, spec: DecoderSpec) -> torch.Tensor:

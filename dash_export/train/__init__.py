@@ -72,3 +72,41 @@ class TrainingSettings:
             own_prompts=min(self.own_prompts, 4 * most),
             own_tokens=min(self.own_tokens, 16 * most),
         )
+
+
+@dataclass(frozen=True)
+class DrafterSettings:
+    """Settings of a drafter's training.
+
+    `tokens`: of the text that the model writes, `rows` texts at once: prompts of up to `prompt_tokens`, answers of up
+    to `answer_tokens`. `held_out`: share of the texts that are only judged on. `vocabulary`: tokens that can be
+    drafted, of which losses compare the `compared` most frequent ones, to be fast.
+    `epochs` go over the text in batches of `batch_tokens`; the first steps, a share of `first_alone`, learn first
+    drafts alone, the others chains of `depth`. `map_rate`, `layer_rate`: learning rates of the maps, and of layer and
+    norm. `likeliest`: tokens of the model that the loss compares. `precision` is that of TrainingSettings.
+    """
+
+    seed: int = 0
+    tokens: int = 300_000
+    rows: int = 64
+    prompt_tokens: int = 96
+    answer_tokens: int = 256
+    held_out: float = 0.05
+    vocabulary: int = 12_288
+    compared: int = 8192
+    epochs: int = 3
+    batch_tokens: int = 1280
+    first_alone: float = 0.4
+    depth: int = 3
+    warm_up_steps: int = 20
+    map_rate: float = 2e-4
+    layer_rate: float = 3e-4
+    likeliest: int = 24
+    precision: str | None = None
+
+    @classmethod
+    def of(cls, effort: str) -> DrafterSettings:
+        return replace(cls(), **DRAFTER_EFFORTS[effort])
+
+
+DRAFTER_EFFORTS: dict[str, dict[str, Any]] = {"quick": {}, "long": {"tokens": 4_000_000}}

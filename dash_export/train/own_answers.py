@@ -108,11 +108,15 @@ def _answered(run: Run, text: Text, rows: Sequence["Row"], stage: str, done: int
 
 
 class Row(NamedTuple):
-    """A prompt [tokens], the seed of its random draws, and whether it takes the likeliest token instead."""
+    """A prompt [tokens], the seed of its random draws, and whether it takes the likeliest token instead. Tokens less
+    likely than `least` of the likeliest are not drawn.
+    """
 
     prompt: Sequence[int]
     seed: tuple[int, ...]
     greedy: bool
+    temperature: float = TEMPERATURE
+    least: float = 0.0
 
 
 @torch.no_grad()
@@ -136,7 +140,7 @@ def answers(
         return answers
     logits, cache, mask = _begun(model, spec, [[*rows[place].prompt, *answers[place]] for place in live])
     for step in range(max(map(len, answers)) + 1, tokens + 1):
-        chosen = _chosen(logits, [rows[place] for place in live], [len(answers[place]) for place in live])
+        chosen = chosen_tokens(logits, [rows[place] for place in live], [len(answers[place]) for place in live])
         for place, token in zip(live, chosen, strict=True):
             if not _ended(answers[place], tokens, ends):
                 answers[place].append(token)
@@ -161,28 +165,46 @@ def _begun(
     model: Any, spec: DecoderSpec, texts: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
     """Return the logits after each text, the cache, and the attention mask [rows, tokens]: padded on the left."""
-    width = max(map(len, texts))
-    ids, mask = (torch.zeros(len(texts), width, dtype=torch.int64, device=model.device) for _ in range(2))
-    for row, text in enumerate(texts):
-        ids[row, width - len(text) :] = torch.tensor(text)
-        mask[row, width - len(text) :] = 1
+    ids, mask = padded(texts, model.device)
     cache = DynamicCache(config=model.config)
     return _step(model, spec, ids, cache, mask), cache, mask
 
 
+def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids and the attention mask [rows, tokens] of texts, padded on the left."""
+    width = max(map(len, texts))
+    ids, mask = (torch.zeros(len(texts), width, dtype=torch.int64, device=device) for _ in range(2))
+    for row, text in enumerate(texts):
+        ids[row, width - len(text) :] = torch.tensor(text)
+        mask[row, width - len(text) :] = 1
+    return ids, mask
+
+
 def _step(model: Any, spec: DecoderSpec, ids: torch.Tensor, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    return last_logits(model, spec, final_states(model, ids, cache, mask))
+
+
+def final_states(model: Any, ids: torch.Tensor, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    """Return the normed final states [rows, tokens, hidden] of the next ids [rows, tokens]."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    states = model.model(ids, mask, positions, cache, use_cache=True).last_hidden_state  # the cache's name has changed
+    states: torch.Tensor = model.model(ids, mask, positions, cache, use_cache=True).last_hidden_state
+    return states  # the cache is given by place: its name has changed
+
+
+def last_logits(model: Any, spec: DecoderSpec, states: torch.Tensor) -> torch.Tensor:
+    """Return the logits [rows, vocab] float32 after the last of states [rows, tokens, hidden]."""
     # What enters the head is made contiguous: for a slice torch copies the weight for every row, 8.7 GB for a 0.5B.
     return logits_of(model, states[:, -1].contiguous(), spec.traits).float()
 
 
-def _chosen(logits: torch.Tensor, rows: Sequence[Row], places: Sequence[int]) -> list[int]:
+def chosen_tokens(logits: torch.Tensor, rows: Sequence[Row], places: Sequence[int]) -> list[int]:
     """Return a token per row. A draw depends on the row's seed and place only: not on other rows, nor on a restart."""
     found = logits.argmax(-1)
     drawn = [at for at, row in enumerate(rows) if not row.greedy]
     if drawn:
-        sums = (logits[drawn] / TEMPERATURE).softmax(-1).cumsum(-1)
+        options = torch.tensor([(rows[at].temperature, rows[at].least) for at in drawn], device=logits.device)
+        chances = (logits[drawn] / options[:, :1]).softmax(-1)
+        sums = chances.masked_fill(chances < options[:, 1:] * chances.amax(-1, keepdim=True), 0).cumsum(-1)
         shares = [np.random.default_rng([*rows[at].seed, places[at]]).random() for at in drawn]
         wanted = torch.tensor(shares, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
         found[drawn] = torch.searchsorted(sums, wanted)[:, 0].clamp_max(logits.shape[-1] - 1)

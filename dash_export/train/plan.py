@@ -67,12 +67,12 @@ def training_plan(
     return Plan(
         {name: steps for name, (steps, _) in stages.items() if steps},
         {name: passes for name, (_, passes) in stages.items()},
-        _pass_seconds(spec, tokens, dtype, device),
-        _memory(spec, settings, dtype, device),
+        pass_seconds(spec, tokens, dtype, device),
+        memory(spec, settings.windows, settings.window, dtype, device),
     )
 
 
-def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+def pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the time of a forward pass of all layers over `tokens` tokens, from two products like theirs. On a CPU by
     processor time: the plan is that of a quiet machine, whatever runs beside it now.
     """
@@ -88,11 +88,11 @@ def _pass_seconds(spec: DecoderSpec, tokens: int, dtype: torch.dtype, device: to
     return OTHER * min(times) / (2 * weight.numel()) * spec.num_layers * layer_size(spec)
 
 
-def _memory(spec: DecoderSpec, settings: TrainingSettings, dtype: torch.dtype, device: torch.device) -> float:
+def memory(spec: DecoderSpec, windows: int, window: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return about what a training needs: weights, activations for the backward pass, torch itself."""
     weights = spec.num_layers * layer_size(spec) + spec.vocab_size * spec.hidden_size
-    rows = min(settings.windows, rows_at_once(spec, settings.window, dtype, device))
-    return weights * torch.finfo(dtype).bits / 8 + activations(spec, rows * settings.window, dtype) + 2**29
+    rows = min(windows, rows_at_once(spec, window, dtype, device))
+    return weights * torch.finfo(dtype).bits / 8 + activations(spec, rows * window, dtype) + 2**29
 
 
 def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:

@@ -92,16 +92,9 @@ def train(
         units = before.units
         settings = _further(settings, rereads=kind == "token" and before.read != units[0].first - 1)
     given = None if units is None else _checked(units, spec)
-    try:
-        place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=place).item()
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from error
-    check_unique_names(texts, prompts)
-    if missing := [path for path in (*texts, *prompts) if not path.is_file()]:
-        raise RequestError(f"There is no file {missing[0]}.")
-    slow = place.type == "cpu" and not has_bfloat16()
-    precision = settings.precision or ("float32" if slow else "bfloat16")
+    place = torch_device(device)
+    check_sources(texts, prompts)
+    precision = settings.precision or torch_precision(place)
     settings = replace(settings, precision=precision)
     checkpoint = replace(checkpoint, seen={**checkpoint.seen, **{path: identity(path) for path in (*texts, *prompts)}})
     data = {
@@ -122,7 +115,7 @@ def train(
         if not processes.rank:
             planned(plan)
         progress("reading the text", 0, 0)
-        text = _text(checkpoint)
+        text = model_text(checkpoint)
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
         work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
         resumed = any(work.folder.glob("*-state.pt"))
@@ -196,6 +189,28 @@ def _further(settings: TrainingSettings, rereads: bool) -> TrainingSettings:
     return replace(settings, **changed | dict.fromkeys(idle, 0))
 
 
+def torch_device(name: str) -> torch.device:
+    """Return the device of that name, or cuda where there is one. Raises RequestError."""
+    try:
+        place = torch.device(name or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def torch_precision(place: torch.device) -> str:
+    """Return the precision that suits a device."""
+    return "float32" if place.type == "cpu" and not has_bfloat16() else "bfloat16"
+
+
+def check_sources(texts: Sequence[Path], prompts: Sequence[Path]) -> None:
+    """Raise RequestError where a file is missing, or where two have names that cannot be told apart."""
+    check_unique_names(texts, prompts)
+    if missing := [path for path in (*texts, *prompts) if not path.is_file()]:
+        raise RequestError(f"There is no file {missing[0]}.")
+
+
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
     """Raise RequestError where two files would have one name on the card, or two sources one name in the corpus."""
     own = [OWN] if prompts else []
@@ -205,7 +220,7 @@ def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> N
         raise RequestError(f"Two sources would be called {twice}: texts are told apart by their names, so rename one.")
 
 
-def _text(checkpoint: Checkpoint) -> Text:
+def model_text(checkpoint: Checkpoint) -> Text:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in checkpoint.assets.items():
             Path(folder, name).write_text(content, encoding="utf-8")

@@ -8,9 +8,10 @@ import pytest
 from dash_export.bundle.policy_file import load_policy
 from dash_export.core.units import Unit, parse_units
 from dash_export.models import open_checkpoint
+from dash_export.train import DRAFTER_EFFORTS
 from tests.commands.helpers import dash, done, refused
 
-QUICK = ("--window", 32, "--steps", 2)
+QUICK = ("--window", 32, "--steps", 2, "--skips")
 
 
 def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert (card["units"], card["settings"]["trade_offs"]) == ("2-3,4", [0.2, 0.9])
     said = done("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
-    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "3-4")
+    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "3-4", *QUICK)
     assert "has the units 2-3,4: others are trained from nothing" in " ".join(message.split())
     fewer = tmp_path / "fewer.safetensors"
     done("train", model, "-o", fewer, "--text", prose, "--from", first, "--units", "4", *QUICK)
@@ -64,7 +65,7 @@ def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path:
 def test_what_cannot_be_trained(
     model: Path, prose: Path, tmp_path: Path, options: tuple[object, ...], code: int, said: str
 ) -> None:
-    message = refused("train", model, "-o", tmp_path / "p.safetensors", "--text", prose, *options, code=code)
+    message = refused("train", model, "-o", tmp_path / "p.safetensors", "--skips", "--text", prose, *options, code=code)
     assert said in " ".join(message.split())
     assert not list(tmp_path.iterdir())
 
@@ -80,3 +81,19 @@ def test_nothing_to_learn_from(model: Path, tmp_path: Path) -> None:
         given.write_text(content)
         assert said in refused("train", model, "-o", tmp_path / "p.safetensors", option, given, *QUICK)
     assert list(tmp_path.iterdir()) == [given]
+
+
+def test_a_drafter_by_default(model: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"tokens": 400, "rows": 8, "prompt_tokens": 8, "answer_tokens": 24, "epochs": 1, "vocabulary": 200}
+    monkeypatch.setitem(DRAFTER_EFFORTS, "quick", few | {"held_out": 0.2})
+    output = tmp_path / "p.safetensors"
+    said = done("train", model, "-o", output, "--text", prose, "--seed", 1, "--precision", "float32")
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert (card["kind"], card["settings"]["seed"], card["settings"]["precision"]) == ("drafter", 1, "float32")
+    assert f"{card['held_out']['tokens']} tokens of answers" in said.output
+    assert f"Next: dash-export build {model} --policy {output} --target cpu\n" in said.output
+    assert load_policy(output, open_checkpoint(model).spec).drafter is not None
+    for options in (("--from", "none"), ("--units", "2-3"), ("--effort", "default"), ("--trade-offs", 0.2, 0.9)):
+        message = refused("train", model, "-o", output, *options, code=2)
+        assert f"{options[0]}" in message
+        assert "give --skips, too" in " ".join(message.split())

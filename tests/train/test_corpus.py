@@ -9,13 +9,13 @@ from dash_export.models import Checkpoint
 from dash_export.text.tokenizer import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus
-from dash_export.train.training import _text
+from dash_export.train.training import model_text
 from tests.models.helpers import tiny_tokenizer
 
 
 @pytest.fixture
 def text(checkpoint: Checkpoint) -> Text:
-    return _text(checkpoint)
+    return model_text(checkpoint)
 
 
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:

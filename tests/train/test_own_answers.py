@@ -13,7 +13,7 @@ from dash_export.train.corpus import Corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.own_answers import Answer, Row, answers
 from dash_export.train.stages import Run
-from dash_export.train.training import _text
+from dash_export.train.training import model_text
 from dash_export.train.work import Work
 from tests.train.helpers import SETTINGS, StopError
 
@@ -26,7 +26,7 @@ def alone(model: GatedModel, row: Row, tokens: int) -> list[int]:
     ids = [*row.prompt]
     for place in range(tokens):
         logits = model.model(torch.tensor([ids])).logits[:, -1].float()
-        ids += own_answers._chosen(logits, [row], [place])
+        ids += own_answers.chosen_tokens(logits, [row], [place])
     return ids[len(row.prompt) :]
 
 
@@ -55,7 +55,7 @@ def test_rows_that_have_ended_leave_the_batch(model: GatedModel, monkeypatch: py
 
 @pytest.fixture
 def text(checkpoint: Checkpoint) -> Text:
-    return _text(checkpoint)
+    return model_text(checkpoint)
 
 
 CHATS = [Chat([{"role": "user", "content": word}]) for word in ("one", "two", "six", "ten")]

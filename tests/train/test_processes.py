@@ -17,7 +17,7 @@ from dash_export.train.corpus import Batch, read_corpus
 from dash_export.train.model import GatedModel
 from dash_export.train.processes import ALONE, Processes, joined
 from dash_export.train.stages import Run, _optimise
-from dash_export.train.training import _text, train
+from dash_export.train.training import model_text, train
 from dash_export.train.work import Work
 from tests.tiny import TINY_UNITS
 
@@ -52,7 +52,7 @@ def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp
 
 def test_shares_add_up(checkpoint: Checkpoint, model: GatedModel, prose: Path, tmp_path: Path) -> None:
     """Windows, and with them the sums of the closed form; what is random is each process's own."""
-    corpus, _ = read_corpus([prose], _text(checkpoint), 32, 0.1)
+    corpus, _ = read_corpus([prose], model_text(checkpoint), 32, 0.1)
     runs = [
         Run(model, corpus, SETTINGS, Work(tmp_path, "key", processes))
         for processes in (ALONE, Processes(3, 0), Processes(3, 1), Processes(3, 2))
@@ -80,7 +80,7 @@ def test_a_share_teaches_by_its_weight(
     weight: float, checkpoint: Checkpoint, model: GatedModel, prose: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    corpus, _ = read_corpus([prose], _text(checkpoint), 32, 0.1)
+    corpus, _ = read_corpus([prose], model_text(checkpoint), 32, 0.1)
     run, learnt, share = Run(model, corpus, SETTINGS, Work(tmp_path, "key")), torch.nn.Linear(2, 1), Run.share
     monkeypatch.setattr(Run, "share", lambda *given: (*share(*given)[:2], weight))
     before = learnt.weight.detach().clone()

@@ -24,7 +24,7 @@ COMMANDS = {
     "push": "A bundle to the Hugging Face hub, with a card of its figures.",
     "sign": "Sign a bundle, for machines that run only what you signed.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
-    "train": "Learn a skip policy for a model: its units, network and bypasses.",
+    "train": "Learn a drafter for a model, or with --skips a policy that skips layers.",
     "bench": "Tokens per second here, of prompts and of answers, under every policy kind.",
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "What policy kinds and other builds pay for the time they save.",

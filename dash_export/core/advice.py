@@ -9,7 +9,7 @@ from dash_export.core.policy import PolicyFacts
 from dash_export.files.resources import resource_folder
 
 _ANCHORS = ((0.135e9, 6, 2), (0.494e9, 20, 4), (1.54e9, 60, 4))
-"""Models by their parameters: minutes of `train --effort quick` on 2 cores, and per cent of the decode time that a
+"""Models by their parameters: minutes of a `quick` training of skips on 2 cores, and per cent of the decode time that a
 policy trained at full length saves for 2 % of perplexity of the model's own answers (1.5B: not measured, as 0.5B).
 """
 
@@ -20,8 +20,8 @@ def shipped_policies() -> list[str]:
 
 
 def quick_training(parameters: int) -> tuple[int, str]:
-    """Return the minutes that `train --effort quick` takes on 2 cores, and what a training at full length gains: those
-    of the model that is nearest in size, the minutes in proportion.
+    """Return the minutes that a `quick` training of skips takes on 2 cores, and what one at full length gains: those of
+    the model that is nearest in size, the minutes in proportion.
     """
     size, minutes, saved = min(_ANCHORS, key=lambda anchor: abs(log(parameters / anchor[0])))
     gain = f"about {saved} % of the decode time for 2 % of perplexity on its own answers"
@@ -43,7 +43,7 @@ def policy_command(model: ModelFacts, source: str | None = None) -> str:
     minutes, gain = quick_training(model.parameters)
     name = "NAME" if source is None else Path(source).absolute().name.removesuffix(".gguf")
     expected = f"Train one (about {minutes} minutes on 2 cores; trained at full length it saves {gain})"
-    return f"{expected}: dash-export train {given} -o {quote(f'{name}.safetensors')} --effort quick"
+    return f"{expected}: dash-export train {given} -o {quote(f'{name}.safetensors')} --skips --effort quick"
 
 
 def drafter_command(model: ModelFacts) -> str:

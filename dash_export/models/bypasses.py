@@ -50,7 +50,7 @@ def check_model(policy: SkipPolicy, checkpoint: AnyCheckpoint) -> None:
         raise PolicyError(
             f"This is the policy of another model of the same shape ({policy.origin}): the final norms are "
             f"{distance:.0%} apart. Give the model it was trained with, or adapt it to this one: "
-            "dash-export train MODEL --from POLICY.safetensors."
+            "dash-export train MODEL --skips --from POLICY.safetensors."
         )
 
 

@@ -52,7 +52,7 @@ def test_model(model: Path, tmp_path: Path) -> None:
     result = done("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
     assert "portable graphs, used as they are" in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.units == TINY_UNITS
-    train = "dash-export train {} -o {}.safetensors --effort quick\n"
+    train = "dash-export train {} -o {}.safetensors --skips --effort quick\n"
     assert result.stdout.endswith(train.format(model, "model"))
     again = done("build", tmp_path / "m.dash", "--target", "portable").stdout
     assert again.endswith(train.format("MODEL", "NAME")), "a bundle does not know what it was made of"

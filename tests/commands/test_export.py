@@ -43,7 +43,7 @@ def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: py
     assert "model.dash: 6 layers, 9 graphs" in result.stdout
     assert "Units: 2-3." in result.stdout
     assert "Next: dash-export build model.dash --target cpu" in result.stdout
-    train = f"dash-export train {model} -o model.safetensors --effort quick"
+    train = f"dash-export train {model} -o model.safetensors --skips --effort quick"
     assert result.stdout.endswith(f"for 2 % of perplexity on its own answers): {train}\n")
     assert "export: head" in result.stderr
     assert Bundle.open(tmp_path / "model.dash").manifest.policy.units == default_units(6) == (Unit(2, 3),)

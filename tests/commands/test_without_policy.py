@@ -35,11 +35,11 @@ def test_without_a_policy_train_is_named(options: tuple[object, ...], bare_bundl
     prompt = () if "--prompts" in options else ("hello",)
     result = dash("run", bare_bundle, *prompt, *FP32, *options, input="a\n")
     assert result.exit_code == 1
-    assert result.stderr.strip().endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
+    assert result.stderr.strip().endswith(": dash-export train MODEL -o NAME.safetensors --skips --effort quick")
 
 
 def test_other_commands_name_it_too(bare_bundle: Path, text: Path) -> None:
-    train = ": dash-export train MODEL -o NAME.safetensors --effort quick"
+    train = ": dash-export train MODEL -o NAME.safetensors --skips --effort quick"
     small = ("--limit", 2, "--window", 48, "--prefix", 10, "--text", text)
     assert train in done("eval", bare_bundle, *FP32, *small).stderr
     assert json.loads(done("eval", bare_bundle, *FP32, *small, "--json").stdout)["refused"][0]["label"] == "token"

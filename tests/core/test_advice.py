@@ -37,7 +37,7 @@ def test_the_command_can_be_pasted(source: str, runtime: DashRuntime) -> None:
     told = policy_command(runtime.engines.model, source)
     words = shlex.split(told.split("): ")[1])
     name = {"a b/it's.gguf": "it's", "org/name-1.5B": "name-1.5B", ".": Path.cwd().name}[source]
-    assert words == ["dash-export", "train", source, "-o", f"{name}.safetensors", "--effort", "quick"]
+    assert words == ["dash-export", "train", source, "-o", f"{name}.safetensors", "--skips", "--effort", "quick"]
 
 
 def test_a_shipped_policy_is_better_than_training(runtime: DashRuntime) -> None:
@@ -53,7 +53,7 @@ def test_only_who_did_not_ask_for_none_is_told(runtime: DashRuntime) -> None:
     bare = replace(manifest.policy, has_network=False, static_order=())
     told = if_without_policy(manifest.model, bare)
     assert told.startswith("No token policy: every token runs every layer. Train one (about 1 minutes on 2 cores; ")
-    assert told.endswith(": dash-export train MODEL -o NAME.safetensors --effort quick")
+    assert told.endswith(": dash-export train MODEL -o NAME.safetensors --skips --effort quick")
     for policy in (
         manifest.policy,
         replace(bare, static_order=(1, 0)),  # trained, static

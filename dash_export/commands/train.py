@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dash_export.bundle.policy_file import policy_path
 from dash_export.bundle.suitable import target_of_bits
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS, is_given
@@ -56,8 +57,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )  # fmt: skip
 @click.option(
     "--from", "start", type=_POLICY, metavar="NAME|FILE.safetensors",
-    help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
-    "other text or for a fine-tune of its model: only the tuning steps are done, after a fit where units are merged.",
+    help="A trained policy, one of yours or one that comes with this package: a drafter joins its skips. With --skips "
+    "go on from it, to tune it further, for other text or for a fine-tune of its model: only the tuning steps are "
+    "done, after a fit where units are merged.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(
@@ -94,11 +96,10 @@ def command(
         _on_images(ctx, model, output, images, units)
         return
     if not skips:
-        of_skips = ("kind", "units", "start", "steps", "trade_offs", "window")
+        of_skips = ("kind", "units", "steps", "trade_offs", "window")
         if other := [name for name in of_skips if is_given(ctx, name)]:
-            option = {"start": "from"}.get(other[0], other[0].replace("_", "-"))
-            raise click.UsageError(f"--{option} is of a training of skips: give --skips, too.")
-        _drafter(ctx, model, output, text, prompts, device, effort or "quick", settings)
+            raise click.UsageError(f"--{other[0].replace('_', '-')} is of a training of skips: give --skips, too.")
+        _drafter(ctx, model, output, text, prompts, start, device, effort or "quick", settings)
         return
     from dash_export.train.processes import rank
     from dash_export.train.training import train
@@ -120,8 +121,8 @@ def command(
 
 
 def _drafter(
-    ctx: click.Context, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], device: str,
-    effort: str, settings: dict[str, Any]
+    ctx: click.Context, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...],
+    start: Path | None, device: str, effort: str, settings: dict[str, Any]
 ) -> None:  # fmt: skip
     """Train a drafter, and say what it does on held-out answers."""
     from dash_export.train.drafter_training import train_drafter
@@ -132,7 +133,8 @@ def _drafter(
     chosen = {name: settings[name] for name in ("seed", "precision")}
     with progress_bar("train") as progress:
         train_drafter(
-            model, output, text, prompts, settings=replace(DrafterSettings.of(effort), **chosen), device=device,
+            model, output, text, prompts, start=start and policy_path(start),
+            settings=replace(DrafterSettings.of(effort), **chosen), device=device,
             planned=lambda plan: click.echo(f"train: {plan}", err=True), progress=progress,
         )  # fmt: skip
     path = output_path(output)

@@ -13,14 +13,17 @@ import numpy as np
 import torch
 
 from dash_export import __version__
-from dash_export.bundle.policy_file import card_path, check_replaceable, save_policy
+from dash_export.bundle.policy_file import card_path, check_replaceable, load_policy, save_policy
+from dash_export.core.advice import policy_command
 from dash_export.core.drafter import Drafter
 from dash_export.core.policy import SkipPolicy
+from dash_export.core.units import Unit, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.files.artifacts import Progress, content_key, identity, no_progress, sha256_file
 from dash_export.files.outputs import locked, output_path, remove_own, work_folder, work_of
 from dash_export.files.replacing import refuse_inputs
 from dash_export.models import AnyCheckpoint, Checkpoint, DecoderSpec, open_model
+from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
 from dash_export.text.chats import Chat, read_prompts
 from dash_export.text.text_files import read_text
@@ -49,6 +52,7 @@ def train_drafter(
     texts: Sequence[Path] = (),
     prompts: Sequence[Path] = (),
     *,
+    start: Path | None = None,
     settings: DrafterSettings | None = None,
     device: str = "",
     planned: Callable[[Plan], None] = lambda _: None,
@@ -57,15 +61,16 @@ def train_drafter(
     """Train a drafter for `model` and write it to `output` (`.safetensors`, and a JSON card beside it).
 
     The model writes the text itself. `prompts` are .jsonl files of chats that it answers beside its own, and `texts`
-    plain text files that it reads. The unfinished work lies in `<output>.unfinished`, where a killed training goes on.
-    `planned` is told the plan before the model is read; `progress(name, done, total)` counts forward passes over all
-    stages. Raises CheckpointError, PolicyError and RequestError.
+    plain text files that it reads. `start` is a policy whose skips the drafter joins. The unfinished work lies in
+    `<output>.unfinished`, where a killed training goes on. `planned` is told the plan before the model is read;
+    `progress(name, done, total)` counts forward passes over all stages. Raises CheckpointError, PolicyError and
+    RequestError.
     """
     output, settings, began = output_path(output), settings or DrafterSettings(), time.perf_counter()
     check_replaceable(output)
     checkpoint = model if isinstance(model, AnyCheckpoint) else open_model(model)
     if not isinstance(checkpoint, Checkpoint):
-        raise PolicyError(f"{checkpoint.source} is an encoder: it writes no text, so there is nothing to draft.")
+        raise PolicyError(f"{checkpoint.source} is an encoder. {policy_command(checkpoint.spec, checkpoint.source)}")
     spec, place = checkpoint.spec, torch_device(device)
     check_sources(texts, prompts)
     longest = settings.prompt_tokens + 2 * settings.answer_tokens
@@ -78,6 +83,11 @@ def train_drafter(
     )
     checkpoint = replace(checkpoint, seen={**checkpoint.seen, **{path: identity(path) for path in (*texts, *prompts)}})
     refuse_inputs(checkpoint.seen, [work_of(output), output, card_path(output)])
+    origin = f"drafter for {spec.name[:LONGEST_NAME]}, trained by dash-export"
+    joined = SkipPolicy((), 0, None, (), origin, final_norm=checkpoint.read(FINAL_NORM))
+    if start is not None:
+        joined = load_policy(start, spec)
+        check_model(joined, checkpoint)
     data = {path.name: sha256_file(path) for path in (*texts, *prompts)}
     read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()), data, __version__, torch.__version__)
     key = content_key("drafter", asdict(settings), *read)
@@ -100,12 +110,14 @@ def train_drafter(
         round_weights(layer)
         head = head_rows(gated.head, tokens)
         figures = judged(layer, head, tokens, held, settings.depth, settings.batch_tokens)
-        origin = f"drafter for {spec.name[:LONGEST_NAME]}, trained by dash-export (seed {settings.seed}, key {key[:8]})"
-        drafter = Drafter(layer.weights(), tokens.numpy(), figures.slope, figures.offset, origin)
-        policy = SkipPolicy((), 0, None, (), origin, final_norm=checkpoint.read(FINAL_NORM), drafter=drafter)
+        who = f"{origin} (seed {settings.seed}, key {key[:8]})"
+        drafter = Drafter(layer.weights(), tokens.numpy(), figures.slope, figures.offset, who)
+        policy = replace(joined, drafter=drafter)
         seconds = None if resumed else round(time.perf_counter() - began, 1)
         counts = (len(written), sum(len(each.ids) for each in written))
-        save_policy(output, policy, spec, _card(checkpoint, settings, gated, figures, data, counts, seconds))
+        save_policy(
+            output, policy, spec, _card(checkpoint, policy.units, settings, gated, figures, data, counts, seconds)
+        )
         remove_own(work.folder)
         return policy
 
@@ -164,6 +176,7 @@ def drafter_plan(spec: DecoderSpec, settings: DrafterSettings, device: torch.dev
 
 def _card(
     checkpoint: Checkpoint,
+    units: Sequence[Unit],
     settings: DrafterSettings,
     gated: GatedModel,
     figures: DraftFigures,
@@ -173,6 +186,7 @@ def _card(
 ) -> dict[str, Any]:
     return {
         "kind": "drafter",
+        "units": units_text(units),
         "model": Path(checkpoint.source).name,
         "model_fingerprint": checkpoint.fingerprint,
         "model_bits": round(checkpoint.bits, 2),

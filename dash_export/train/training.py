@@ -131,6 +131,7 @@ def train(
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
             answers=answers,
+            drafter=None if before is None else before.drafter,
         )
         if processes.rank:
             return policy

@@ -93,7 +93,7 @@ def test_a_drafter_by_default(model: Path, prose: Path, tmp_path: Path, monkeypa
     assert f"{card['held_out']['tokens']} tokens of answers" in said.output
     assert f"Next: dash-export build {model} --policy {output} --target cpu\n" in said.output
     assert load_policy(output, open_checkpoint(model).spec).drafter is not None
-    for options in (("--from", "none"), ("--units", "2-3"), ("--effort", "default"), ("--trade-offs", 0.2, 0.9)):
+    for options in (("--kind", "token"), ("--units", "2-3"), ("--effort", "default"), ("--trade-offs", 0.2, 0.9)):
         message = refused("train", model, "-o", output, *options, code=2)
         assert f"{options[0]}" in message
         assert "give --skips, too" in " ".join(message.split())

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dash_export.bundle.policy_file import load_policy
+from dash_export.bundle.policy_file import load_policy, save_policy
 from dash_export.core.policy import SkipPolicy
-from dash_export.errors import RequestError
+from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.text.tokenizer import Text
 from dash_export.train import DrafterSettings, drafter, drafter_training, own_text, work
@@ -26,7 +26,7 @@ from dash_export.train.own_text import Written, read_windows, written
 from dash_export.train.training import model_text
 from dash_export.train.work import Work
 from tests.graphs.test_families import CASES
-from tests.tiny import random_ids, tiny_checkpoint
+from tests.tiny import random_ids, tiny_checkpoint, tiny_policy
 from tests.train.helpers import StopError, card_of
 
 SETTINGS = DrafterSettings(
@@ -177,6 +177,21 @@ def test_a_policy_file_with_a_drafter(learn: Train, checkpoint: Checkpoint, outp
     assert card["tokens"] > SETTINGS.tokens
     assert str(plans[0]).startswith("about 1 minutes")
     assert not list(output.parent.glob("*.unfinished"))
+
+
+def test_a_drafter_joins_skips(learn: Train, checkpoint: Checkpoint, output: Path) -> None:
+    """And a policy of another model is refused before the work."""
+    start, policy = output.with_name("skips.safetensors"), tiny_policy(checkpoint, "linear")
+    final_norm = checkpoint.read("model.norm.weight")
+    save_policy(start, replace(policy, final_norm=final_norm), checkpoint.spec, {})
+    learn(start=start)
+    made = load_policy(output, checkpoint.spec)
+    assert made.units == policy.units
+    assert made.drafter is not None
+    start.with_suffix(".json").unlink()
+    save_policy(start, replace(policy, final_norm=2 * final_norm[::-1].copy()), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match="policy of another model"):
+        learn(start=start)
 
 
 def test_a_killed_run_keeps_its_text(learn: Train, monkeypatch: pytest.MonkeyPatch) -> None:

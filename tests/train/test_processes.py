@@ -27,7 +27,9 @@ SETTINGS = TrainingSettings(window=32, tuning_steps=6, trade_offs=(0.5, 8.0))
 
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     run = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "dash_export", "train")
-    return subprocess.run([*run, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [*run, "--skips", *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
